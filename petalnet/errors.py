@@ -1,0 +1,136 @@
+"""The exceptions that a user or a program can meet, and the codes by which they travel between peers.
+
+An error has a class, and the class decides who acts on it:
+
+- *caller*: the request itself is wrong; it is raised to the user at once, never retried, and the server is not blamed;
+- *busy*: the server has no room now; wait within a bound or go elsewhere, nobody is avoided for being full;
+- *server*: the server is dead, late or wrong; the route changes and the server is avoided for a while;
+- *unsupported*: the peer speaks a newer or older dialect; treated as the server's fault by a caller, harmless otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class PetalnetError(Exception):
+    """Base of every error that petalnet raises on purpose. `code` is its class on the wire."""
+
+    code = "server"
+
+
+class UsageError(PetalnetError, ValueError):
+    """A person asked for something that cannot be; the message is one line that says what to do instead."""
+
+    code = "caller"
+
+
+class NoSwarmError(UsageError):
+    """No bootstrap peers were given and none could be found."""
+
+
+class ModelError(UsageError):
+    """A model cannot be read or cannot be split into blocks; the message says which and why."""
+
+
+class AddressInUse(UsageError):
+    """A listening address is taken by another program."""
+
+
+class CallerError(PetalnetError, ValueError):
+    """The request is wrong (shape, range, length, unknown adapter); repeating it would not help."""
+
+    code = "caller"
+
+
+class BusyError(PetalnetError):
+    """A server has no room at the moment.
+
+    Attributes:
+        retry_after_s: seconds after which another try may succeed, as the server estimates.
+    """
+
+    code = "busy"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServerError(PetalnetError, RuntimeError):
+    """A peer failed at something that it should have done.
+
+    Attributes:
+        peer_id: the peer, or None where it is not known.
+    """
+
+    code = "server"
+
+    def __init__(self, message: str, peer_id: str | None = None) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class PeerLost(ServerError, ConnectionError):
+    """The connection or the stream to a peer ended in the middle of work."""
+
+
+class PeerUnreachable(ServerError, ConnectionError):
+    """None of a peer's addresses answered as that peer within the deadline."""
+
+
+class ProtocolError(ServerError):
+    """A peer sent something that the protocol does not allow."""
+
+
+class UnsupportedError(ServerError):
+    """A peer does not know a message type, a version or a protocol."""
+
+    code = "unsupported"
+
+
+class RecordRejected(PetalnetError, ValueError):
+    """A server record's signature, times or ranges do not hold."""
+
+
+class MissingBlocksError(PetalnetError, RuntimeError):
+    """Some blocks of a model have no reachable server.
+
+    Attributes:
+        blocks: the block numbers, ascending.
+        peers_asked: ids of the peers that were considered or tried.
+    """
+
+    def __init__(self, blocks: Iterable[int], peers_asked: Iterable[str] = (), *, hint: str = "") -> None:
+        self.blocks = sorted(set(blocks))
+        self.peers_asked = sorted(set(peers_asked))
+        asked = f"asked {len(self.peers_asked)} peers: {', '.join(self.peers_asked)}" if self.peers_asked else "no server is known"
+        super().__init__(f"no server holds {describe_blocks(self.blocks)} ({asked}){': ' + hint if hint else ''}")
+
+
+def describe_blocks(blocks: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` as "blocks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for block in sorted(set(blocks)):
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"block{'s' if len(runs) != 1 or (runs and runs[0][0] != runs[0][1]) else ''} {text}"
+
+
+def to_wire(error: PetalnetError) -> tuple[str, str, float]:
+    """`(code, message, retry_after_s)` of an error that is to be told to a peer."""
+    return error.code, str(error)[:1000], error.retry_after_s if isinstance(error, BusyError) else 0.0
+
+
+def from_wire(code: str, message: str, retry_after_s: float, peer_id: str) -> PetalnetError:
+    """The exception for an error that the peer `peer_id` told us."""
+    if code == "caller":
+        return CallerError(message)
+    if code == "busy":
+        return BusyError(message, retry_after_s)
+    if code == "unsupported":
+        return UnsupportedError(message, peer_id)
+    return ServerError(f"peer {peer_id} failed: {message}", peer_id)

@@ -1,0 +1,386 @@
+"""The typed messages that peers exchange, and their coding as frame headers. Sans-IO and free of torch.
+
+A message is a frozen dataclass. Scalar fields travel in a msgpack map, arrays (`Blob`) as raw bytes in the frame's payload, in the
+order of their fields. Whatever is decoded was checked field by field (type, range, length, sizes that add up); a field that is
+missing or wrong is a `ProtocolError`, an unknown message type an `UnsupportedError`, and unknown extra fields are ignored, so that a
+later minor version may add some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+import msgpack
+
+from petalnet.errors import PetalnetError, ProtocolError, UnsupportedError, from_wire, to_wire
+from petalnet.p2p.frames import Buffer, Frame, encode_frame
+
+MAX_DIMENSIONS = 6
+MAX_DIMENSION = 1 << 31
+MAX_BLOCKS = 4096
+MAX_TOKENS = 1 << 24
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+FLOATS = ("float32", "float16", "bfloat16")
+CODECS = ("raw", "bfloat16", "float16", "int8")
+INT8_BLOCK = 64
+"""Elements that share one scale in the blockwise int8 codec (64 as in QLoRA's smallest block, arXiv:2305.14314)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """An array as it lies on the wire.
+
+    Attributes:
+        dtype: what the receiver gets, one of `ITEM_SIZES`.
+        shape: its dimensions.
+        codec: "raw" (the bytes of dtype, little-endian, C order), "bfloat16" or "float16" (rounded), or "int8" (blockwise: one float32
+            scale for each `INT8_BLOCK` elements of the flattened array, all scales first, then the int8 values).
+        data: the bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    data: Buffer
+
+
+def blob_size(dtype: str, shape: Sequence[int], codec: str) -> int:
+    """Bytes that an array of this description takes on the wire. Raises ProtocolError where the description makes no sense."""
+    if dtype not in ITEM_SIZES or codec not in CODECS:
+        raise ProtocolError(f"unknown array type {dtype!r} or codec {codec!r}")
+    if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < MAX_DIMENSION for n in shape):
+        raise ProtocolError("an array has too many or impossible dimensions")
+    count = math.prod(shape)
+    if codec == "raw":
+        return count * ITEM_SIZES[dtype]
+    if dtype not in FLOATS:
+        raise ProtocolError(f"codec {codec} is for floating-point arrays, not {dtype}")
+    return count + 4 * -(-count // INT8_BLOCK) if codec == "int8" else 2 * count
+
+
+Check = Callable[[Any], Any]
+
+
+def integer(low: int, high: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"an integer from {low} to {high} is needed")
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    def check(value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:  # NaN fails the comparison
+            raise ValueError(f"a number from {low} to {high} is needed")
+        return float(value)
+
+    return check
+
+
+def text(longest: int) -> Check:
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > longest:
+            raise ValueError(f"a text of at most {longest} characters is needed")
+        return value
+
+    return check
+
+
+def octets(longest: int) -> Check:
+    def check(value: Any) -> bytes:
+        if type(value) is not bytes or len(value) > longest:
+            raise ValueError(f"at most {longest} bytes are needed")
+        return value
+
+    return check
+
+
+def flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false is needed")
+    return value
+
+
+def many(check: Check, most: int) -> Check:
+    def check_all(value: Any) -> tuple[Any, ...]:
+        if type(value) not in (list, tuple) or len(value) > most:
+            raise ValueError(f"a list of at most {most} entries is needed")
+        return tuple(check(entry) for entry in value)
+
+    return check_all
+
+
+def _is(check: Check, default: Any = MISSING) -> Any:
+    return field(metadata={"check": check}) if default is MISSING else field(default=default, metadata={"check": check})
+
+
+def _blob(optional: bool = False) -> Any:
+    metadata = {"blob": True}
+    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+
+
+_REGISTRY: dict[str, type[Message]] = {}
+M = TypeVar("M", bound="type[Message]")
+
+
+class Message:
+    """Base of all messages; `name` is the type's name on the wire."""
+
+    name: ClassVar[str]
+    __slots__ = ()
+
+
+def _message(name: str) -> Callable[[M], M]:
+    def register(cls: M) -> M:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+@_message("error")
+@dataclass(frozen=True)
+class Error(Message):
+    """The answer to a request that failed: the error's class, one line for a person, and for *busy* when to try again (seconds)."""
+
+    code: str = _is(text(20))
+    message: str = _is(text(1000))
+    retry_after_s: float = _is(number(0, 3600), 0.0)
+
+    @classmethod
+    def of(cls, error: PetalnetError) -> Error:
+        code, message, retry_after_s = to_wire(error)
+        return cls(code, message, min(max(retry_after_s, 0.0), 3600.0))
+
+    def exception(self, peer_id: str) -> PetalnetError:
+        return from_wire(self.code, self.message, self.retry_after_s, peer_id)
+
+
+@_message("ping")
+@dataclass(frozen=True)
+class Ping(Message):
+    """A heartbeat; answered by a `Pong` of the same nonce."""
+
+    nonce: int = _is(integer(0, 2**63 - 1))
+
+
+@_message("pong")
+@dataclass(frozen=True)
+class Pong(Message):
+    nonce: int = _is(integer(0, 2**63 - 1))
+
+
+@_message("store")
+@dataclass(frozen=True)
+class Store(Message):
+    """Keep this signed server record under these keys (32 bytes each); answered by `Stored`."""
+
+    keys: tuple[bytes, ...] = _is(many(octets(32), 64))
+    record: bytes = _is(octets(8192))
+
+
+@_message("stored")
+@dataclass(frozen=True)
+class Stored(Message):
+    pass
+
+
+@_message("find")
+@dataclass(frozen=True)
+class Find(Message):
+    """Which records are kept under this key; answered by `Records`."""
+
+    key: bytes = _is(octets(32))
+
+
+@_message("records")
+@dataclass(frozen=True)
+class Records(Message):
+    records: tuple[bytes, ...] = _is(many(octets(8192), 1024))
+
+
+@_message("open_session")
+@dataclass(frozen=True)
+class OpenSession(Message):
+    """Begin an inference session on blocks [first, end) of a model; answered by `SessionOpened`.
+
+    `max_length` is the most KV entries that a row will take.
+    """
+
+    session: str = _is(text(64))
+    model: str = _is(text(128))
+    first: int = _is(integer(0, MAX_BLOCKS))
+    end: int = _is(integer(1, MAX_BLOCKS))
+    max_length: int = _is(integer(1, MAX_TOKENS))
+
+
+@_message("session_opened")
+@dataclass(frozen=True)
+class SessionOpened(Message):
+    free_kv_tokens: int = _is(integer(0, 2**53))
+
+
+@_message("step")
+@dataclass(frozen=True)
+class Step(Message):
+    """Run new tokens through the session's blocks; answered by `StepDone`.
+
+    Attributes:
+        step: a number that the answer repeats.
+        position: KV entries before this step; lower than what the server has means: roll back to it first.
+        hidden: [rows, new, hidden], a float dtype; new may be 0.
+        mask: bool [rows, position + new], False where a token is padding; absent when nothing is.
+        position_ids: int32 [rows, new]; absent when they are position … position + new - 1 in every row.
+        prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions.
+        order: int64 [rows], which of the session's rows each row continues (beams); absent for each its own.
+        all_hidden: answer with the outputs of every block instead of the last one's.
+    """
+
+    step: int = _is(integer(0, 2**53))
+    position: int = _is(integer(0, MAX_TOKENS))
+    hidden: Blob = _blob()
+    mask: Blob | None = _blob(optional=True)
+    position_ids: Blob | None = _blob(optional=True)
+    prompts: Blob | None = _blob(optional=True)
+    order: Blob | None = _blob(optional=True)
+    all_hidden: bool = _is(flag, False)
+
+
+@_message("step_done")
+@dataclass(frozen=True)
+class StepDone(Message):
+    """The output of a step: [rows, new, hidden], or [blocks, rows, new, hidden] with all_hidden; seconds in the engine and in its queue."""
+
+    step: int = _is(integer(0, 2**53))
+    position: int = _is(integer(0, MAX_TOKENS))
+    output: Blob = _blob()
+    compute_s: float = _is(number(0, 1e6), 0.0)
+    queue_s: float = _is(number(0, 1e6), 0.0)
+
+
+@_message("forward")
+@dataclass(frozen=True)
+class Forward(Message):
+    """A stateless forward pass over blocks [first, end); fields as in `Step`, mask [rows, length]. Answered by `ForwardDone`."""
+
+    model: str = _is(text(128))
+    first: int = _is(integer(0, MAX_BLOCKS))
+    end: int = _is(integer(1, MAX_BLOCKS))
+    hidden: Blob = _blob()
+    mask: Blob | None = _blob(optional=True)
+    position_ids: Blob | None = _blob(optional=True)
+    prompts: Blob | None = _blob(optional=True)
+    all_hidden: bool = _is(flag, False)
+
+
+@_message("forward_done")
+@dataclass(frozen=True)
+class ForwardDone(Message):
+    output: Blob = _blob()
+    compute_s: float = _is(number(0, 1e6), 0.0)
+    queue_s: float = _is(number(0, 1e6), 0.0)
+
+
+@_message("backward")
+@dataclass(frozen=True)
+class Backward(Message):
+    """Gradients of a stateless forward pass: its inputs again and the gradient of its output. Answered by `BackwardDone`."""
+
+    model: str = _is(text(128))
+    first: int = _is(integer(0, MAX_BLOCKS))
+    end: int = _is(integer(1, MAX_BLOCKS))
+    hidden: Blob = _blob()
+    grad_output: Blob = _blob()
+    mask: Blob | None = _blob(optional=True)
+    position_ids: Blob | None = _blob(optional=True)
+    prompts: Blob | None = _blob(optional=True)
+
+
+@_message("backward_done")
+@dataclass(frozen=True)
+class BackwardDone(Message):
+    """Gradients of the inputs and, where prompts were given, of the prompts."""
+
+    grad_hidden: Blob = _blob()
+    grad_prompts: Blob | None = _blob(optional=True)
+    compute_s: float = _is(number(0, 1e6), 0.0)
+    queue_s: float = _is(number(0, 1e6), 0.0)
+
+
+def encode_message(message: Message) -> bytes:
+    """The frame of a message."""
+    scalars: dict[str, Any] = {}
+    blobs: dict[str, Any] = {}
+    parts: list[Buffer] = []
+    for item in fields(message):  # type: ignore[arg-type]
+        value = getattr(message, item.name)
+        if "blob" not in item.metadata:
+            scalars[item.name] = value
+        elif value is not None:
+            blobs[item.name] = (value.dtype, value.shape, value.codec)
+            parts.append(value.data)
+    return encode_frame(msgpack.packb((message.name, scalars, blobs)), parts)
+
+
+def decode_message(frame: Frame) -> Message:
+    """The checked message of a frame.
+
+    Raises:
+        ProtocolError: the header is not msgpack, a field is missing or out of range, or sizes do not add up.
+        UnsupportedError: the message type is not known.
+    """
+    try:
+        header = msgpack.unpackb(frame.header, max_str_len=16384, max_bin_len=16384, max_array_len=2048, max_map_len=64)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError("a frame header is not valid msgpack") from error
+    if type(header) is not list or [type(part) for part in header] != [str, dict, dict]:
+        raise ProtocolError("a frame header does not have the form of a message")
+    name, scalars, blobs = header
+    cls = _REGISTRY.get(name)
+    if cls is None:
+        raise UnsupportedError(f"message type {name[:40]!r} is not known")
+    values: dict[str, Any] = {}
+    payload, offset = memoryview(frame.payload), 0
+    for item in fields(cls):  # type: ignore[arg-type]
+        if "blob" in item.metadata:
+            description = blobs.get(item.name)
+            if description is None:
+                if item.default is MISSING:
+                    raise ProtocolError(f"message {name} lacks the array {item.name!r}")
+                continue
+            values[item.name], offset = _decode_blob(description, payload, offset)
+        elif item.name in scalars:
+            try:
+                values[item.name] = item.metadata["check"](scalars[item.name])
+            except ValueError as error:
+                raise ProtocolError(f"field {item.name!r} of message {name}: {error}") from error
+        elif item.default is MISSING:
+            raise ProtocolError(f"message {name} lacks the field {item.name!r}")
+    if offset != len(payload):
+        raise ProtocolError(f"message {name} has {len(payload) - offset} bytes that belong to no array")
+    return cls(**values)
+
+
+def _decode_blob(description: Any, payload: memoryview, offset: int) -> tuple[Blob, int]:
+    if (
+        type(description) is not list
+        or len(description) != 3
+        or type(description[0]) is not str
+        or type(description[1]) is not list
+        or type(description[2]) is not str
+    ):
+        raise ProtocolError("the description of an array is malformed")
+    dtype, shape, codec = description
+    size = blob_size(dtype, shape, codec)
+    if offset + size > len(payload):
+        raise ProtocolError("an array is larger than the payload that should hold it")
+    data = payload[offset : offset + size]
+    if offset % 16:  # the payload itself is aligned; what does not begin at a multiple of 16 is moved to where tensors may lie
+        data = memoryview(bytearray(data))
+    return Blob(dtype, tuple(shape), codec, data), offset + size
