@@ -1,0 +1,38 @@
+# Every target makes its own virtual environment in .venv first (scripts/setup_venv.sh); the second time that takes no time.
+.PHONY: help venv demo test test-long lint format clean
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+# Tests start many small processes beside one another: more than one compute thread each would only fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+help:
+	@echo "make demo        a whole swarm on this machine: starts three servers and generates text through them"
+	@echo "make test        the tests (minutes)"
+	@echo "make test-long   the long tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make venv        only the virtual environment, .venv"
+	@echo "make clean       remove .venv and caches"
+
+venv:
+	@sh scripts/setup_venv.sh
+
+demo: venv
+	@$(BIN)/petalnet demo
+
+test: venv
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
+
+test-long: venv
+	$(TEST_ENV) $(BIN)/python -m pytest -m long
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
