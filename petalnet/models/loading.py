@@ -1,0 +1,235 @@
+"""Build a Hugging Face model with only some of its weights.
+
+The model is constructed on the meta device (no memory, no initialisation), then exactly the wanted tensors are put in, through the
+library's own conversion of checkpoint layouts. What is not wanted is left as the caller says: on meta, initialised as the library
+initialises what a checkpoint lacks (new heads), or zeros that take no memory. Buffers (rotary frequencies and the like) are always
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from petalnet.errors import ModelError
+from petalnet.models.anatomy import Partition, partition
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from petalnet.models.checkpoint import ModelSource
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and what became of its weights.
+
+    Attributes:
+        model: the model, in evaluation mode; loaded parameters do not require gradients, newly initialised ones do.
+        partition: the checkpoint's tensor names, by who needs them.
+        loaded: parameters (and persistent buffers) that were filled from the checkpoint, by their names in the model.
+        missing: parameters that got nothing from it, either not wanted or not there; tied ones are not among them.
+    """
+
+    model: Any
+    partition: Partition
+    loaded: frozenset[str]
+    missing: frozenset[str]
+
+
+def resolve_class(auto_or_model_class: type, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class for a configuration: an Auto class is looked up (which imports that family's module only).
+
+    Raises:
+        ModelError: the family has no such class.
+    """
+    mapping = getattr(auto_or_model_class, "_model_mapping", None)
+    if mapping is None:
+        return auto_or_model_class
+    try:
+        found = mapping[type(config)]
+    except KeyError as error:
+        raise ModelError(f"{config.model_type} models have no {auto_or_model_class.__name__} class") from error
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def pick_dtype(asked: str | torch.dtype | None, source: ModelSource, device: str | torch.device = "cpu") -> torch.dtype:
+    """The dtype to run a model in.
+
+    Args:
+        asked: a dtype or its name; "auto" or None means the checkpoint's, but float32 where the device has no fast arithmetic for it.
+        source: the model.
+        device: where it will run.
+    """
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked not in (None, "auto"):
+        if asked not in DTYPES:
+            raise ModelError(f"unknown dtype {asked!r}: use auto, {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    dtype = checkpoint_dtype(source)
+    if torch.device(device).type == "cpu" and not (dtype == torch.bfloat16 and _cpu_has_bfloat16()):
+        return torch.float32
+    return dtype
+
+
+def checkpoint_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype of a checkpoint's weights, as its configuration says or else as its first floating-point tensor has."""
+    named = source.config.dtype
+    if isinstance(named, str):
+        named = DTYPES.get(named.removeprefix("torch."))
+    if isinstance(named, torch.dtype):
+        return named
+    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    kinds = (source.info(name).dtype for name in source.tensor_names())
+    return next((stored[kind] for kind in kinds if kind in stored), torch.float32)
+
+
+def construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
+    """A model on the meta device: all of its modules, no weights, nothing initialised, nothing tied yet."""
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = model_class(config)
+    config.dtype = dtype
+    return model.eval()
+
+
+def build(
+    model_class: type[Model],
+    source: ModelSource,
+    *,
+    config: PreTrainedConfig | None = None,
+    names: Iterable[str] | Callable[[Partition], Iterable[str]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    prepare: Callable[[Model], None] | None = None,
+    others: Literal["meta", "initialise", "zeros"] = "initialise",
+) -> Built:
+    """Build a model and load only some of its tensors.
+
+    Args:
+        model_class: a model class or an Auto class of the library; a subclass of one will do.
+        source: where configuration and tensors come from.
+        config: used in place of the source's (a copy of that is made otherwise).
+        names: the wanted tensors by their names in the checkpoint, or a function that picks them; None means the client's part, which is
+            all that belongs to no layer.
+        dtype, device: of the loaded parameters.
+        prepare: called with the model while it is on meta and before anything is loaded, e.g. to replace its list of layers.
+        others: what becomes of the parameters that are not loaded: left on "meta", "initialise" as the library does for those that a
+            checkpoint lacks, or expanded "zeros" that take no memory.
+    Raises:
+        ModelError: the tensors do not fit the model.
+    """
+    from copy import deepcopy
+
+    config = deepcopy(source.config) if config is None else config
+    model = construct(resolve_class(model_class, config), config, dtype)
+    parts = partition(model, source.tensor_names())
+    wanted = parts.client if names is None else names(parts) if callable(names) else names
+    if prepare is not None:
+        prepare(model)
+    missing = load_tensors(model, source.read(wanted), dtype=dtype, device=device)
+    state = model.state_dict(keep_vars=True)
+    loaded = frozenset(name for name in state if name not in missing)
+    model.tie_weights(missing_keys=set(missing))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    finish(model, device=device, others=others)
+    tied = frozenset(model.all_tied_weights_keys)
+    return Built(model, parts, loaded, frozenset(missing) - tied)
+
+
+def load_tensors(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> set[str]:
+    """Put checkpoint tensors into a model, renamed and converted as the library does it for the family.
+
+    Returns:
+        names of the model's parameters and persistent buffers that got nothing.
+    Raises:
+        ModelError: a tensor has another shape than the model, or a conversion failed.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    load_config = LoadStateDictConfig(
+        dtype=dtype,
+        device_map={"": torch.device(device)},
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    with _NoProgressBar():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), load_config)
+    if info.mismatched_keys:
+        name, found, expected = sorted(info.mismatched_keys)[0]
+        raise ModelError(f"the tensor {name} has the shape {tuple(found)} where the configuration says {tuple(expected)}")
+    if info.conversion_errors or info.error_msgs:
+        raise ModelError(f"tensors cannot be converted: {[*info.conversion_errors.values(), *info.error_msgs][0]}")
+    return set(info.missing_keys)
+
+
+def finish(model: PreTrainedModel, *, device: str | torch.device, others: Literal["meta", "initialise", "zeros"]) -> None:
+    """Give every parameter that is still on meta what `others` says (see `build`), and compute the buffers that no checkpoint holds."""
+    persistent = model.state_dict().keys()
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_meta:
+            continue
+        if others == "meta":
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            continue
+        if id(parameter) not in made:  # tied parameters are one object and stay one
+            made[id(parameter)] = _stand_in(parameter, device, zeros=others == "zeros")
+        owner, leaf = _owner(model, name)
+        setattr(owner, leaf, made[id(parameter)])
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta and (name not in persistent or others != "meta"):
+            owner, leaf = _owner(model, name)
+            owner._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    # The library computes buffers where it initialises weights; what was loaded is marked as initialised and left alone.
+    model.initialize_weights()
+
+
+def _stand_in(parameter: nn.Parameter, device: str | torch.device, *, zeros: bool) -> nn.Parameter:
+    """In place of a parameter on meta: an expanded zero, or memory that the library is still to initialise."""
+    if zeros:
+        filled = nn.Parameter(torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape), requires_grad=False)
+        filled._is_hf_initialized = True  # type: ignore[attr-defined]
+        return filled
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=parameter.is_floating_point())
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX; Arm's BF16 extension is not told by torch)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _NoProgressBar:
+    """Silence the library's "Loading weights" bar, which would be drawn for every part that is loaded."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.was_active = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging
+
+        if self.was_active:
+            logging.enable_progress_bar()
