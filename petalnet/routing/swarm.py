@@ -1,0 +1,180 @@
+"""The merged view of a swarm: the newest record of every server, whichever way it came, and who failed lately.
+
+A failed server leaves the routes in the same instant (`mark_failed`) and for a growing while, but its record stays for the overview.
+The view never trusts its memory to a stranger: expired records go, and the number of records is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from petalnet.routing.records import ServerRecord
+
+FIRST_PENALTY = 5.0
+LONGEST_PENALTY = 300.0
+"""Seconds that a failed server stays out of routes: the first, doubled with each failure that follows, up to the longest."""
+FORGIVEN_AFTER = 600.0
+"""Seconds after the end of its last penalty when a server's earlier failures no longer count."""
+MAX_SERVERS = 10_000
+"""At up to 4 KB a record: 40 MB. A swarm of strangers must not be able to fill our memory by making up peers."""
+
+T = TypeVar("T", int, str)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """One model of a swarm: its key, its most common name, its number of blocks, who is online, and the blocks that nobody holds."""
+
+    model: str
+    model_name: str
+    num_blocks: int
+    servers: tuple[ServerRecord, ...]
+    missing: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Failure:
+    count: int
+    until: float
+
+
+class SwarmView:
+    """Everything that is known of a swarm's servers. Times are unix seconds, as in the records.
+
+    Attributes:
+        version: grows whenever something changed that may change a route.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._records: dict[str, ServerRecord] = {}
+        self._failures: dict[str, _Failure] = {}
+
+    def add(self, record: ServerRecord, *, now: float) -> bool:
+        """Takes a record in (its signature is the caller's to check) and says whether it was news.
+
+        Of two records of one server the one of the higher sequence stays. A record that says "left" stays too until it expires, so
+        that an older one, still on its way, does not bring the server back. A server that says that it joins or leaves is another
+        process than the one that failed, or will be: its penalty ends, while its failures still count.
+        """
+        known = self._records.get(record.peer_id)
+        if record.expires <= now or (known is not None and known.expires > now and record.sequence <= known.sequence):
+            return False
+        if known is None and len(self._records) >= MAX_SERVERS:
+            self.expire(now)
+            if len(self._records) >= MAX_SERVERS:
+                return False
+        self._records[record.peer_id] = record
+        failure = self._failures.get(record.peer_id)
+        if failure is not None and record.state in ("joining", "left"):
+            failure.until = min(failure.until, now)
+        self.version += 1
+        return True
+
+    def forget(self, peer_id: str) -> None:
+        """Drops all that is known of a server."""
+        self._failures.pop(peer_id, None)
+        if self._records.pop(peer_id, None) is not None:
+            self.version += 1
+
+    def expire(self, now: float) -> None:
+        """Drops records that have expired and failures that are long past."""
+        gone = [peer_id for peer_id, record in self._records.items() if record.expires <= now]
+        for peer_id in gone:
+            del self._records[peer_id]
+        if gone:
+            self.version += 1
+        for peer_id in [peer_id for peer_id, failure in self._failures.items() if failure.until + FORGIVEN_AFTER <= now]:
+            del self._failures[peer_id]
+
+    def mark_failed(self, peer_id: str, *, now: float) -> float:
+        """Takes a server out of the routes at once, and returns until when.
+
+        Several users of the view may report one and the same failure, so reports during a penalty do not lengthen it.
+        """
+        failure = self._failures.get(peer_id)
+        if failure is not None and now < failure.until:
+            return failure.until
+        count = 1 if failure is None or failure.until + FORGIVEN_AFTER <= now else failure.count + 1
+        until = now + min(FIRST_PENALTY * 2.0 ** min(count - 1, 16), LONGEST_PENALTY)
+        self._failures[peer_id] = _Failure(count, until)
+        self.version += 1
+        return until
+
+    def mark_ok(self, peer_id: str) -> None:
+        """The server did its work: earlier failures are forgotten."""
+        if self._failures.pop(peer_id, None) is not None:
+            self.version += 1
+
+    def failed_until(self, peer_id: str, *, now: float) -> float | None:
+        """Until when the server is kept out of routes; None where it is not."""
+        failure = self._failures.get(peer_id)
+        return failure.until if failure is not None and now < failure.until else None
+
+    def record(self, peer_id: str) -> ServerRecord | None:
+        """The newest record of a server, expired or not."""
+        return self._records.get(peer_id)
+
+    def servers(
+        self,
+        model: str | None = None,
+        *,
+        now: float,
+        states: Collection[str] = ("online",),
+        allowed: Collection[str] | None = None,
+        blocked: Collection[str] = (),
+        include_failed: bool = False,
+    ) -> list[ServerRecord]:
+        """Servers of a model (None: of all), in the order of their peer ids.
+
+        Args:
+            states: only servers that say that they are in one of these.
+            allowed: only these peer ids; None for any.
+            blocked: none of these peer ids.
+            include_failed: also those that failed lately.
+        """
+        return [
+            record
+            for peer_id, record in sorted(self._records.items())
+            if (model is None or record.model == model)
+            and record.expires > now
+            and record.state in states
+            and (allowed is None or peer_id in allowed)
+            and peer_id not in blocked
+            and (include_failed or self.failed_until(peer_id, now=now) is None)
+        ]
+
+    def models(self, *, now: float) -> list[ModelSummary]:
+        """The models that somebody serves or is about to serve, in the order of their keys."""
+        by_model: dict[str, list[ServerRecord]] = {}
+        for record in self.servers(now=now, states=("joining", "online", "draining"), include_failed=True):
+            by_model.setdefault(record.model, []).append(record)
+        summaries = []
+        for model, records in sorted(by_model.items()):
+            num_blocks = _most_common(record.num_blocks for record in records)
+            online = tuple(record for record in records if record.state == "online")
+            missing = tuple(self.missing_blocks(model, num_blocks, now=now))
+            summaries.append(ModelSummary(model, _most_common(record.model_name for record in records), num_blocks, online, missing))
+        return summaries
+
+    def missing_blocks(self, model: str, num_blocks: int, *, now: float) -> list[int]:
+        """Blocks of a model of `num_blocks` blocks that no server, online and not failed lately, holds; ascending."""
+        return missing_blocks(self.servers(model, now=now), 0, num_blocks)
+
+
+def missing_blocks(records: Iterable[ServerRecord], first: int, end: int) -> list[int]:
+    """Blocks of [first, end) that none of the records holds; ascending."""
+    held = [False] * (end - first)
+    for record in records:
+        for block in range(max(first, record.span[0]), min(end, record.span[1])):
+            held[block - first] = True
+    return [first + index for index, is_held in enumerate(held) if not is_held]
+
+
+def _most_common(values: Iterable[T]) -> T:
+    """The value that most give; of equals, the smallest."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalnet.errors import MissingBlocksError
+from petalnet.routing.records import ServerRecord
+from petalnet.routing.routes import SPREAD, Hop, find_route, route_time
+
+Build = Callable[..., ServerRecord]
+
+X, Y = "aa" * 16, "bb" * 16
+
+
+def near(peer_id: str) -> float | None:
+    return 0.001
+
+
+def spans(hops: list[Hop]) -> list[tuple[str, int, int]]:
+    return [(hop.peer_id, hop.first, hop.end) for hop in hops]
+
+
+def test_one_server_for_all_is_one_hop_with_its_addresses(record: Build, now: float) -> None:
+    assert find_route([record("A", span=(0, 12))], 0, 12, round_trip=near, now=now) == [Hop("A", ("/ip4/127.0.0.1/tcp/4001/p2p/A",), 0, 12)]
+    assert spans(find_route([record("A", span=(0, 12))], 3, 5, round_trip=near, now=now)) == [("A", 3, 5)]
+
+
+def test_fewest_hops_where_rates_are_equal(record: Build, now: float) -> None:
+    # Each takes the same time for a block, whatever its span.
+    servers = [
+        record(peer, span=span, decode_tokens_s=100 / (span[1] - span[0]))
+        for peer, span in [("A", (0, 4)), ("B", (4, 8)), ("C", (8, 12)), ("D", (0, 6)), ("E", (6, 12))]
+    ]
+    assert spans(find_route(servers, 0, 12, round_trip=near, now=now)) == [("D", 0, 6), ("E", 6, 12)]
+
+
+def test_near_measured_idle_and_fast_servers_are_preferred(record: Build, now: float) -> None:
+    plain = record("A")
+    assert spans(find_route([plain, record("B")], 0, 4, round_trip={"A": 0.05, "B": 0.01}.get, now=now)) == [("B", 0, 4)]
+    assert spans(find_route([plain, record("B")], 0, 4, round_trip={"B": 0.02}.get, now=now)) == [("B", 0, 4)]
+    assert spans(find_route([record("A", queue=2), record("B")], 0, 4, round_trip=near, now=now)) == [("B", 0, 4)]
+    assert spans(find_route([plain, record("B", decode_tokens_s=20.0)], 0, 4, round_trip=near, now=now)) == [("B", 0, 4)]
+    assert spans(find_route([record("A", decode_tokens_s=0.0), record("B", decode_tokens_s=30.0)], 0, 4, round_trip=near, now=now)) == [
+        ("B", 0, 4)
+    ]
+
+
+def test_the_kind_of_work_decides_which_rate_counts(record: Build, now: float) -> None:
+    servers = [record("A", decode_tokens_s=50.0, forward_tokens_s=100.0), record("B", decode_tokens_s=40.0, forward_tokens_s=900.0)]
+    assert spans(find_route(servers, 0, 4, round_trip=near, now=now)) == [("A", 0, 4)]
+    assert spans(find_route(servers, 0, 4, round_trip=near, now=now, work="forward", tokens=64)) == [("B", 0, 4)]
+
+
+def test_missing_blocks_are_named_with_who_was_considered(record: Build, now: float) -> None:
+    servers = [record("A", span=(0, 4)), record("B", span=(6, 9)), record("C", span=(4, 12), issued=now - 60, expires=now)]
+    with pytest.raises(MissingBlocksError) as caught:
+        find_route(servers, 0, 12, round_trip=near, now=now)
+    assert caught.value.blocks == [4, 5, 9, 10, 11] and caught.value.peers_asked == ["A", "B"]
+    with pytest.raises(MissingBlocksError) as caught:
+        find_route([], 0, 2, round_trip=near, now=now)
+    assert caught.value.blocks == [0, 1]
+
+
+@pytest.mark.parametrize(("first", "end", "tokens"), [(3, 3, 1), (4, 3, 1), (-1, 3, 1), (0, 3, 0)])
+def test_an_empty_request_is_the_callers_mistake(record: Build, now: float, first: int, end: int, tokens: int) -> None:
+    with pytest.raises(ValueError, match="no route leads"):
+        find_route([record("A")], first, end, round_trip=near, now=now, tokens=tokens)
+
+
+def test_of_two_records_of_one_server_the_newer_counts(record: Build, now: float) -> None:
+    old, new = record("A", span=(0, 12)), record("A", span=(4, 8), sequence=2)
+    with pytest.raises(MissingBlocksError):
+        find_route([new, old], 0, 12, round_trip=near, now=now)
+
+
+def test_a_route_does_not_lead_from_one_fine_tune_into_another(record: Build, now: float) -> None:
+    whole = record("A", span=(0, 12), block_digests=(X,) * 12, decode_tokens_s=1.0)
+    first = record("B", span=(0, 6), block_digests=(X,) * 6)
+    other = record("C", span=(6, 12), block_digests=(Y,) * 6, decode_tokens_s=900.0)
+    assert spans(find_route([whole, first, other], 0, 12, round_trip=near, now=now)) == [("B", 0, 6), ("A", 6, 12)]
+    halves = [first, other, record("D", span=(6, 12), block_digests=(X,) * 6)]
+    with pytest.raises(MissingBlocksError, match="other weights"):
+        find_route([*halves, record("E", span=(0, 6), block_digests=(Y,) * 6)], 0, 12, round_trip=near, now=now)
+    asked_for = {block: Y for block in range(12)}
+    servers = [*halves, record("E", span=(0, 6), block_digests=(Y,) * 6)]
+    assert spans(find_route(servers, 0, 12, round_trip=near, now=now, expected=asked_for)) == [("E", 0, 6), ("C", 6, 12)]
+    with pytest.raises(MissingBlocksError) as caught:
+        find_route(halves, 0, 12, round_trip=near, now=now, expected=asked_for)
+    assert caught.value.blocks == [0, 1, 2, 3, 4, 5]
+
+
+# A swarm of at most 5 servers of a model of 6 blocks; digests None: not announced.
+swarms = st.lists(
+    st.tuples(
+        st.tuples(st.integers(0, 5), st.integers(1, 6)).filter(lambda span: span[0] < span[1]),
+        st.sampled_from([0.0, 5.0, 10.0, 20.0, 500.0]),
+        st.sampled_from([None, 0.0, 0.01, 0.05]),
+        st.integers(0, 2),
+        st.sampled_from([None, "X", "Y", "XY"]),
+    ),
+    max_size=5,
+)
+
+
+def build(record: Build, swarm: list[tuple[tuple[int, int], float, float | None, int, str | None]], *, digests: bool):
+    records, trips = [], {}
+    for (span, rate, trip, queue, version), peer in zip(swarm, "ABCDE", strict=False):
+        # "XY" is a fine-tune that shares the first three blocks with X.
+        bytes_of = {"X": X, "Y": Y, None: ""}.get(version, "")
+        listed = [(X if block < 3 else Y) if version == "XY" else bytes_of for block in range(*span)] if digests and version else []
+        records.append(record(peer, span=span, num_blocks=6, decode_tokens_s=rate, queue=queue, block_digests=tuple(listed)))
+        if trip is not None:
+            trips[peer] = trip
+    return records, trips.get
+
+
+def all_chains(records: list[ServerRecord], first: int, end: int) -> Iterator[list[Hop]]:
+    if first == end:
+        yield []
+        return
+    for record in records:
+        if record.holds(first):
+            for stop in range(first + 1, min(record.span[1], end) + 1):
+                for rest in all_chains(records, stop, end):
+                    yield [Hop(record.peer_id, record.addrs, first, stop), *rest]
+
+
+@given(swarms, st.integers(0, 5), st.integers(1, 6))
+def test_the_route_is_the_best_of_all(record: Build, swarm, first: int, end: int) -> None:
+    if first >= end:
+        return
+    records, round_trip = build(record, swarm, digests=False)
+    chains = list(all_chains(records, first, end))
+    if not chains:
+        with pytest.raises(MissingBlocksError):
+            find_route(records, first, end, round_trip=round_trip, now=1_800_000_000.0)
+        return
+
+    def rank(hops: list[Hop]) -> tuple[float, int, list[tuple[int, str]]]:
+        return route_time(hops, records, round_trip=round_trip), len(hops), [(hop.first, hop.peer_id) for hop in hops]
+
+    route = find_route(records, first, end, round_trip=round_trip, now=1_800_000_000.0)
+    assert rank(route) == min(rank(chain) for chain in chains)
+
+
+@given(swarms, st.randoms(use_true_random=False))
+def test_the_order_of_the_records_does_not_matter(record: Build, swarm, random: Random) -> None:
+    records, round_trip = build(record, swarm, digests=True)
+
+    def outcome(records: list[ServerRecord]) -> object:
+        try:
+            return find_route(records, 0, 6, round_trip=round_trip, now=1_800_000_000.0)
+        except MissingBlocksError as error:
+            return error.blocks
+
+    shuffled = records[:]
+    random.shuffle(shuffled)
+    assert outcome(records) == outcome(shuffled)
+
+
+@given(swarms, st.integers(0, 1000))
+def test_every_route_is_a_chain_of_one_version(record: Build, swarm, seed: int) -> None:
+    records, round_trip = build(record, swarm, digests=True)
+    by_peer = {known.peer_id: known for known in records}
+    try:
+        route = find_route(records, 0, 6, round_trip=round_trip, now=1_800_000_000.0, rng=Random(seed))
+    except MissingBlocksError as error:
+        assert error.blocks
+        return
+    assert [hop.first for hop in route] + [6] == [0] + [hop.end for hop in route]
+    assert all(by_peer[hop.peer_id].span[0] <= hop.first < hop.end <= by_peer[hop.peer_id].span[1] for hop in route)
+    for one, other in itertools.combinations([by_peer[hop.peer_id] for hop in route], 2):
+        for block in range(6):
+            if one.block_digests and other.block_digests and one.holds(block) and other.holds(block):
+                assert one.block_digests[block - one.span[0]] == other.block_digests[block - other.span[0]]
+
+
+@given(swarms, st.integers(0, 1000))
+def test_load_is_spread_within_a_bound(record: Build, swarm, seed: int) -> None:
+    records, round_trip = build(record, swarm, digests=False)
+    try:
+        best = find_route(records, 0, 6, round_trip=round_trip, now=1_800_000_000.0)
+    except MissingBlocksError:
+        return
+    spread = find_route(records, 0, 6, round_trip=round_trip, now=1_800_000_000.0, rng=Random(seed))
+    times = [route_time(route, records, round_trip=round_trip) for route in (best, spread)]
+    assert times[0] <= times[1] <= SPREAD * times[0] + 1e-6
+
+
+def test_equal_servers_share_the_load(record: Build, now: float) -> None:
+    servers, rng = [record(peer) for peer in "ABC"], Random(7)
+    chosen = [find_route(servers, 0, 4, round_trip=near, now=now, rng=rng)[0].peer_id for _ in range(60)]
+    assert all(chosen.count(peer) > 10 for peer in "ABC")

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from petalnet.routing import swarm
+from petalnet.routing.records import ServerRecord
+from petalnet.routing.swarm import FIRST_PENALTY, FORGIVEN_AFTER, LONGEST_PENALTY, SwarmView, missing_blocks
+
+Build = Callable[..., ServerRecord]
+MODEL = "ab" * 32
+
+
+def peers(records: list[ServerRecord]) -> list[str]:
+    return [record.peer_id for record in records]
+
+
+def test_the_newest_record_of_a_server_stays_whichever_comes_last(record: Build, now: float) -> None:
+    view = SwarmView()
+    assert view.add(record("A", sequence=5, queue=1), now=now)
+    version = view.version
+    assert not view.add(record("A", sequence=5, queue=2), now=now)
+    assert not view.add(record("A", sequence=4, queue=3), now=now)
+    assert view.version == version
+    assert view.add(record("A", sequence=6, queue=4), now=now)
+    assert view.version > version
+    assert [found.queue for found in view.servers(MODEL, now=now)] == [4]
+
+
+def test_expired_records_do_not_count_and_go(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", expires=now + 10), now=now)
+    assert not view.add(record("B", expires=now + 10), now=now + 10)
+    assert peers(view.servers(MODEL, now=now + 9.9)) == ["A"]
+    assert view.servers(MODEL, now=now + 10) == []
+    version = view.version
+    view.expire(now + 10)
+    assert view.record("A") is None and view.version > version
+
+
+def test_a_server_that_left_is_not_brought_back_by_an_older_record(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", sequence=2, state="left"), now=now)
+    assert not view.add(record("A", sequence=1), now=now)
+    assert view.servers(MODEL, now=now) == [] and view.models(now=now) == []
+
+
+def test_servers_are_chosen_by_model_state_and_lists(record: Build, now: float) -> None:
+    view = SwarmView()
+    for peer, state in (("D", "online"), ("A", "online"), ("B", "joining"), ("C", "draining")):
+        view.add(record(peer, state=state), now=now)
+    view.add(record("E", model="other"), now=now)
+    assert peers(view.servers(MODEL, now=now)) == ["A", "D"]
+    assert peers(view.servers(now=now)) == ["A", "D", "E"]
+    assert peers(view.servers(MODEL, now=now, states=("joining", "draining"))) == ["B", "C"]
+    assert peers(view.servers(MODEL, now=now, allowed=["D", "E"])) == ["D"]
+    assert peers(view.servers(MODEL, now=now, blocked=["D"])) == ["A"]
+
+
+def test_a_failed_server_leaves_at_once_and_for_longer_each_time(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", expires=now + 3000), now=now)
+    penalties = []
+    for _ in range(9):
+        until = view.mark_failed("A", now=now)
+        assert view.servers(MODEL, now=now) == []
+        assert peers(view.servers(MODEL, now=now, include_failed=True)) == ["A"]
+        assert view.mark_failed("A", now=now + 1) == until, "the same failure, reported by somebody else"
+        penalties.append(until - now)
+        now = until
+        assert peers(view.servers(MODEL, now=now)) == ["A"]
+    assert penalties[:3] == [FIRST_PENALTY, 2 * FIRST_PENALTY, 4 * FIRST_PENALTY]
+    assert penalties == sorted(penalties) and penalties[-1] == LONGEST_PENALTY
+
+
+def test_failures_are_forgotten_after_success_and_after_a_while(now: float) -> None:
+    view = SwarmView()
+    now = view.mark_failed("A", now=now)
+    view.mark_ok("A")
+    until = view.mark_failed("A", now=now)
+    assert until - now == FIRST_PENALTY
+    later = until + FORGIVEN_AFTER
+    assert view.mark_failed("A", now=later) - later == FIRST_PENALTY
+    view.expire(later + FIRST_PENALTY + FORGIVEN_AFTER)
+    assert view.failed_until("A", now=later) is None
+
+
+def test_a_server_that_starts_anew_is_used_again_but_its_failures_count(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", sequence=1), now=now)
+    view.mark_failed("A", now=now)
+    view.add(record("A", sequence=2), now=now)
+    assert view.servers(MODEL, now=now) == [], "an announcement does not make up for a failure"
+    view.add(record("A", sequence=3, state="joining"), now=now + 1)
+    view.add(record("A", sequence=4), now=now + 2)
+    assert peers(view.servers(MODEL, now=now + 2)) == ["A"]
+    assert view.mark_failed("A", now=now + 2) - (now + 2) == 2 * FIRST_PENALTY
+
+
+def test_forget_drops_the_record_and_the_failures(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A"), now=now)
+    view.mark_failed("A", now=now)
+    view.forget("A")
+    assert view.record("A") is None and view.failed_until("A", now=now) is None
+    view.forget("A")
+
+
+def test_models_are_summed_up(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", span=(0, 4)), now=now)
+    view.add(record("B", span=(6, 12)), now=now)
+    view.add(record("C", span=(3, 7), state="joining", model_name="misnamed"), now=now)
+    view.add(record("D", model="other", model_name="big", num_blocks=4), now=now)
+    tiny, big = view.models(now=now)
+    assert (tiny.model, tiny.model_name, tiny.num_blocks, peers(list(tiny.servers))) == (MODEL, "tiny", 12, ["A", "B"])
+    assert tiny.missing == (4, 5) and big.missing == () and big.model_name == "big"
+    view.mark_failed("B", now=now)
+    assert view.missing_blocks(MODEL, 12, now=now) == [4, *range(5, 12)]
+    assert view.missing_blocks("unknown", 3, now=now) == [0, 1, 2]
+
+
+def test_made_up_peers_do_not_fill_the_memory(record: Build, now: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm, "MAX_SERVERS", 2)
+    view = SwarmView()
+    assert view.add(record("A", expires=now + 10), now=now) and view.add(record("B"), now=now)
+    assert not view.add(record("C"), now=now)
+    assert view.add(record("B", sequence=2), now=now), "known servers are always heard"
+    assert view.add(record("C"), now=now + 10), "the expired one made room"
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda span: span[0] < span[1]), max_size=5), st.integers(0, 11))
+def test_missing_blocks_agrees_with_counting(record: Build, spans: list[tuple[int, int]], first: int) -> None:
+    held = {block for a, b in spans for block in range(a, b)}
+    records = [record(f"P{index + 1}", span=span) for index, span in enumerate(spans)]
+    assert missing_blocks(records, first, 12) == [block for block in range(first, 12) if block not in held]
+
+
+class ViewMachine(RuleBasedStateMachine):
+    """Whatever is told to a view in whatever order, its answer is that of going through everything that was ever told."""
+
+    build: Build
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.view = SwarmView()
+        self.now = 1_800_000_000.0
+        self.told: list[ServerRecord] = []
+        self.failed: dict[str, float] = {}
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 20.0, 400.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def tidy(self) -> None:
+        self.view.expire(self.now)
+
+    @rule(peer=st.sampled_from("ABC"), sequence=st.integers(0, 6), state=st.sampled_from(["online", "draining"]), life=st.integers(1, 60))
+    def announce(self, peer: str, sequence: int, state: str, life: int) -> None:
+        record = ViewMachine.build(peer, sequence=sequence, state=state, issued=self.now, expires=self.now + life)
+        if self.view.add(record, now=self.now):
+            self.told = [known for known in self.told if known.peer_id != peer] + [record]
+        else:
+            assert any(known.peer_id == peer and known.sequence >= sequence and known.expires > self.now for known in self.told)
+
+    @rule(peer=st.sampled_from("ABC"))
+    def fails(self, peer: str) -> None:
+        until = self.view.mark_failed(peer, now=self.now)
+        assert FIRST_PENALTY <= until - self.now <= LONGEST_PENALTY or until == self.failed[peer]
+        self.failed[peer] = until
+
+    @rule(peer=st.sampled_from("ABC"))
+    def works(self, peer: str) -> None:
+        self.view.mark_ok(peer)
+        self.failed.pop(peer, None)
+
+    @invariant()
+    def servers_are_those_that_live_and_did_not_fail(self) -> None:
+        living = sorted(record.peer_id for record in self.told if record.state == "online" and record.expires > self.now)
+        assert peers(self.view.servers(now=self.now, include_failed=True)) == living
+        assert peers(self.view.servers(now=self.now)) == [peer for peer in living if self.failed.get(peer, 0) <= self.now]
+
+
+def test_a_view_agrees_with_its_history(record: Build) -> None:
+    ViewMachine.build = staticmethod(record)
+    run_state_machine_as_test(ViewMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
