@@ -1,0 +1,1 @@
+"""A server's work: run some consecutive blocks of a model for many clients at once."""
