@@ -1,0 +1,103 @@
+"""What a server says about itself, and when: at a steady beat, at once when its state changes, and soon when its load does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import trio
+
+from petalnet.routing.records import MAX_ROUND_TRIPS, ServerRecord
+from petalnet.routing.swarm import SwarmView
+from petalnet.version import __version__
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 15.0
+LIFETIME_S = 4 * BEAT_S
+"""A record outlives two lost beats; a server that vanished without a word is listed no longer than this."""
+LOAD_CHECK_S = 1.0
+LOAD_GAP_S = 3.0
+"""Shortest time between two announcements that only tell of load."""
+
+
+class Swarm(Protocol):
+    """Where announcements go and where the other servers are known from (a `Peering`)."""
+
+    view: SwarmView
+
+    async def announce(self, record: ServerRecord) -> int: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """What changes from second to second."""
+
+    free_kv_tokens: int
+    queue: int
+
+    def differs(self, other: Load, capacity: int) -> bool:
+        """Whether others would decide differently: a tenth of the KV capacity more or less, or a queue twice or half as long."""
+        if abs(self.free_kv_tokens - other.free_kv_tokens) * 10 > capacity:
+            return True
+        return max(self.queue, other.queue) > 2 * min(self.queue, other.queue) + 1
+
+
+@dataclass
+class Announcer:
+    """Keeps one server's record in the swarm true.
+
+    Attributes:
+        record: what is announced; its state, times, load and round trips are filled in at each announcement.
+        load: gives the present load.
+        round_trip_s: seconds to a peer, None where it is not known.
+    """
+
+    swarm: Swarm
+    record: ServerRecord
+    load: Callable[[], Load]
+    round_trip_s: Callable[[str], float | None]
+    _told: Load = field(default=Load(0, 0), init=False)
+    _told_at: float = field(default=0.0, init=False)
+
+    async def tell(self, **changes: object) -> int:
+        """Announce now, with these fields of the record changed for good; returns on how many peers the record is stored."""
+        now = time.time()
+        self._told = self.load()
+        self._told_at = trio.current_time()
+        self.record = replace(
+            self.record,
+            **changes,  # type: ignore[arg-type]
+            free_kv_tokens=self._told.free_kv_tokens,
+            queue=self._told.queue,
+            next_round_trips=self._next_round_trips(now),
+            version=__version__,
+            # The clock makes it grow over restarts too; the maximum keeps it growing where the clock was set back.
+            sequence=max(int(now * 1000), self.record.sequence + 1),
+            issued=now,
+            expires=now + LIFETIME_S,
+        )
+        return await self.swarm.announce(self.record)
+
+    async def run(self) -> None:
+        """Announce at every beat and when the load has changed, until cancelled."""
+        capacity = max(self.load().free_kv_tokens, 1)
+        while True:
+            await trio.sleep(LOAD_CHECK_S)
+            since = trio.current_time() - self._told_at
+            if since >= BEAT_S or (since >= LOAD_GAP_S and self.load().differs(self._told, capacity)):
+                await self.tell()
+
+    def _next_round_trips(self, now: float) -> tuple[tuple[str, float], ...]:
+        """Round trips to servers that hold the block after our last one, the quickest first."""
+        end = self.record.span[1]
+        others = self.swarm.view.servers(self.record.model, now=now)
+        measured = [
+            (seconds, other.peer_id)
+            for other in others
+            if other.holds(end) and other.peer_id != self.record.peer_id and (seconds := self.round_trip_s(other.peer_id)) is not None
+        ]
+        return tuple((peer_id, seconds) for seconds, peer_id in sorted(measured)[:MAX_ROUND_TRIPS])

@@ -1,0 +1,142 @@
+"""`petalnet demo`: what petalnet is about, on one machine and in under a minute."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from petalnet.demo import LocalSwarm
+
+BLOCKS = 12
+PROMPT = "ROMEO:\nWhat light is"
+
+
+@click.command("demo")
+@click.option("--prompt", default=PROMPT, show_default=repr(PROMPT), help="how the text begins")
+@click.option("--servers", default=3, show_default=True, type=click.IntRange(1, BLOCKS), help="processes that share the model's 12 blocks")
+@click.option("--max-new-tokens", default=80, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--seed", default=7, show_default=True, help="of the sampling")
+def command(prompt: str, servers: int, max_new_tokens: int, seed: int) -> None:
+    """Start a whole swarm on this machine and write text through it.
+
+    The model (12 blocks, a few MB) ships in the package. Each server is a process of its own that holds some of the blocks; this process
+    holds only the embeddings and the head. Everything is stopped and removed at the end.
+    """
+    from petalnet.demo import local_swarm
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    # The libraries of the model take seconds to import: meanwhile the servers start.
+    threading.Thread(target=_import_libraries, daemon=True).start()
+    with local_swarm() as swarm:
+        _start(swarm, servers)
+        _show_spans(swarm)
+        _generate(swarm, prompt, max_new_tokens, seed)
+        click.echo("\nThe servers stop now. A swarm of your own, one line a machine:")
+        click.echo("  petalnet node --serve 0:6        prints the command with which the next machine joins")
+
+
+def _import_libraries() -> None:
+    import petalnet.client.auto  # noqa: F401
+
+
+def _start(swarm: LocalSwarm, count: int) -> None:
+    from petalnet.demo import READY_WITHIN_S
+
+    cuts = [BLOCKS * number // count for number in range(count + 1)]
+    spans = list(zip(cuts[:-1], cuts[1:], strict=True))
+    began = time.monotonic()
+    plural = "es, each with a part" if count > 1 else " with all"
+    click.echo(f"Starting {count} server process{plural} of a model of {BLOCKS} blocks:")
+    first = swarm.launch(spans[0], [])
+    first.wait_ready(began + READY_WITHIN_S)
+    _show_ready(1, count, first.span, began)
+    for span in spans[1:]:
+        swarm.launch(span, first.loopback_addrs())
+    for number, server in enumerate(swarm.servers[1:], 2):
+        server.wait_ready(began + READY_WITHIN_S)
+        _show_ready(number, count, server.span, began)
+
+
+def _show_ready(number: int, count: int, span: tuple[int, int], began: float) -> None:
+    click.echo(f"  [{number}/{count}] blocks {span[0]}-{span[1] - 1} are online after {time.monotonic() - began:.1f} s")
+
+
+def _show_spans(swarm: LocalSwarm) -> None:
+    from petalnet.overview import span_bar
+
+    click.echo("\nWho holds what:")
+    for number, server in enumerate(swarm.servers, 1):
+        first, end = server.span
+        where = f"pid {server.process.pid}, peer …{server.ready['peer_id'][-6:]}"
+        click.echo(f"  server {number}   {span_bar(first, end, BLOCKS)}   blocks {first:>2}-{end - 1:<2}   {where}")
+    click.echo("  this one   embeddings and head only: it turns text into activations and activations into text")
+
+
+def _generate(swarm: LocalSwarm, prompt: str, max_new_tokens: int, seed: int) -> None:
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from petalnet import AutoDistributedModelForCausalLM
+    from petalnet.models.checkpoint import DEMO_MODEL
+
+    transformers_logging.set_verbosity_error()
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    peers = swarm.servers[0].loopback_addrs()
+    model = AutoDistributedModelForCausalLM.from_pretrained(str(DEMO_MODEL), initial_peers=peers, show_route=False)
+    try:
+        inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        writer = _Writer(tokenizer)
+        click.echo("\nThe text, token by token through all servers (what you gave in bold):\n")
+        model.generate(inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=40, streamer=writer)
+        click.echo(f"\n{writer.tokens} tokens, {writer.rate():.0f} tokens/s")
+        names = {server.ready["peer_id"]: f"server {number}" for number, server in enumerate(swarm.servers, 1)}
+        hops = [f"{names[hop.peer_id]} (blocks {hop.first}-{hop.end - 1})" for hop in model.transformer.h.route()]
+        click.echo(f"route of each token: embeddings here → {' → '.join(hops)} → head here")
+    finally:
+        model.close()
+
+
+class _Writer:
+    """A streamer, as `generate` calls it: writes tokens as they come and takes the time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+        self._prompt_is_next = True
+        self._first_at = self._last_at = 0.0
+        self.tokens = 0
+
+    def put(self, value: Any) -> None:
+        self._ids += value.reshape(-1).tolist()
+        # A character may need a second token: what is not whole yet waits for it.
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip("\ufffd")
+        new, self._shown = text[self._shown :], len(text)
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            click.secho(new, bold=True, nl=False)
+        else:
+            self.tokens += 1
+            self._last_at = time.monotonic()
+            self._first_at = self._first_at or self._last_at
+            click.echo(new, nl=False)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        click.echo()
+
+    def rate(self) -> float:
+        """Tokens a second after the first one."""
+        return (self.tokens - 1) / max(self._last_at - self._first_at, 1e-9)

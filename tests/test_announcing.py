@@ -1,0 +1,94 @@
+"""When a server speaks about itself, in virtual time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from petalnet.announcing import BEAT_S, LIFETIME_S, Announcer, Load
+from petalnet.routing.records import ServerRecord
+from petalnet.routing.swarm import SwarmView
+
+
+class Listener:
+    """Takes announcements in, as the swarm would."""
+
+    def __init__(self) -> None:
+        self.view = SwarmView()
+        self.heard: list[tuple[float, ServerRecord]] = []
+
+    async def announce(self, record: ServerRecord) -> int:
+        await trio.lowlevel.checkpoint()
+        self.heard.append((trio.current_time(), ServerRecord.decode(record.encode())))
+        return 1
+
+
+def make_record(peer_id: str = "A", span: tuple[int, int] = (0, 4)) -> ServerRecord:
+    now = time.time()
+    return ServerRecord(
+        peer_id=peer_id, addrs=("/ip4/127.0.0.1/tcp/1",), model="m", model_name="m", span=span, num_blocks=12,
+        state="joining", dtype="float32", sequence=0, issued=now, expires=now + 60,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def autojump_clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
+
+
+async def test_beat_and_change(autojump_clock: MockClock) -> None:
+    listener, load = Listener(), Load(1000, 0)
+    announcer = Announcer(listener, make_record(), lambda: load, lambda peer_id: None)
+    began = trio.current_time()
+    await announcer.tell(state="online")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run)
+        await trio.sleep(BEAT_S * 4 + 1)
+        assert [round(at - began) for at, _ in listener.heard] == [0, 15, 30, 45, 60]
+        load = Load(950, 1)  # nothing that anyone would act on
+        await trio.sleep(BEAT_S - 2)
+        assert len(listener.heard) == 5
+        load = Load(500, 0)
+        await trio.sleep(4)
+        assert len(listener.heard) == 6 and listener.heard[-1][1].free_kv_tokens == 500
+        nursery.cancel_scope.cancel()
+
+
+async def test_load_that_flutters_is_told_no_faster_than_the_gap(autojump_clock: MockClock) -> None:
+    listener, loads = Listener(), [Load(0, 9), Load(1000, 0)]
+
+    def load() -> Load:
+        loads.reverse()
+        return loads[0]
+
+    announcer = Announcer(listener, make_record(), load, lambda peer_id: None)
+    with trio.move_on_after(60):
+        await announcer.run()
+    times = [at for at, _ in listener.heard]
+    assert len(times) > 10 and min(b - a for a, b in zip(times, times[1:], strict=False)) >= 3
+
+
+async def test_times_and_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    announcer = Announcer(listener, make_record(), lambda: Load(5, 2), lambda peer_id: None)
+    clock = [1.7e9, 1.7e9 - 3600.0]  # set back by an hour in between
+    monkeypatch.setattr(time, "time", lambda: clock.pop(0))
+    await announcer.tell()
+    await announcer.tell(state="left")
+    first, second = (record for _, record in listener.heard)
+    assert second.sequence > first.sequence and second.state == "left"
+    assert first.expires - first.issued == LIFETIME_S and (first.free_kv_tokens, first.queue) == (5, 2)
+
+
+async def test_round_trips_to_those_who_hold_the_next_block() -> None:
+    listener = Listener()
+    for peer_id, span in {"B": (4, 8), "C": (3, 5), "D": (5, 8), "E": (4, 5)}.items():
+        record = make_record(peer_id, span)
+        listener.view.add(ServerRecord(**{name: getattr(record, name) for name in record.__slots__} | {"state": "online"}), now=time.time())
+    seconds = {"B": 0.05, "C": 0.01, "D": 0.001}
+    announcer = Announcer(listener, make_record(span=(0, 4)), lambda: Load(0, 0), seconds.get)
+    await announcer.tell()
+    assert listener.heard[0][1].next_round_trips == (("C", 0.01), ("B", 0.05))
