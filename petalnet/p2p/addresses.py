@@ -1,0 +1,125 @@
+"""Addresses of peers: multiaddrs as people type them, lists of bootstrap peers, and the addresses that a listening node has."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from multiaddr import Multiaddr
+
+from petalnet.errors import UsageError
+from petalnet.p2p.identity import public_key_bytes
+
+_HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
+_EXAMPLE = "/ip4/10.0.0.1/tcp/31330/p2p/12D3Koo…"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """A peer and one address of it.
+
+    Attributes:
+        peer_id: base58.
+        addr: the multiaddr without its /p2p/ part, such as "/ip4/10.0.0.1/tcp/31330".
+    """
+
+    peer_id: str
+    addr: str
+
+    def __str__(self) -> str:
+        return f"{self.addr}/p2p/{self.peer_id}"
+
+
+def parse_peer(multiaddr: str) -> PeerAddress:
+    """The parts of a full multiaddr. Raises UsageError, whose one line names the text, where it is none that can be dialled."""
+    text = multiaddr.strip()
+    head, mark, peer_id = text.rpartition("/p2p/")
+    if not mark:
+        raise UsageError(f"peer address {_shown(text)} lacks the peer's id at its end; it should look like {_EXAMPLE}")
+    if public_key_bytes(peer_id) is None:
+        raise UsageError(f"peer address {_shown(text)} does not end with a valid peer id; it should look like {_EXAMPLE}")
+    return PeerAddress(peer_id, parse_addr(head, whole=text))
+
+
+def parse_addr(addr: str, *, whole: str | None = None) -> str:
+    """The normal form of a TCP multiaddr without a peer id. Raises UsageError; `whole` is the text that its message names."""
+    shown = _shown(addr if whole is None else whole)
+    try:
+        parsed = Multiaddr(addr)
+        names = [protocol.name for protocol in parsed.protocols()]
+    except ValueError as error:  # every error of the multiaddr package is one
+        raise UsageError(f"{shown} is not a multiaddr; it should look like {_EXAMPLE}") from error
+    if len(names) != 2 or names[0] not in _HOSTS or names[1] != "tcp":
+        raise UsageError(f"{shown} is not a TCP address; it should look like {_EXAMPLE}")
+    return str(parsed)
+
+
+def read_peer_list(values: Sequence[str]) -> list[str]:
+    """Full multiaddrs of all peers that `values` name, in their order and each once.
+
+    A value is one multiaddr, several of them separated by commas or blanks, or `@FILE`: a file with one a line, where `#` begins a
+    comment. Raises UsageError, whose one line names the text that is wrong.
+    """
+    found: dict[str, None] = {}
+    for value in values:
+        for text in re.split(r"[,\s]+", value.strip()):
+            for entry in _read_file(Path(text[1:]).expanduser()) if text.startswith("@") else [text]:
+                if entry:
+                    found[str(parse_peer(entry))] = None
+    return list(found)
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise UsageError(f"cannot read the list of peers {path}: {reason}") from error
+    return [line.split("#", 1)[0].strip() for line in lines]
+
+
+def _shown(text: str) -> str:
+    """The text as a message may show it: one line, without control characters, of bounded length."""
+    return repr(text if len(text) <= 120 else f"{text[:119]}…")
+
+
+def reachable_addrs(addr: str) -> list[str]:
+    """The addresses under which others reach a listener bound to `addr`, those that reach farthest first.
+
+    Where it listens on every interface (0.0.0.0 or ::), that is one for each interface that is up: public and local-network
+    addresses, then loopback. Link-local addresses are left out, since a peer cannot know by which of its links to use them.
+    """
+    kind, host, port = _split(addr)
+    if kind not in ("ip4", "ip6") or not ipaddress.ip_address(host).is_unspecified:
+        return [addr]
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    families = (socket.AF_INET,) if kind == "ip4" else (socket.AF_INET6,)
+    found = {
+        ipaddress.ip_address(entry.address.partition("%")[0])
+        for name, entries in psutil.net_if_addrs().items()
+        if name in up
+        for entry in entries
+        if entry.family in families
+    }
+    usable = [ip for ip in found if not ip.is_link_local and not ip.is_multicast]
+    usable.sort(key=lambda ip: (ip.is_loopback, ip.is_private, ip.packed))
+    return [f"/{kind}/{ip}/tcp/{port}" for ip in usable]
+
+
+def _split(addr: str) -> tuple[str, str, int]:
+    """("ip4", "10.0.0.1", 31330) of "/ip4/10.0.0.1/tcp/31330"."""
+    _, kind, host, _, port = addr.split("/")
+    return kind, host, int(port)
+
+
+def listen_target(addr: str) -> tuple[str, int]:
+    """Host and port of a listening address. Raises UsageError for anything that names no interface of this machine."""
+    kind, host, port = _split(parse_addr(addr))
+    if kind not in ("ip4", "ip6"):
+        raise UsageError(f"{_shown(addr)} cannot be listened on: give an IP address, such as /ip4/0.0.0.0/tcp/31330")
+    return host, port

@@ -1,0 +1,106 @@
+"""Heartbeats: whether a connected peer is alive, and how far away it is.
+
+A machine that froze or lost its network leaves its connections standing for minutes. So each side pings the other, and after three
+pings without an answer the connection is given up. While a large message keeps a slow link busy, its bytes count as a sign of life.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from petalnet.errors import PetalnetError, ProtocolError, UnsupportedError
+from petalnet.p2p.messages import Ping, Pong
+from petalnet.p2p.streams import Stream
+
+INTERVAL_S = 2.0
+"""Seconds between heartbeats, and the most that an answer may take."""
+MAX_MISSED = 3
+"""Pings in a row without an answer after which a peer is dead. A stall of our own costs one at most, however long it was."""
+CROWD = 50
+"""Peers beyond which heartbeats are spread, so that a well-connected node does not spend itself on them (25 pings a second)."""
+_KEPT = 8
+
+
+class Heartbeat:
+    """The watch over one connected peer.
+
+    Attributes:
+        peer_id: the peer.
+        dead: True once it has not answered `MAX_MISSED` times in a row.
+    """
+
+    def __init__(self, peer_id: str) -> None:
+        self.peer_id = peer_id
+        self.dead = False
+        self._scope = trio.CancelScope()
+        self._round_trips: deque[float] = deque(maxlen=_KEPT)
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """The shortest of the last round trips in seconds: the longer ones tell of load, not of distance."""
+        return min(self._round_trips, default=None)
+
+    def stop(self) -> None:
+        """End the watch."""
+        self._scope.cancel()
+
+    async def run(self, open_ping: Callable[[], Awaitable[Stream]], *, last_heard: Callable[[], float], peers: Callable[[], int]) -> None:
+        """Ping the peer until it is dead, `stop` is called, or it turns out not to know heartbeats.
+
+        Args:
+            open_ping: opens a stream for pings; raises a PetalnetError where the peer is not there.
+            last_heard: the trio time at which anything last came from the peer.
+            peers: how many peers are watched altogether.
+        """
+        stream: Stream | None = None
+        missed = 0
+        with self._scope:
+            try:
+                while missed < MAX_MISSED:
+                    began = trio.current_time()
+                    with trio.move_on_after(INTERVAL_S) as scope:
+                        try:
+                            stream = stream or await open_ping()
+                            self._round_trips.append(await _ping(stream))
+                            missed = 0
+                        except UnsupportedError:
+                            return
+                        except PetalnetError:
+                            stream = await _drop(stream)
+                            missed += 1
+                    if scope.cancelled_caught:
+                        stream = await _drop(stream)  # what it still answers is for a ping that is over
+                        missed = 0 if last_heard() >= began else missed + 1
+                    crowded = max(1.0, peers() / CROWD)
+                    await trio.sleep_until(began + INTERVAL_S * (crowded if not missed else 1.0) * random.uniform(0.9, 1.1))
+                self.dead = True
+            finally:
+                await _drop(stream)
+
+
+async def _ping(stream: Stream) -> float:
+    """One round trip in seconds."""
+    ping = Ping(random.getrandbits(62))
+    began = trio.current_time()
+    await stream.send(ping)
+    answer = await stream.receive()
+    if not isinstance(answer, Pong) or answer.nonce != ping.nonce:
+        raise ProtocolError(f"peer {stream.peer_id} answered a ping with {type(answer).__name__}", stream.peer_id)
+    return trio.current_time() - began
+
+
+async def _drop(stream: Stream | None) -> None:
+    if stream is not None:
+        await stream.reset()
+
+
+async def serve_ping(stream: Stream) -> None:
+    """Answer pings."""
+    while (message := await stream.receive()) is not None:
+        if not isinstance(message, Ping):
+            raise UnsupportedError(f"{stream.protocol.id} takes pings only")
+        await stream.send(Pong(message.nonce))

@@ -1,0 +1,456 @@
+"""A node's place in the network: it listens, dials, serves protocols, opens streams, and notices when a peer is gone.
+
+    async with open_host(Identity.generate(), listen=["/ip4/0.0.0.0/tcp/31330"]) as host:
+        host.serve(FORWARD, handle_forward)
+        stream = await host.open_stream(peer_id, FORWARD, addrs=["/ip4/10.0.0.1/tcp/31330"])
+
+What lies beneath is libp2p. No peer can end a node by what it sends: whatever goes wrong on a stream ends that stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+from libp2p.abc import IMuxedConn, INetConn, INetStream, INetwork, INotifee
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.exceptions import StreamFailure
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.stream.net_stream import NetStream
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.protocol_muxer.exceptions import MultiselectClientError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from multiaddr import Multiaddr
+
+from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, PetalnetError, ServerError, UnsupportedError, UsageError
+from petalnet.p2p.addresses import parse_addr, reachable_addrs
+from petalnet.p2p.heartbeat import Heartbeat, serve_ping
+from petalnet.p2p.identity import Identity, public_key_bytes
+from petalnet.p2p.libp2p_host import NEGOTIATION_TIMEOUT_S, Libp2pHost, finish_stream
+from petalnet.p2p.messages import Error
+from petalnet.p2p.protocols import PING, Protocol
+from petalnet.p2p.quiet import tame_logging
+from petalnet.p2p.security import NoiseSession
+from petalnet.p2p.streams import Stream
+from petalnet.p2p.transport import is_address_in_use
+
+logger = logging.getLogger(__name__)
+tame_logging()
+
+CONNECT_TIMEOUT_S = 10.0
+DIAL_STAGGER_S = 0.25
+"""Seconds after which the next address of a peer is tried beside the ones that have not answered yet (RFC 8305)."""
+MAX_DIAL_ADDRS = 16
+ADDRS_LIFETIME_S = 3600
+CLOSE_TIMEOUT_S = 0.5
+
+Handler = Callable[[Stream], Awaitable[None]]
+
+
+class Host:
+    """A running host; made by `open_host`.
+
+    Attributes:
+        identity: who this node is.
+        peer_id: its peer id, base58.
+        addrs: full multiaddrs (ending in /p2p/…) at which others reach it, those that reach farthest first; empty where it only dials.
+        libp2p: the host beneath; for the other modules of this package only.
+    """
+
+    def __init__(self, identity: Identity, nursery: trio.Nursery, announce: Sequence[str]) -> None:
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self._announce = list(announce)
+        self._plain_addrs: list[str] = []
+        self.libp2p = Libp2pHost(identity, opener=self._open_for_libp2p, addrs=lambda: self._plain_addrs)
+        self._nursery = nursery
+        self._heartbeats: dict[str, Heartbeat] = {}
+        self._lost_callbacks: list[Callable[[str], None]] = []
+        self._found_callbacks: list[Callable[[str], None]] = []
+        self._dialling: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self.libp2p.swarm.register_notifee(_Notifee(self))
+        self.serve(PING, serve_ping)
+
+    @property
+    def addrs(self) -> list[str]:
+        return [f"{addr}/p2p/{self.peer_id}" for addr in self._plain_addrs]
+
+    def serve(self, protocol: Protocol, handler: Callable[[Stream], Awaitable[None]]) -> None:
+        """Run `handler` for each stream of `protocol` that a peer opens, from now on.
+
+        The stream is closed when the handler returns. A PetalnetError that it raises is told to the peer; any other exception is
+        logged, and the peer learns only that there was one.
+        """
+        counts: defaultdict[str, int] = defaultdict(int)
+
+        async def run(raw: INetStream) -> None:
+            if not isinstance(raw, NetStream):
+                raise TypeError(f"libp2p gave a {type(raw).__name__} for a stream")
+            peer_id = str(raw.muxed_conn.peer_id)
+            stream = Stream(raw, peer_id, protocol, served=True, on_lost=lambda: self._check_peer(peer_id), on_done=_leave)
+            if counts[peer_id] >= protocol.max_streams_per_peer or sum(counts.values()) >= protocol.max_streams:
+                await _tell(stream, BusyError(f"too many streams of {protocol.id} are open"))
+                return
+            counts[peer_id] += 1
+            try:
+                await _serve_stream(stream, handler)
+            finally:
+                counts[peer_id] -= 1
+                if not counts[peer_id]:
+                    del counts[peer_id]
+
+        self.libp2p.set_stream_handler(TProtocol(protocol.id), run)
+
+    async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Make sure that there is a connection to the peer.
+
+        Args:
+            peer_id: the peer, base58; whoever answers at an address has to prove that it is this one.
+            addrs: multiaddrs to try, beside those that are known from before; a /p2p/ part at their end is allowed.
+            timeout_s: seconds for all of it.
+        Raises:
+            PeerUnreachable: none of the addresses answered as that peer in time, or none is known.
+        """
+        await self._connection(peer_id, addrs, timeout_s)
+
+    async def open_stream(
+        self, peer_id: str, protocol: Protocol, *, addrs: Sequence[str] = (), timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Stream:
+        """A new stream to a peer, which is connected to where it is not yet; arguments as in `connect`.
+
+        Raises:
+            PeerUnreachable: there is no connection and none can be made, or the peer does not answer in time.
+            UnsupportedError: the peer does not serve the protocol.
+        """
+        try:
+            with trio.fail_after(timeout_s):
+                raw = await self._new_stream(peer_id, [TProtocol(protocol.id)], addrs, timeout_s)
+        except trio.TooSlowError:
+            raise PeerUnreachable(f"peer {peer_id} did not open a stream of {protocol.id} within {timeout_s:g} s", peer_id) from None
+        return Stream(raw, peer_id, protocol, served=False, on_lost=lambda: self._check_peer(peer_id), on_done=self._finish)
+
+    def connected_peers(self) -> list[str]:
+        """Ids of the peers to which there is a live connection."""
+        return [str(peer) for peer in self.libp2p.swarm.connections if self._live_connection(peer) is not None]
+
+    def is_connected(self, peer_id: str) -> bool:
+        """Whether there is a live connection to the peer."""
+        return self._live_connection(_id(peer_id)) is not None
+
+    def round_trip_s(self, peer_id: str) -> float | None:
+        """The round trip to a connected peer in seconds (the least of the last heartbeats), or None where it is not known yet."""
+        heartbeat = self._heartbeats.get(peer_id)
+        return None if heartbeat is None else heartbeat.round_trip_s
+
+    async def disconnect(self, peer_id: str) -> None:
+        """End all connections to a peer at once; streams on them raise PeerLost."""
+        for connection in list(self.libp2p.swarm.connections.get(_id(peer_id), [])):
+            await _abort(connection.muxed_conn)
+        self._check_peer(peer_id)
+
+    def known_addrs(self, peer_id: str) -> list[str]:
+        """Addresses of a peer (without /p2p/) that are known from being given, from dialling or from what other peers say."""
+        try:
+            found = self.libp2p.get_peerstore().addrs(_id(peer_id))
+        except PeerStoreError:
+            return []
+        return list(dict.fromkeys(str(addr).partition("/p2p/")[0] for addr in found))
+
+    def on_peer_lost(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(peer_id)` whenever the last connection to a peer is gone, be it closed, broken or silent."""
+        self._lost_callbacks.append(callback)
+
+    def on_peer_found(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(peer_id)` whenever there is a first connection to a peer, whoever dialled."""
+        self._found_callbacks.append(callback)
+
+    # ---- dialling
+
+    def _live_connection(self, peer: ID) -> SwarmConn | None:
+        """The newest connection to a peer that is still good: where there are several, an older one may be left from its former life."""
+        for connection in reversed(self.libp2p.swarm.connections.get(peer, [])):
+            if isinstance(connection, SwarmConn) and not connection.is_closed and connection.muxed_conn.is_established:
+                return connection
+        return None
+
+    async def _connection(self, peer_id: str, addrs: Sequence[str], timeout_s: float) -> SwarmConn:
+        peer = _id(peer_id)
+        if peer_id == self.peer_id:
+            raise PeerUnreachable("this node does not connect to itself", peer_id)
+        connection = self._live_connection(peer)
+        if connection is not None:
+            return connection
+        lock = self._dialling[peer_id]
+        try:
+            with trio.fail_after(timeout_s):
+                async with lock:
+                    return self._live_connection(peer) or await self._dial(peer, peer_id, addrs)
+        except trio.TooSlowError:
+            tried = ", ".join(self._candidates(peer_id, addrs)) or "no address"
+            raise PeerUnreachable(f"peer {peer_id} did not answer within {timeout_s:g} s (tried {tried})", peer_id) from None
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._dialling.pop(peer_id, None)
+
+    def _candidates(self, peer_id: str, addrs: Sequence[str]) -> list[str]:
+        given = [addr.partition("/p2p/")[0] for addr in addrs]
+        return [addr for addr in dict.fromkeys((*given, *self.known_addrs(peer_id))) if _is_dialable(addr)][:MAX_DIAL_ADDRS]
+
+    async def _dial(self, peer: ID, peer_id: str, addrs: Sequence[str]) -> SwarmConn:
+        """Try the addresses one after the other, each a little after the one before; the first that answers as the peer wins."""
+        candidates = self._candidates(peer_id, addrs)
+        if not candidates:
+            raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
+        self.libp2p.swarm.unblock_peer(peer)
+        failures: dict[str, str] = {}
+        won: list[SwarmConn] = []
+
+        async def dial(addr: str, over: trio.Event) -> None:
+            try:
+                connection = await self.libp2p.swarm.dial_addr(Multiaddr(addr), peer)
+            except (BaseLibp2pError, OSError) as error:
+                failures[addr] = _reason(error)
+            else:
+                if isinstance(connection, SwarmConn):
+                    won.append(connection)
+                    self.libp2p.get_peerstore().add_addrs(peer, [Multiaddr(addr)], ADDRS_LIFETIME_S)
+                    nursery.cancel_scope.cancel()
+            finally:
+                over.set()
+
+        async with trio.open_nursery() as nursery:
+            for addr in candidates:
+                over = trio.Event()
+                nursery.start_soon(dial, addr, over)
+                with trio.move_on_after(DIAL_STAGGER_S):
+                    await over.wait()
+        if won:
+            return won[0]
+        connection = self._live_connection(peer)  # it may have dialled us meanwhile
+        if connection is not None:
+            return connection
+        raise PeerUnreachable(f"cannot reach peer {peer_id}: {'; '.join(f'{addr}: {why}' for addr, why in failures.items())}", peer_id)
+
+    async def _new_stream(self, peer_id: str, protocols: Sequence[TProtocol], addrs: Sequence[str], timeout_s: float) -> NetStream:
+        for again in (True, False):
+            connection = await self._connection(peer_id, addrs, timeout_s)
+            raw: NetStream | None = None
+            try:
+                raw = await connection.new_stream()
+                negotiation = MultiselectCommunicator(raw)
+                raw.set_protocol(await self.libp2p.multiselect_client.select_one_of(protocols, negotiation, int(NEGOTIATION_TIMEOUT_S)))
+                return raw
+            except (BaseLibp2pError, OSError, UnicodeDecodeError) as error:
+                if raw is not None:
+                    await raw.reset()
+                if connection.muxed_conn.is_established:  # the peer is there and says no
+                    wanted = ", ".join(protocols)
+                    if isinstance(error, MultiselectClientError) and "not supported" in str(error):
+                        raise UnsupportedError(f"peer {peer_id} does not serve {wanted}", peer_id) from error
+                    raise PeerUnreachable(f"peer {peer_id} opened no stream of {wanted}: {_reason(error)}", peer_id) from error
+                self._check_peer(peer_id)
+                if not again:
+                    raise PeerUnreachable(f"the connection to peer {peer_id} broke: {_reason(error)}", peer_id) from error
+            except trio.Cancelled:
+                if raw is not None:
+                    with trio.CancelScope(shield=True):
+                        await raw.reset()
+                raise
+        raise PeerUnreachable(f"the connection to peer {peer_id} broke twice", peer_id)
+
+    async def _open_for_libp2p(self, peer: ID, protocols: Sequence[TProtocol]) -> NetStream:
+        """Streams for libp2p's own protocols, with the exceptions that they expect."""
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT_S):
+                return await self._new_stream(str(peer), protocols, (), CONNECT_TIMEOUT_S)
+        except (trio.TooSlowError, PetalnetError) as error:
+            raise StreamFailure(f"no stream to {peer}: {error}") from error
+
+    # ---- peers that come and go
+
+    def _check_peer(self, peer_id: str) -> None:
+        """Start or stop what depends on whether the peer is connected, and tell those who want to know."""
+        connected, known = self.is_connected(peer_id), peer_id in self._heartbeats
+        if connected and not known:
+            self._heartbeats[peer_id] = heartbeat = Heartbeat(peer_id)
+            self._nursery.start_soon(self._keep_watch, heartbeat)
+            for callback in self._found_callbacks:
+                callback(peer_id)
+        elif known and not connected:
+            self._heartbeats.pop(peer_id).stop()
+            logger.debug("peer %s is gone", peer_id)
+            for callback in self._lost_callbacks:
+                callback(peer_id)
+
+    async def _keep_watch(self, heartbeat: Heartbeat) -> None:
+        """Until the peer is gone or does not answer; then see to it that it is gone."""
+        peer_id = heartbeat.peer_id
+
+        async def open_ping() -> Stream:
+            if not self.is_connected(peer_id):
+                raise PeerLost(f"peer {peer_id} is not connected", peer_id)
+            return await self.open_stream(peer_id, PING)
+
+        await heartbeat.run(open_ping, last_heard=lambda: self._last_heard(peer_id), peers=lambda: len(self._heartbeats))
+        if heartbeat.dead:
+            logger.info("peer %s does not answer any more", peer_id)
+            await self.disconnect(peer_id)
+
+    def _last_heard(self, peer_id: str) -> float:
+        """Trio time at which any byte last came from the peer."""
+        sessions = [connection.muxed_conn.secured_conn for connection in self.libp2p.swarm.connections.get(_id(peer_id), [])]  # type: ignore[attr-defined]
+        return max((session.last_heard for session in sessions if isinstance(session, NoiseSession)), default=float("-inf"))
+
+    def _finish(self, raw: NetStream) -> None:
+        self._nursery.start_soon(finish_stream, raw)
+
+    async def _close(self) -> None:
+        """Say goodbye to all peers, at once."""
+        self._lost_callbacks.clear()
+        with trio.CancelScope(shield=True):
+            connections = [connection for found in self.libp2p.swarm.connections.values() for connection in found]
+            with trio.move_on_after(CLOSE_TIMEOUT_S):
+                async with trio.open_nursery() as nursery:
+                    for connection in connections:
+                        nursery.start_soon(connection.close)
+            for connection in connections:
+                await _abort(connection.muxed_conn)
+
+    def _set_addrs(self) -> None:
+        listened = [parse_addr(str(addr)) for addr in self.libp2p.get_transport_addrs()]
+        self._plain_addrs = list(dict.fromkeys(self._announce or [known for addr in listened for known in reachable_addrs(addr)]))
+
+
+class _Notifee(INotifee):
+    """Tells the host of connections that come and go."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        self._host._check_peer(str(conn.muxed_conn.peer_id))
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        self._host._check_peer(str(conn.muxed_conn.peer_id))
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        """Streams are watched by those who hold them."""
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        """Streams are watched by those who hold them."""
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Addresses are worked out once all are bound."""
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """A host listens until it ends."""
+
+
+@asynccontextmanager
+async def open_host(identity: Identity, *, listen: Sequence[str] = (), announce: Sequence[str] = ()) -> AsyncIterator[Host]:
+    """A host that runs as long as the context is open.
+
+    Args:
+        identity: who it is.
+        listen: multiaddrs to listen on; port 0 means any free one. None at all: it only dials.
+        announce: multiaddrs to tell others, in place of those that are listened on.
+    Raises:
+        AddressInUse: another program listens on one of the addresses.
+        UsageError: one of the addresses is malformed or is none of this machine's.
+    """
+    wanted = [parse_addr(addr) for addr in listen]
+    announced = [parse_addr(addr.partition("/p2p/")[0], whole=addr) for addr in announce]
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        host = Host(identity, nursery, announced)
+        try:
+            await nursery.start(_run_libp2p, host.libp2p, wanted)
+            for addr, error in host.libp2p.transport.failures.items():
+                raise _listen_error(addr, error) from error
+            host._set_addrs()
+            yield host
+        except Exception as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
+            failure = error
+        finally:
+            await host._close()
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _run_libp2p(libp2p: Libp2pHost, listen: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async with libp2p.run([Multiaddr(addr) for addr in listen]):
+        task_status.started()
+        await trio.sleep_forever()
+
+
+def _listen_error(addr: str, error: OSError) -> UsageError:
+    if is_address_in_use(error):
+        return AddressInUse(f"cannot listen on {addr}: another program uses this port")
+    return UsageError(f"cannot listen on {addr}: {error.strerror or error}")
+
+
+async def _serve_stream(stream: Stream, handler: Handler) -> None:
+    """Run a handler on a stream and end the stream as its outcome asks."""
+    try:
+        await handler(stream)
+    except PeerLost as error:
+        logger.debug("%s: %s", stream.protocol.id, error)
+        await stream.reset()
+    except PetalnetError as error:
+        logger.debug("%s with peer %s: %s", stream.protocol.id, stream.peer_id, error)
+        await _tell(stream, error)
+    except Exception:
+        logger.exception("the handler of %s failed on a stream of peer %s", stream.protocol.id, stream.peer_id)
+        await _tell(stream, ServerError("internal error"))
+    except BaseException:
+        await stream.reset()
+        raise
+    else:
+        await stream.close()
+
+
+async def _tell(stream: Stream, error: PetalnetError) -> None:
+    """Send an error and close, as far as the peer lets us."""
+    with trio.move_on_after(1):
+        try:
+            await stream.send(Error.of(error))
+        except PeerLost as lost:
+            logger.debug("%s", lost)
+    await stream.close()
+
+
+def _leave(raw: NetStream) -> None:
+    """A served stream is finished by the guard, once its handler has returned."""
+
+
+async def _abort(connection: IMuxedConn) -> None:
+    session = connection.secured_conn  # type: ignore[attr-defined]
+    if isinstance(session, NoiseSession):
+        await session.abort()
+
+
+def _id(peer_id: str) -> ID:
+    if public_key_bytes(peer_id) is None:
+        raise UsageError(f"{peer_id[:80]!r} is not a peer id")
+    return ID.from_string(peer_id)
+
+
+def _is_dialable(addr: str) -> bool:
+    try:
+        parse_addr(addr)
+    except UsageError:
+        return False
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause of an error in a few words."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
