@@ -109,5 +109,7 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
 fi
 
 pip install -c constraints.txt --build-constraint constraints.txt -e '.[dev]'
+# trio-typing, which a dependency of libp2p brings, has stubs of an old trio that hide trio's own types from type checkers.
+rm -rf "$venv"/lib/python*/site-packages/trio-stubs
 fingerprint > "$stamp"
 say "$venv is ready"
