@@ -1,0 +1,246 @@
+"""Any decoder of `transformers`, with its layers in a swarm.
+
+`distributed_class(BloomForCausalLM)` is a subclass of the library's class, made once for each. Its models are the library's, with two
+changes: the list of layers is a `RemoteSequential`, and the class of the module that runs that list (the backbone) is the distributed
+version of its own, whose `forward` tells the list what the library does not tell its layers: the padding mask, positions, the session.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from petalnet.client.cache import SessionCache
+from petalnet.client.generation import DistributedGeneration, refuse_attentions
+from petalnet.client.remote import RemoteSequential
+from petalnet.client.session import InferenceSession, as_mask
+from petalnet.errors import ModelError
+
+IMPLICIT_MAX_LENGTH = 2048
+"""KV entries of a session that is opened because `forward` was called with use_cache=True, where the model allows as many."""
+
+
+class DistributedModel(DistributedGeneration):
+    """What every distributed model has beside what the library's class gives it."""
+
+    layers_name: str | None = None
+    """Name of the attribute that holds the remote list, in the module whose `forward` runs it; None in all others."""
+    library_class: type[PreTrainedModel]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load the embeddings, the norm and the head of a model, and join the swarm that serves its blocks.
+
+        Args:
+            pretrained_model_name_or_path: a hub id, or a folder in Hugging Face format.
+            config: a configuration to use in place of the model's; it may carry the settings below as attributes.
+            initial_peers: bootstrap multiaddrs; without them the environment, the configuration file, a client daemon on this machine.
+            dtype: of the local part (`torch_dtype` means the same); None or "auto" for the checkpoint's.
+            allowed_servers, blocked_servers, request_timeout, connect_timeout, max_retries, show_route, …: see `ClientSettings`.
+            revision, token, cache_dir: as `huggingface_hub` understands them.
+            others: attributes of the configuration to change, e.g. num_labels.
+        Raises:
+            NoSwarmError: no bootstrap peers were given or found.
+            ModelError: the model cannot be read, or is not of this class's family.
+        """
+        from petalnet.client.loading import load_model
+
+        return load_model(cls.library_class, pretrained_model_name_or_path, config=config, **kwargs)
+
+    @property
+    def remote_blocks(self) -> RemoteSequential | None:
+        """The list of remote blocks; None in a model that was not loaded by `from_pretrained`."""
+        return next((module for module in self.modules() if isinstance(module, RemoteSequential)), None)  # type: ignore[attr-defined]
+
+    def inference_session(self, *, max_length: int) -> InferenceSession:
+        """A KV cache on the servers, for several calls of `generate`; see `InferenceSession`.
+
+        Args:
+            max_length: the most tokens of a row, all calls together.
+        """
+        blocks = self.remote_blocks
+        if blocks is None:
+            raise ValueError("this model has no remote blocks: load it with from_pretrained")
+        return blocks.inference_session(max_length=max_length)
+
+    def close(self) -> None:
+        """Leave the swarm. Copies of the model share the connection and cannot be used any more either."""
+        blocks = self.remote_blocks
+        if blocks is not None:
+            blocks.target.swarm.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@functools.cache
+def distributed_class(library_class: type[PreTrainedModel]) -> Any:
+    """The distributed version of a model class of the library; of a distributed class, itself."""
+    if issubclass(library_class, DistributedModel):
+        return library_class
+    name = f"Distributed{library_class.__name__}"
+    attributes = {
+        "library_class": library_class,
+        "forward": _wrap_forward(library_class.forward),
+        "__doc__": f"`transformers.{library_class.__name__}` whose blocks run on the servers of a swarm.",
+        "__module__": "petalnet.client.families",  # where such a name is found again
+    }
+    return type(name, (DistributedModel, library_class), attributes)
+
+
+def distribute(model: PreTrainedModel, path: str, blocks: RemoteSequential) -> None:
+    """Put remote blocks in the place of a model's list of layers, which is at the dotted `path`."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    blocks.__dict__["template"] = getattr(owner, name)[0]
+    setattr(owner, name, blocks)
+    owner.__class__ = distributed_class(type(owner))
+    owner.layers_name = name
+
+
+def settle_layer_form(model: nn.Module) -> None:
+    """Find out whether the model's `forward` expects a tensor of a layer, or (in old families) a tuple.
+
+    Its own forward is run once over two tokens and a list that gives back what it gets.
+
+    Raises:
+        ModelError: neither works, so the model runs its layers in a way that a remote list cannot follow.
+    """
+    owner = next(module for module in model.modules() if getattr(module, "layers_name", None) is not None)
+    blocks: RemoteSequential = owner._modules[owner.layers_name]  # type: ignore[index,assignment]
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=next(owner.parameters()).device)
+    seen = ""
+    for returns_tuple in (False, True):
+        blocks.__dict__["returns_tuple"] = returns_tuple
+        try:
+            with torch.no_grad(), blocks.as_one_layer(lambda hidden: [hidden]) as opened:
+                output = _library_forward(owner)(owner, input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+        except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+            seen = f"{type(error).__name__}: {error}"
+            continue
+        if opened.outputs and output.shape == opened.outputs[-1].shape:
+            return
+        seen = f"its output has the shape {list(output.shape)}"
+    raise ModelError(f"{type(model).__name__} does not run its layers as a plain list ({seen})")
+
+
+def _library_forward(module: nn.Module) -> Callable[..., Any]:
+    return type(module).library_class.forward  # type: ignore[attr-defined,no-any-return]
+
+
+def _wrap_forward(library_forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(library_forward).parameters)[1:]
+
+    # The library looks at the signature to decide what it may pass; `wraps` shows it the original one.
+    @functools.wraps(library_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.layers_name is None:
+            return library_forward(self, *args, **kwargs)
+        call = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+        return _run_backbone(self, self._modules[self.layers_name], library_forward, call)
+
+    return forward
+
+
+def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The library's `forward` around remote blocks."""
+    config = model.config
+    refuse_attentions(call.get("output_attentions"), config)
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    if ids is not None:
+        check_ids(ids, model.get_input_embeddings())
+    given = ids if ids is not None else embeds
+    if given is None:
+        raise ValueError("input_ids or inputs_embeds are needed")
+    rows, new = given.shape[:2]
+    session = _session_of(model, blocks, call)
+    mask, position_ids = call.get("attention_mask"), call.get("position_ids")
+    start = 0 if session is None else session.position
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            raise ValueError("attention_mask must be a tensor of the shape [rows, length]")
+        if session is not None and start and mask.shape[1] == new:
+            # Only the new tokens' mask: the library wants it to cover what is cached as well.
+            earlier = session.known_mask(start)
+            earlier = torch.ones(rows, start, dtype=torch.bool) if earlier is None else earlier
+            mask = call["attention_mask"] = torch.cat([earlier, as_mask(mask, rows)], dim=1).to(mask.device)
+    wanted = call.get("output_hidden_states")
+    wanted = config.output_hidden_states if wanted is None else wanted
+    all_hidden = wanted is not False and wanted is not None
+    return_dict = call.get("return_dict")
+    return_dict = config.return_dict if return_dict is None else return_dict
+
+    def run(hidden: torch.Tensor) -> list[torch.Tensor]:
+        if session is not None:
+            return session.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden)
+        return blocks.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden)
+
+    call.update(
+        past_key_values=None if session is None else call.get("past_key_values") or session.cache,
+        use_cache=session is not None,
+        output_hidden_states=False,
+        return_dict=True,
+    )
+    with blocks.as_one_layer(run) as opened:
+        outputs = library_forward(model, **call)
+    if session is not None and ids is not None:
+        session.note_tokens(ids, start)
+    if all_hidden:
+        outputs.hidden_states = _boundaries(opened.outputs, outputs.last_hidden_state, wanted, config)
+    return outputs if return_dict else outputs.to_tuple()
+
+
+def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, Any]) -> InferenceSession | None:
+    """The session in which a call of `forward` runs: that of its cache, the one that is open around it, or one of its own.
+
+    A call that needs gradients has none unless it was given one.
+    """
+    cache = call.get("past_key_values")
+    if isinstance(cache, SessionCache):
+        return cache.session
+    if cache is not None:
+        raise ValueError(
+            "past_key_values must be what this model returned, since its KV cache lies on servers: use forward(use_cache=True) or a session"
+        )
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    ambient = blocks.active_session()
+    if ambient is not None or not call.get("use_cache"):
+        return ambient
+    longest = getattr(model.config, "max_position_embeddings", None) or IMPLICIT_MAX_LENGTH
+    return blocks.inference_session(max_length=min(longest, IMPLICIT_MAX_LENGTH))
+
+
+def _boundaries(
+    outputs: list[torch.Tensor], last: torch.Tensor, wanted: bool | int | list[int], config: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """Hidden states as the library returns them: before each block and after the last, that one with the final norm applied."""
+    boundaries = [*outputs[:-1], outputs[-1] if getattr(config, "tie_last_hidden_states", None) is False else last]
+    if isinstance(wanted, bool):
+        return tuple(boundaries)
+    count = len(boundaries)
+    chosen = {index % count for index in ([wanted] if isinstance(wanted, int) else wanted) if -count <= index < count}
+    return tuple(boundary if index in chosen else None for index, boundary in enumerate(boundaries))
+
+
+def check_ids(ids: torch.Tensor, embeddings: nn.Module) -> None:
+    """Raises ValueError where ids are not int [rows, length] or one is outside of the vocabulary."""
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids must be integers of the shape [rows, length]; got {ids.dtype} {list(ids.shape)}")
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is None or ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise ValueError(f"token id {low if low < 0 else high} is outside of the vocabulary of {size} tokens")
+
+

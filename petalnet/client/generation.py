@@ -1,0 +1,214 @@
+"""`generate` over a session.
+
+The library's own `generate` does the work; what is decided here is which session holds the keys and values, and what the library is told
+about a session that goes on. It is given all ids and masks so far, for the logits processors and its length rules, and skips what the
+cache has. It gives them back; the caller gets only the new inputs and the new tokens.
+
+Entries: n new tokens take n - 1 entries beside those of the inputs, since the last token is only returned. It is computed first when the
+session goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import ModelOutput
+
+from petalnet.client.cache import SessionCache
+from petalnet.client.session import InferenceSession, as_mask
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+DEFAULT_NEW_TOKENS = 20
+"""What the library generates when no length is given."""
+
+
+class DistributedGeneration:
+    """The part of a distributed model that generates; before the library's class in the order of bases."""
+
+    # The library evaluates the annotations of its models' classes, so these may name nothing that is imported for type checkers only.
+    remote_blocks: Any
+    generation_config: Any
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        session: InferenceSession | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`transformers`' generate, through the swarm.
+
+        Args:
+            inputs: int64 [rows, length]; in a session that has tokens already, only the new ones, or None to go on from the last token.
+            session: the session to go on in; without it the one whose `with` block is open in this thread, else one for this call alone.
+
+        `max_length`, where it is given instead of `max_new_tokens`, counts all tokens of the session.
+
+        Returns:
+            as the library; the rows hold `inputs` and the new tokens.
+        Raises:
+            ValueError: the session's max_length is too small for what was asked, and other wrong arguments; nothing was sent.
+            MissingBlocksError, ServerError: the swarm has no server for a block, or lost one in mid-answer.
+        """
+        blocks = self.remote_blocks
+        if blocks is None:
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+        refuse_attentions(kwargs.get("output_attentions"), generation_config, self.generation_config)
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        elif kwargs.get("input_ids") is not None:
+            raise ValueError("give the input ids once: as inputs or as input_ids")
+        kwargs.pop("input_ids", None)
+        session = self._named_session(session, kwargs.pop("past_key_values", None)) or blocks.active_session()
+        plan = _Plan(self, inputs, generation_config, kwargs)  # type: ignore[arg-type]
+        if session is not None:
+            return self._generate_in(session, plan, generation_config, args, kwargs)
+        session = blocks.inference_session(max_length=max(plan.total_length(0) - 1, 1))
+        try:
+            return self._generate_in(session, plan, generation_config, args, kwargs)
+        finally:
+            session.close("its answer is complete")
+
+    def _named_session(self, session: InferenceSession | None, cache: Any) -> InferenceSession | None:
+        if cache is None:
+            return session
+        if not isinstance(cache, SessionCache) or (session is not None and cache.session is not session):
+            raise ValueError("past_key_values must be what a distributed model returned; to keep a KV cache between calls, pass session=")
+        return cache.session
+
+    def _generate_in(
+        self,
+        session: InferenceSession,
+        plan: _Plan,
+        generation_config: GenerationConfig | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        before = session.known_tokens(plan.filler)
+        length_before = 0 if before is None else before.shape[1]
+        inputs = plan.inputs
+        if before is not None:
+            before = before.to(plan.device)
+            if plan.has_embeds:
+                raise ValueError("inputs_embeds can only begin a session; give its next tokens as ids")
+            if inputs is not None and inputs.shape[0] != before.shape[0]:
+                raise ValueError(f"the session holds {before.shape[0]} rows and was given {inputs.shape[0]}")
+            kwargs["attention_mask"] = plan.whole_mask(session, before)
+            inputs = before if inputs is None else torch.cat([before, inputs], dim=1)
+        total = plan.total_length(length_before)
+        if total - 1 > session.max_length:
+            raise ValueError(
+                f"an answer of {total} tokens takes {total - 1} KV entries, more than the session's max_length of {session.max_length}"
+            )
+        if inputs is not None and inputs.shape[1] == session.position > 0:
+            session.position -= 1  # its last token's logits are needed again
+        if session.position and plan.copies > 1:
+            session.reorder(torch.arange(session.rows or 1).repeat_interleave(plan.copies))
+        if kwargs.get("streamer") is not None and length_before:
+            kwargs["streamer"] = _TailStreamer(kwargs["streamer"], length_before)
+        # Without its cache every step would run all tokens again; the results are the same.
+        kwargs["use_cache"] = True
+        try:
+            result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            session.close("its answer was interrupted")
+            raise
+        sequences = result.sequences if isinstance(result, ModelOutput) else result
+        if plan.beams > 1 and not session.closed:
+            # The winners' keys and values are scattered over the rows, or gone. Back to what all beams of an answer have in common.
+            session.position = min(session.position, inputs.shape[1] if inputs is not None else plan.input_length or 1)
+            session.reorder(torch.arange(len(sequences)) // plan.returned * plan.beams)
+        if not plan.has_embeds:
+            session.note_tokens(sequences, 0)
+        fresh = sequences[:, length_before:]
+        if isinstance(result, ModelOutput):
+            result.sequences = fresh
+            return result
+        return fresh
+
+
+class _Plan:
+    """What the arguments of a `generate` call come to."""
+
+    def __init__(
+        self, model: PreTrainedModel, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> None:
+        self._defaults: GenerationConfig = model.generation_config
+        self._config = generation_config
+        self._kwargs = kwargs
+        self.inputs = inputs
+        self.has_embeds = kwargs.get("inputs_embeds") is not None
+        self.device = model.device if inputs is None else inputs.device
+        self.beams = self.value("num_beams") or 1
+        self.returned = self.value("num_return_sequences") or 1
+        self.copies = max(self.beams, self.returned)
+        pad, end = self.value("pad_token_id"), self.value("eos_token_id")
+        ends = set(end) if isinstance(end, list | tuple) else {end}
+        self._padding = pad if isinstance(pad, int) and pad not in ends else None
+        self.filler = next((int(token) for token in (pad, *ends) if isinstance(token, int) and token >= 0), 0)
+        if inputs is not None and (inputs.ndim != 2 or inputs.shape[0] == 0):
+            raise ValueError(f"inputs must have the shape [rows, length]; got {list(inputs.shape)}")
+        embeds = kwargs.get("inputs_embeds")
+        self.input_length = inputs.shape[1] if inputs is not None and inputs.shape[1] else embeds.shape[1] if embeds is not None else 0
+
+    def value(self, name: str) -> Any:
+        """A generation setting, by the library's order: argument, given configuration, the model's own."""
+        for source in (self._kwargs.get(name), getattr(self._config, name, None), getattr(self._defaults, name, None)):
+            if source is not None:
+                return source
+        return None
+
+    def total_length(self, before: int) -> int:
+        """Tokens of the longest sequence that this call can end with, after `before` earlier ones."""
+        # Without any input the library begins with one token of its own.
+        inputs = self.input_length or (0 if before else 1)
+        if self.value("max_new_tokens") is not None:
+            return before + inputs + int(self.value("max_new_tokens"))
+        if self.value("max_length") is not None:
+            return int(self.value("max_length"))
+        return before + inputs + DEFAULT_NEW_TOKENS
+
+    def whole_mask(self, session: InferenceSession, before: torch.Tensor) -> torch.Tensor:
+        """The attention mask of earlier tokens and inputs, int64 [rows, all]."""
+        rows, length = before.shape
+        new = self.input_length
+        given = self._kwargs.get("attention_mask")
+        if given is not None and given.shape[1] == length + new:
+            return given
+        known = session.known_mask(length)
+        earlier = torch.ones(rows, length, dtype=torch.int64) if known is None else known.to(torch.int64)
+        if given is not None:
+            if given.shape[1] != new:
+                raise ValueError(f"attention_mask has {given.shape[1]} columns; {new} (the new tokens) or {length + new} (all) are needed")
+            later = as_mask(given, rows).to(torch.int64)
+        elif self.inputs is not None and self._padding is not None:
+            later = self.inputs.ne(self._padding).to("cpu", torch.int64)  # as the library infers it
+        else:
+            later = torch.ones(rows, new, dtype=torch.int64)
+        return torch.cat([earlier, later], dim=1).to(before.device)
+
+
+class _TailStreamer:
+    """Keeps from a streamer the tokens that an earlier call has given already."""
+
+    def __init__(self, streamer: Any, known: int) -> None:
+        self._streamer = streamer
+        self._known = known
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._known:
+            value, self._known = value[..., self._known :], 0
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def refuse_attentions(*askers: Any) -> None:
+    """Attention weights stay on the servers. Raises ValueError where some were asked for."""
+    if any(asker is True or getattr(asker, "output_attentions", None) for asker in askers):
+        raise ValueError("output_attentions is not possible: attention is computed on the servers, which send only hidden states")

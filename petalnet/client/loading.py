@@ -1,0 +1,120 @@
+"""From a model's name to a distributed model: the swarm is joined while the local part is read."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from petalnet.client.distributed import distribute, distributed_class, settle_layer_form
+from petalnet.client.remote import RemoteSequential, make_target
+from petalnet.client.settings import ClientSettings, take_settings
+from petalnet.client.swarm import Swarm
+from petalnet.config import resolve_initial_peers
+from petalnet.errors import ModelError
+from petalnet.models.checkpoint import ModelSource
+
+logger = logging.getLogger(__name__)
+
+SOURCE_ARGUMENTS = ("revision", "token", "cache_dir")
+IGNORED_ARGUMENTS = {
+    "low_cpu_mem_usage": (True, False, None),
+    "trust_remote_code": (False, None),
+    "use_safetensors": (True, None),
+    "local_files_only": (False, None),
+    "force_download": (False, None),
+    "_from_auto": (True, False),
+}
+"""Arguments of the library's `from_pretrained` that say what is done here anyway, and the values for which that is so."""
+
+
+def join(settings: ClientSettings) -> Swarm:
+    """The swarm that the settings name, or that is found without; see `resolve_initial_peers`."""
+    return Swarm(resolve_initial_peers(settings.initial_peers))
+
+
+def load_model(model_class: Any, name_or_path: Any, *, config: Any = None, **kwargs: Any) -> Any:
+    """A distributed model; arguments as `DistributedModel.from_pretrained`.
+
+    Args:
+        model_class: a class or an Auto class of the library.
+    """
+    settings = take_settings(kwargs, config)
+    swarm = join(settings)
+    try:
+        return _load(swarm, settings, model_class, name_or_path, config, kwargs)
+    except BaseException:
+        swarm.close()
+        raise
+
+
+def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    from petalnet.client.auto import carry, model_key, plain_config
+    from petalnet.models.anatomy import find_layers, text_config
+    from petalnet.models.loading import build, checkpoint_dtype, pick_dtype, resolve_class
+
+    source = ModelSource.open(name_or_path, **{name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs})
+    dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs.pop("dtype")
+    kwargs.pop("dtype", None)
+    kwargs.pop("torch_dtype", None)
+    dtype = checkpoint_dtype(source) if dtype in (None, "auto") else pick_dtype(str(dtype).removeprefix("torch."), source)
+    device = _device(kwargs.pop("device_map", None))
+    plain = deepcopy(source.config) if config is None else plain_config(config)
+    _apply(plain, kwargs)
+    library_class = resolve_class(model_class, plain)
+    expected = getattr(library_class, "config_class", None)
+    if expected is not None and not isinstance(plain, expected):
+        raise ModelError(f"{source.name} is a {plain.model_type} model, which Distributed{library_class.__name__} is not for")
+    num_blocks = text_config(plain).num_hidden_layers
+    blocks = RemoteSequential(make_target(swarm, model_key(source), num_blocks, settings), text_config(plain).hidden_size)
+    built = build(
+        distributed_class(library_class),
+        source,
+        config=plain,
+        dtype=dtype,
+        device=device,
+        prepare=lambda model: distribute(model, find_layers(model).path, blocks),
+    )
+    model = built.model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in built.missing)
+    if built.missing:
+        logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(built.missing)))
+    settle_layer_form(model)
+    if model.can_generate():
+        model.generation_config = _generation_config(source, model.generation_config)
+    carry(plain, settings, name_or_path)
+    model.name_or_path = str(name_or_path)
+    return model
+
+
+def _apply(config: Any, kwargs: dict[str, Any]) -> None:
+    """What is left of the arguments: attributes of the configuration to change. Raises TypeError for anything else."""
+    for name, value in kwargs.items():
+        if name in IGNORED_ARGUMENTS:
+            if value not in IGNORED_ARGUMENTS[name]:
+                raise ValueError(f"{name}={value!r} is not possible for a distributed model")
+        elif name == "attn_implementation":
+            config._attn_implementation = value
+        elif hasattr(config, name):
+            setattr(config, name, value)
+        else:
+            raise TypeError(f"from_pretrained has no argument {name!r}, and the model's configuration no such attribute")
+
+
+def _device(device_map: Any) -> torch.device:
+    if isinstance(device_map, dict) and len(device_map) == 1:
+        device_map = next(iter(device_map.values()))
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cpu" if device_map is None else device_map)
+
+
+def _generation_config(source: ModelSource, default: Any) -> Any:
+    """The generation settings that lie beside the model; `default` where there are none."""
+    from transformers import GenerationConfig
+
+    file = source.file("generation_config.json")
+    return default if file is None else GenerationConfig.from_pretrained(file.parent)

@@ -1,0 +1,77 @@
+"""What a user can say about how a model reaches its swarm: keyword arguments of `from_pretrained`, or attributes of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from petalnet.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """How a model reaches its swarm.
+
+    Attributes:
+        initial_peers: bootstrap multiaddrs; None to look into the environment, the configuration file and for a client daemon.
+        allowed_servers, blocked_servers: peer ids; only, respectively none, of these are used. None for no restriction.
+        request_timeout: seconds that one request to one server may take.
+        connect_timeout: seconds that a connection to a server may take.
+        max_retries: how often a failed request is tried again on another route before its error is raised; None for without end.
+        show_route: "inference" logs each session's route, True also those of single requests, False none.
+        active_adapter: name of a LoRA adapter that servers apply, or None.
+        tuning_mode, pre_seq_len: of trainable prompts.
+        swarm_key: file of a private swarm's key.
+    """
+
+    initial_peers: tuple[str, ...] | None = None
+    allowed_servers: frozenset[str] | None = None
+    blocked_servers: frozenset[str] = frozenset()
+    request_timeout: float = 180.0
+    connect_timeout: float = 5.0
+    max_retries: int | None = 3
+    show_route: str | bool = "inference"
+    active_adapter: str | None = None
+    tuning_mode: str | None = None
+    pre_seq_len: int = 0
+    swarm_key: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "initial_peers", _strings("initial_peers", self.initial_peers, tuple))
+        object.__setattr__(self, "allowed_servers", _strings("allowed_servers", self.allowed_servers, frozenset))
+        object.__setattr__(self, "blocked_servers", _strings("blocked_servers", self.blocked_servers, frozenset) or frozenset())
+        for name in ("request_timeout", "connect_timeout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise UsageError(f"{name} needs a number of seconds above 0; got {value!r}")
+        if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
+            raise UsageError(f"max_retries needs a number from 0, or None; got {self.max_retries!r}")
+        for name in ("tuning_mode", "swarm_key"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"{name}={getattr(self, name)!r}: this version of petalnet does not have it yet; leave it out")
+
+
+SETTING_NAMES = frozenset(field.name for field in fields(ClientSettings))
+
+
+def take_settings(arguments: dict[str, Any], config: object | None = None) -> ClientSettings:
+    """The settings among `arguments`, which are taken out of it, and otherwise those that `config` carries as attributes."""
+    carried = attributes_of(config) if config is not None else {}
+    given = {name: arguments.pop(name) for name in SETTING_NAMES & arguments.keys()}
+    return ClientSettings(**{**carried, **{name: value for name, value in given.items() if value is not None or name not in carried}})
+
+
+def attributes_of(config: object) -> Mapping[str, Any]:
+    """The settings that an object carries as attributes of its own."""
+    own = vars(config)
+    return {name: own[name] for name in SETTING_NAMES if own.get(name) is not None}
+
+
+def _strings(name: str, value: Any, kind: type) -> Any:
+    if value is None:
+        return None
+    entries = (value,) if isinstance(value, str) else tuple(str(entry) for entry in value)
+    if name == "initial_peers" and not entries:
+        raise UsageError("initial_peers is an empty list: leave it out, or give at least one multiaddr of the swarm")
+    return kind(entries)

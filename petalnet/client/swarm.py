@@ -1,0 +1,279 @@
+"""The client's membership of a swarm: one libp2p host, what is known of the servers, and the routes through them.
+
+A `Swarm` is shared by all models of a process that name the same bootstrap peers, and by copies of them. It starts to join at once, on
+the portal's thread, so that joining overlaps with whatever the caller does next (loading weights). After a fork the child joins anew
+when it first needs to, and after a failure to join the next use tries again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from petalnet.client.portal import Job, Portal, get_portal
+from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
+from petalnet.routing.records import ServerRecord
+from petalnet.routing.routes import Hop, Work, find_route
+
+if TYPE_CHECKING:
+    from petalnet.p2p.host import Host
+    from petalnet.peering import Peering
+
+logger = logging.getLogger(__name__)
+
+REFRESH_EVERY_S = 10.0
+"""How often the servers of a model in use are looked up; what servers announce in between arrives by itself or is looked up on need."""
+SETTLE_S = 3.0
+"""How long after joining a missing block may still turn up: a server that became ready with us, a look-up that met a dead peer."""
+RETRY_LOOKUP_S = 0.25
+MOST_WARM = 32
+WARM_WITHIN_S = 5.0
+
+
+class Membership:
+    """The running part of a `Swarm`; all of it on the portal's thread."""
+
+    def __init__(self, initial_peers: Collection[str]) -> None:
+        self.initial_peers = list(initial_peers)
+        self.failure: BaseException | None = None
+        self._peering: Peering
+        self._nursery: trio.Nursery
+        self._over = trio.Event()  # the first attempt to join
+        self._joined_at = math.inf
+        self._look_ups: dict[str, trio.Event] = {}
+        self._watched: set[str] = set()
+        self._warming: set[str] = set()
+
+    @property
+    def host(self) -> Host:
+        return self._peering.host
+
+    async def run(self) -> None:
+        """Join and stay until cancelled."""
+        # Imported here, on the portal's thread: the caller's thread goes on with its own imports meanwhile.
+        from petalnet.p2p.identity import Identity
+        from petalnet.peering import open_peering
+
+        try:
+            async with (
+                open_peering(Identity.generate(), initial_peers=self.initial_peers, listen=(), server=False) as self._peering,
+                trio.open_nursery() as self._nursery,
+            ):
+                self._joined_at = trio.current_time()
+                self._over.set()
+                for model in self._watched:
+                    self._nursery.start_soon(self._refresh, model)
+                self._nursery.start_soon(self._keep_fresh)
+        except Exception as error:  # not swallowed: whoever uses the swarm gets it
+            self.failure = _first_cause(error)
+            logger.debug("the connection to the swarm has failed: %s", self.failure)
+        finally:
+            self._over.set()
+
+    async def joined(self) -> None:
+        """Wait for the end of the attempt to join.
+
+        Raises:
+            PeerUnreachable: no bootstrap peer was reached.
+            ServerError: the membership has failed since.
+        """
+        await self._over.wait()
+        if isinstance(self.failure, PetalnetError):
+            raise self.failure
+        if self.failure is not None:
+            raise ServerError(f"the connection to the swarm has failed: {type(self.failure).__name__}: {self.failure}") from self.failure
+
+    def watch(self, model: str) -> None:
+        """Keep the servers of a model in view, by the model's key."""
+        if model not in self._watched:
+            self._watched.add(model)
+            if self._joined_at < math.inf:
+                self._nursery.start_soon(self._refresh, model)
+
+    async def look_up(self, model: str) -> None:
+        """Ask the swarm who serves a model. One look-up at a time: a second caller waits for the end of the one under way."""
+        under_way = self._look_ups.get(model)
+        if under_way is not None:
+            await under_way.wait()
+            return
+        self._look_ups[model] = done = trio.Event()
+        try:
+            await self._peering.look_up(model)
+        finally:
+            del self._look_ups[model]
+            done.set()
+        self._warm(self._peering.view.servers(model, now=time.time()))
+
+    async def route(
+        self,
+        model: str,
+        first: int,
+        end: int,
+        *,
+        allowed: Collection[str] | None = None,
+        blocked: Collection[str] = (),
+        work: Work = "decode",
+        tokens: int = 1,
+    ) -> list[Hop]:
+        """The quickest chain of servers through blocks [first, end) of a model.
+
+        Raises:
+            MissingBlocksError: some block has no server: at once where the swarm is known, a moment after joining at the latest.
+            ServerError: the swarm could not be joined.
+        """
+        await self.joined()
+        view = self._peering.view
+        looked = False
+        while True:
+            now = time.time()
+            records = view.servers(model, now=now, allowed=allowed, blocked=blocked)
+            try:
+                return find_route(records, first, end, round_trip=self.host.round_trip_s, now=now, work=work, tokens=tokens)
+            except MissingBlocksError as error:
+                if looked and trio.current_time() > self._joined_at + SETTLE_S:
+                    known = view.servers(model, now=now, include_failed=True)
+                    raise MissingBlocksError(error.blocks, (record.peer_id for record in known)) from None
+            if looked:
+                await trio.sleep(RETRY_LOOKUP_S)
+            await self.look_up(model)
+            looked = True
+
+    def mark_failed(self, peer_id: str) -> None:
+        """Take a server out of all routes at once."""
+        until = self._peering.view.mark_failed(peer_id, now=time.time())
+        logger.info("server %s failed and is avoided for %.0f s", peer_id, until - time.time())
+
+    def mark_ok(self, peer_id: str) -> None:
+        self._peering.view.mark_ok(peer_id)
+
+    def _warm(self, records: Iterable[ServerRecord]) -> None:
+        """Connect to servers ahead of need, so that their round trips are known when a route is chosen."""
+        connected = set(self.host.connected_peers())
+        for record in records:
+            if record.peer_id not in connected and record.peer_id not in self._warming and len(self._warming) < MOST_WARM:
+                self._warming.add(record.peer_id)
+                self._nursery.start_soon(self._connect, record)
+
+    async def _connect(self, record: ServerRecord) -> None:
+        try:
+            await self.host.connect(record.peer_id, record.addrs, timeout_s=WARM_WITHIN_S)
+        except PeerUnreachable as error:
+            logger.debug("server %s cannot be reached: %s", record.peer_id, error)
+            self.mark_failed(record.peer_id)
+        finally:
+            self._warming.discard(record.peer_id)
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await trio.sleep(REFRESH_EVERY_S)
+            self._peering.view.expire(time.time())
+            for model in list(self._watched):
+                await self._refresh(model)
+
+    async def _refresh(self, model: str) -> None:
+        try:
+            await self.look_up(model)
+        except PetalnetError as error:
+            logger.debug("the servers of %s could not be looked up: %s", model, error)
+
+
+class _Joined:
+    """A membership and the handles that share it."""
+
+    def __init__(self, initial_peers: tuple[str, ...]) -> None:
+        self.initial_peers = initial_peers
+        self.users = 0
+        self.start()
+
+    def start(self) -> None:
+        self.pid = os.getpid()
+        self.portal = get_portal()
+        self.membership = Membership(self.initial_peers)
+        self.job: Job[None] = self.portal.start(self.membership.run)
+
+    @property
+    def ended(self) -> bool:
+        """True where the membership has failed, and in a forked child, which has none of its parent's threads."""
+        return self.pid != os.getpid() or self.membership.failure is not None
+
+
+class Swarm:
+    """A handle to a swarm, for synchronous code; see the module's docstring.
+
+    Making one starts to join and does not wait. The swarm is left when its last handle is closed or forgotten.
+    """
+
+    def __init__(self, initial_peers: Collection[str]) -> None:
+        self.initial_peers = tuple(sorted(set(initial_peers)))
+        with _lock:
+            if self.initial_peers not in _swarms:
+                _swarms[self.initial_peers] = _Joined(self.initial_peers)
+            self._joined = _swarms[self.initial_peers]
+            self._joined.users += 1
+        self._leave = weakref.finalize(self, _leave, self._joined)
+        self._leave.atexit = False
+
+    @property
+    def portal(self) -> Portal:
+        """Where this swarm's coroutines run."""
+        return self._live().portal
+
+    @property
+    def membership(self) -> Membership:
+        """The running part, to be used on the portal's thread only."""
+        return self._live().membership
+
+    def close(self) -> None:
+        """This handle is not used any more."""
+        self._leave()
+
+    def _live(self) -> _Joined:
+        if not self._leave.alive:
+            raise RuntimeError("the model was closed: its connection to the swarm is gone")
+        joined = self._joined
+        if joined.ended:
+            with _lock:
+                if joined.ended:
+                    joined.start()
+        return joined
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Swarm:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Swarm, (self.initial_peers,))
+
+
+_lock = threading.Lock()
+_swarms: dict[tuple[str, ...], _Joined] = {}
+
+
+def _leave(joined: _Joined) -> None:
+    with _lock:
+        joined.users -= 1
+        if joined.users == 0:
+            _swarms.pop(joined.initial_peers, None)
+            if joined.pid == os.getpid():
+                joined.job.cancel()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
