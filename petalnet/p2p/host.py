@@ -39,6 +39,8 @@ from petalnet.p2p.security import NoiseSession
 from petalnet.p2p.streams import Stream
 from petalnet.p2p.transport import is_address_in_use
 
+__all__ = ["Host", "Stream", "open_host"]
+
 logger = logging.getLogger(__name__)
 tame_logging()
 
