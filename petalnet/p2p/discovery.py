@@ -329,7 +329,8 @@ class _Link:
 
 def _fit(found: list[Kept]) -> Records:
     """An answer with as many of the records as a frame holds; which ones, where they are too many, is left to chance."""
-    size, chosen = 0, []
+    size = 0
+    chosen: list[bytes] = []
     for kept in random.sample(found, len(found)):
         size += len(kept.data) + 5
         if size > MAX_ANSWER_BYTES or len(chosen) >= 1024:

@@ -70,10 +70,12 @@ class Heartbeat:
                         except UnsupportedError:
                             return
                         except PetalnetError:
-                            stream = await _drop(stream)
+                            await _drop(stream)
+                            stream = None
                             missed += 1
                     if scope.cancelled_caught:
-                        stream = await _drop(stream)  # what it still answers is for a ping that is over
+                        await _drop(stream)  # what it still answers is for a ping that is over
+                        stream = None
                         missed = 0 if last_heard() >= began else missed + 1
                     crowded = max(1.0, peers() / CROWD)
                     await trio.sleep_until(began + INTERVAL_S * (crowded if not missed else 1.0) * random.uniform(0.9, 1.1))

@@ -18,8 +18,8 @@ import trio
 from libp2p.abc import IMuxedConn, INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.host.exceptions import StreamFailure
 from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 tame_logging()
 
 CONNECT_TIMEOUT_S = 10.0
+LIBP2P_CONNECT_TIMEOUT_S = 3.0
+"""Seconds for what libp2p dials by itself: peers that it heard of, many of which are long gone."""
 DIAL_STAGGER_S = 0.25
 """Seconds after which the next address of a peer is tried beside the ones that have not answered yet (RFC 8305)."""
 MAX_DIAL_ADDRS = 16
@@ -266,12 +268,12 @@ class Host:
         raise PeerUnreachable(f"the connection to peer {peer_id} broke twice", peer_id)
 
     async def _open_for_libp2p(self, peer: ID, protocols: Sequence[TProtocol]) -> NetStream:
-        """Streams for libp2p's own protocols, with the exceptions that they expect."""
+        """Streams for libp2p's own protocols, with the one exception after which gossip tries again."""
         try:
-            with trio.fail_after(CONNECT_TIMEOUT_S):
-                return await self._new_stream(str(peer), protocols, (), CONNECT_TIMEOUT_S)
+            with trio.fail_after(LIBP2P_CONNECT_TIMEOUT_S):
+                return await self._new_stream(str(peer), protocols, (), LIBP2P_CONNECT_TIMEOUT_S)
         except (trio.TooSlowError, PetalnetError) as error:
-            raise StreamFailure(f"no stream to {peer}: {error}") from error
+            raise SwarmException(f"no stream to {peer}: {error}") from error
 
     # ---- peers that come and go
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from libp2p.abc import ConnectionType, IRawConnection, ISecureConn
+from libp2p.abc import IRawConnection, ISecureConn
+from libp2p.connection_types import ConnectionType
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.base_session import BaseSession
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
@@ -50,7 +52,10 @@ class NoiseSession(BaseSession):
         channel = handshaken.conn
         if not isinstance(channel, NoiseTransportReadWriter):
             raise TypeError(f"a finished Noise handshake is needed, not {type(channel).__name__}")
-        self._raw = channel.read_writer.read_write_closer
+        raw = channel.read_writer.read_write_closer
+        if not isinstance(raw, RawConnection):
+            raise TypeError(f"a session over a {type(raw).__name__} is not supported")
+        self._raw = raw
         sending = channel.noise_state.noise_protocol.cipher_state_encrypt
         receiving = channel.noise_state.noise_protocol.cipher_state_decrypt
         self._encrypt, self._send_nonce = ChaCha20Poly1305(sending.k).encrypt, sending.n
@@ -61,12 +66,10 @@ class NoiseSession(BaseSession):
         self.last_heard = trio.current_time()
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        address: tuple[str, int] | None = self._raw.get_remote_address()
-        return address
+        return self._raw.get_remote_address()
 
     def get_transport_addresses(self) -> list[Multiaddr]:
-        addresses: list[Multiaddr] = self._raw.get_transport_addresses()
-        return addresses
+        return self._raw.get_transport_addresses()
 
     def get_connection_type(self) -> ConnectionType:
         return self._raw.get_connection_type()

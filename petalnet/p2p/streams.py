@@ -109,7 +109,7 @@ class Stream:
                 size = min(_CHUNK, len(data) - sent, max(self._muxed.send_window, 1))
                 # The deadline of the shield is that of the session's write (security.WRITE_TIMEOUT_S).
                 with trio.CancelScope(shield=True):
-                    await self._muxed.write(data[sent : sent + size])
+                    await self._muxed.write(data[sent : sent + size])  # type: ignore[arg-type]  # takes any buffer
                 sent += size
                 if sent < len(data):
                     await trio.lowlevel.checkpoint_if_cancelled()
@@ -159,13 +159,15 @@ class Stream:
             await self.reset()
             what = "in the middle of a message" if inside else "and no request came"
             raise PeerLost(f"peer {self.peer_id} was silent for {patience:g} s {what}", self.peer_id)
+        data = b""
         try:
             with trio.CancelScope(shield=True):  # the bytes are there: this does not wait, and cancelled it would lose them
-                return await self._muxed.read(max(self._decoder.wanted, _READ_SIZE))
+                data = await self._muxed.read(max(self._decoder.wanted, _READ_SIZE))
         except MuxedStreamEOF:
             return b""
         except (BaseLibp2pError, OSError) as error:
             raise self._lost("while receiving") from error
+        return data
 
     async def _wait_for_bytes(self) -> None:
         """Until a read will not wait: there are bytes, or the stream has ended."""

@@ -75,4 +75,4 @@ def decode_tensor(blob: Blob) -> torch.Tensor:
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
     """The memory of a contiguous one-dimensional CPU tensor, without a copy."""
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")

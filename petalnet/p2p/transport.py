@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p.abc import IListener, IRawConnection
@@ -85,7 +85,7 @@ class TcpListener(IListener):
         self._failures = failures
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
-        self._listeners: list[trio.SocketListener] = []
+        self._listeners: Sequence[trio.SocketListener] = ()
 
     async def listen(self, maddr: Multiaddr) -> None:
         host, port = listen_target(str(maddr))
@@ -107,7 +107,7 @@ class TcpListener(IListener):
     async def _serve(self) -> None:
         try:
             with self._scope:
-                await trio.serve_listeners(self._accept, self._listeners)
+                await trio.serve_listeners(self._accept, list(self._listeners))
         finally:
             self._stopped.set()
 
@@ -135,7 +135,7 @@ class Tcp(TCP):
         super().__init__()
         self.failures: dict[str, OSError] = {}
 
-    def create_listener(self, handler_function: Handler) -> TcpListener:
+    def create_listener(self, handler_function: Handler) -> TcpListener:  # type: ignore[override]  # stock names its own class
         return TcpListener(handler_function, self.failures)
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:

@@ -1,0 +1,139 @@
+"""Gossip: small messages to everybody who listens to a topic, by libp2p's gossipsub.
+
+Messages carry their author's signature and pass a validator on every node before they are handed on. Delivery is best effort: whoever
+needs certainty asks (see `discovery`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.pb.rpc_pb2 import Message
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.tools.anyio_service import background_trio_service
+
+from petalnet.p2p.host import Host
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4096
+"""Small messages only: joiners are handed the recent history, and a large one would hold up everybody's links."""
+MAX_RPC_BYTES = 256 * 1024
+"""The longest frame that is read from a peer, which may hold a history of several messages."""
+MAX_RATE = 200.0
+"""Messages a second that are passed on for one neighbour; a swarm of 1000 servers that announce every 15 s makes 70."""
+HEARTBEAT_S = 1
+_RESTART_S = 1.0
+_PROTOCOLS = [PROTOCOL_ID_V12, PROTOCOL_ID_V11]
+
+Validator = Callable[[str, bytes], bool]
+Receiver = Callable[[str, bytes], None]
+
+
+class Gossip:
+    """The gossip of one node: subscribe first, then `run`."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._topics: dict[str, tuple[Validator, Receiver]] = {}
+        self._pubsub: _GuardedPubsub | None = None
+
+    def subscribe(self, topic: str, validator: Validator, on_message: Receiver) -> None:
+        """Listen to a topic, from the start of `run` on.
+
+        Args:
+            topic: its name.
+            validator: is given the author's peer id and the data, of this node's own messages too; False: the message is dropped and
+                not passed on.
+            on_message: is given the author's peer id and the data of each valid message of another node, once.
+        """
+        if self._pubsub is not None:
+            raise RuntimeError("topics are subscribed to before the gossip runs")
+        self._topics[topic] = (validator, on_message)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Tell everybody who listens to `topic`. Raises ValueError where `data` is longer than 4 KB."""
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a gossip message of {len(data)} bytes is too long; {MAX_MESSAGE_BYTES} are allowed")
+        if self._pubsub is None:
+            logger.debug("a message was dropped: the gossip does not run")
+            return
+        try:
+            await self._pubsub.publish(topic, data)
+        except BaseLibp2pError as error:
+            logger.debug("a message was not published: %r", error)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Gossip until cancelled; started once messages can be published. Where libp2p's service fails, a new one takes its place."""
+        status: trio.TaskStatus[None] = task_status
+        while True:
+            try:
+                await self._run_once(status)
+            except Exception as error:  # not swallowed: logged, and the service begins anew
+                logger.warning("the gossip's service failed and is started again: %r", error)
+            finally:
+                self._pubsub = None
+            status = trio.TASK_STATUS_IGNORED
+            await trio.sleep(_RESTART_S)
+
+    async def _run_once(self, task_status: trio.TaskStatus[None]) -> None:
+        network = self._host.libp2p.swarm
+        notifees = list(network.notifees)
+        router = GossipSub(
+            _PROTOCOLS,
+            degree=6,
+            degree_low=4,
+            degree_high=12,
+            heartbeat_interval=HEARTBEAT_S,
+            max_messages_per_topic_per_second=MAX_RATE,
+            adaptive_gossip_enabled=False,
+            eclipse_protection_enabled=False,  # wants neighbours of three addresses; a swarm in one building has one
+        )
+        pubsub = _GuardedPubsub(self._host.libp2p, router, max_inbound_rpc_size=MAX_RPC_BYTES, allowed_topics=self._topics.keys())
+        try:
+            async with background_trio_service(pubsub), background_trio_service(router), trio.open_nursery() as nursery:
+                await pubsub.wait_until_ready()
+                for topic, (validator, on_message) in self._topics.items():
+                    pubsub.set_topic_validator(topic, self._checked(topic, validator), False)
+                    nursery.start_soon(self._drain, pubsub, topic, on_message)
+                for peer_id in self._host.connected_peers():  # it is told of the later ones by itself
+                    nursery.start_soon(pubsub.ensure_peer_stream, ID.from_string(peer_id))
+                self._pubsub = pubsub
+                task_status.started()
+                await pubsub.get_manager().wait_finished()
+        finally:
+            for notifee in network.notifees[:]:
+                if notifee not in notifees and type(notifee).__module__.startswith("libp2p.pubsub"):
+                    network.remove_notifee(notifee)
+
+    def _checked(self, topic: str, validator: Validator) -> Callable[[ID, Message], bool]:
+        def check(_: ID, message: Message) -> bool:
+            # One topic a message: for others that it names, every node on the way would keep counts.
+            if list(message.topicIDs) != [topic] or len(message.data) > MAX_MESSAGE_BYTES:
+                return False
+            return validator(str(ID(message.from_id)), message.data)
+
+        return check
+
+    async def _drain(self, pubsub: Pubsub, topic: str, on_message: Receiver) -> None:
+        """Hand messages on as they come; libp2p's queue holds 32 and drops the rest."""
+        subscription = await pubsub.subscribe(topic)
+        async for message in subscription:
+            author = str(ID(message.from_id))
+            if author != self._host.peer_id:
+                on_message(author, message.data)
+
+
+class _GuardedPubsub(Pubsub):
+    """A message that makes libp2p's or our own check fail is dropped, instead of ending the service."""
+
+    async def push_msg(self, msg_forwarder: ID, msg: Message) -> None:
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as error:
+            logger.debug("a message that came through %s was dropped: %r", msg_forwarder, error)
