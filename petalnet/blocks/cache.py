@@ -49,6 +49,12 @@ class SpanCache(Cache):
             raise ValueError(f"the cache holds {self.length} positions, it cannot be set to {length}")
         self.length = length
 
+    def clear(self) -> None:
+        """Empty the cache and give its buffers back; the next step may have another number of rows."""
+        self.length = 0
+        for layer in self.layers:
+            layer.key_buffer = layer.value_buffer = None
+
     def reorder(self, rows: torch.Tensor) -> None:
         """Let row i continue what row `rows[i]` held; `rows` (int64, one dimension) may repeat, drop and add rows."""
         for layer in self.layers:

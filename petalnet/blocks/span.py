@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from petalnet.errors import ModelError, UsageError
 from petalnet.models import loading
 from petalnet.models.anatomy import find_layers, text_config
 from petalnet.models.checkpoint import ModelSource
+from petalnet.models.identity import block_digests
 
 
 class Span:
@@ -31,6 +33,7 @@ class Span:
         num_blocks: how many the whole model has.
         hidden_size: width of the hidden states.
         dtype, device: of the weights and of what `forward` returns.
+        max_positions: positions that the model has a table for; None for a family that computes them (rotary, ALiBi).
     """
 
     def __init__(self, model: Any, first: int, end: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -41,19 +44,21 @@ class Span:
         self.first, self.end = first, end
         self.hidden_size: int = config.hidden_size
         self.dtype, self.device = dtype, device
+        self._compute_digests: Callable[[], list[str]] = list
         self._list = layers
         self._blocks = list(layers.layers)[first:end]
         self._config = _quiet(config)
         self._windows = windows_of(config)[first:end]
         self._active: tuple[int, int] | None = None
         self._takes_positions = "position_ids" in inspect.signature(layers.owner.forward).parameters
-        embedding = getattr(model.get_input_embeddings(), "embedding_dim", None)
-        self._embedding_size: int = embedding or self.hidden_size
+        tokens = model.get_input_embeddings()
+        self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
+        self.max_positions = _learned_positions(layers.owner, tokens)
         self._growing_rotary = [m for m in layers.owner.modules() if "dynamic" in str(getattr(m, "rope_type", ""))]
         for index, block in enumerate(self._blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = index
+                    module.__dict__["layer_idx"] = index
         self._activate(first, end)
 
     @classmethod
@@ -82,7 +87,14 @@ class Span:
         lacking = sorted(name for name in built.missing if name.startswith(wanted))
         if lacking:
             raise ModelError(f"{source.name} lacks the tensor {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
-        return cls(built.model, first, end, dtype=dtype, device=torch.device(device))
+        span = cls(built.model, first, end, dtype=dtype, device=torch.device(device))
+        span._compute_digests = lambda: block_digests(source, built.partition, first, end)
+        return span
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """The identity of each block (see `models.identity`), in hex. The first look reads all of the weights, unless they are known."""
+        return self._compute_digests()
 
     def __len__(self) -> int:
         return self.end - self.first
@@ -90,6 +102,11 @@ class Span:
     def new_cache(self, max_length: int) -> SpanCache:
         """An empty cache for one session on this span."""
         return SpanCache(self._windows, max_length)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(weight.nbytes for block in self._blocks for weight in (*block.parameters(), *block.buffers()))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -128,7 +145,7 @@ class Span:
             raise ValueError(f"blocks {first}:{end} are not within {self.first}:{self.end}")
         self._activate(first, end)
         for module in self._growing_rotary:
-            module.max_seq_len_cached = 0  # tables are chosen for this session's length, not for the longest seen so far
+            module.__dict__["max_seq_len_cached"] = 0  # tables are chosen for this session's length, not for the longest seen so far
         hidden = hidden.to(self.device, self.dtype)
         rows, new, _ = hidden.shape
         past = cache.length if cache is not None else 0
@@ -167,7 +184,7 @@ class Span:
             return
         a, b = first - self.first, end - self.first
         self._list.replace(nn.ModuleList(self._blocks[a:b]))
-        self._list.owner.config = slice_config(self._config, first, end)  # type: ignore[assignment]
+        self._list.owner.config = slice_config(self._config, first, end)
         self._active = (first, end)
 
 
@@ -192,6 +209,16 @@ def _quiet(config: PreTrainedConfig) -> PreTrainedConfig:
         if name in config.__dict__:
             config.__dict__[name] = False
     return config
+
+
+def _learned_positions(owner: nn.Module, tokens: nn.Module) -> int | None:
+    """Entries of the backbone's table of positions, which looking up a later one would overrun."""
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in owner.named_modules()
+        if isinstance(module, nn.Embedding) and module is not tokens and not any(part.isdigit() for part in name.split("."))
+    ]
+    return min(tables, default=None)
 
 
 Hook = Callable[..., Any]

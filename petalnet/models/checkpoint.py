@@ -109,6 +109,10 @@ class ModelSource:
             raise ModelError(f"{self.name} has only pytorch_model.bin, which is a pickle and can run code: convert it to safetensors first")
         raise ModelError(f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE})")
 
+    def file(self, name: str) -> Path | None:
+        """Another file of the model (e.g. "generation_config.json"), fetched if need be; None where there is none of that name."""
+        return self._fetch(name)
+
     def tensor_names(self) -> tuple[str, ...]:
         """Names of all tensors, as the files have them. Raises ModelError where there are no weights in safetensors format."""
         return tuple(self._files)

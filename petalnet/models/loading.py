@@ -186,7 +186,7 @@ def finish(model: PreTrainedModel, *, device: str | torch.device, others: Litera
         if not parameter.is_meta:
             continue
         if others == "meta":
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            parameter._is_hf_initialized = True
             continue
         if id(parameter) not in made:  # tied parameters are one object and stay one
             made[id(parameter)] = _stand_in(parameter, device, zeros=others == "zeros")

@@ -1,0 +1,135 @@
+"""What the compute thread does for one request: decode its arrays, run the span, encode the answer. Requests come here checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from petalnet.blocks.sessions import Session
+from petalnet.blocks.span import Span
+from petalnet.p2p.messages import Backward, Blob, Forward, Step
+from petalnet.p2p.tensors import decode_tensor, encode_tensor
+
+
+@dataclass
+class StepWork:
+    """One step of a session. `whole` runs it at once; a long one is run by `piece` after `piece`, then `encode`.
+
+    Attributes:
+        order: which of the session's rows each row continues; None for each its own.
+    """
+
+    span: Span
+    session: Session
+    request: Step
+    order: torch.Tensor | None
+
+    @cached_property
+    def _arrays(self) -> _Arrays:
+        return _Arrays.of(self.request)
+
+    def whole(self) -> Blob:
+        """Run all of the step; the answer's array."""
+        rows, new, hidden = self.request.hidden.shape
+        if new:
+            return self.encode([self.piece(0, new)])
+        self._begin()
+        blocks = self.session.end - self.session.first if self.request.all_hidden else 1
+        return self.encode([torch.empty((blocks, rows, 0, hidden))])
+
+    def piece(self, start: int, end: int) -> torch.Tensor:
+        """Run tokens start … end - 1 of the step; [blocks, rows, end - start, hidden], with one block where only the last is wanted."""
+        if start == 0:
+            self._begin()
+        arrays, request = self._arrays, self.request
+        with torch.inference_mode():
+            outputs = self.span.forward(
+                arrays.hidden[:, start:end],
+                attention_mask=None if arrays.mask is None else arrays.mask[:, : request.position + end],
+                position_ids=None if arrays.position_ids is None else arrays.position_ids[:, start:end],
+                cache=self.session.cache,
+                prompts=arrays.prompts,
+                first=self.session.first,
+                end=self.session.end,
+                all_hidden=request.all_hidden,
+            )
+            return torch.stack(outputs) if isinstance(outputs, list) else outputs[None]
+
+    def encode(self, pieces: list[torch.Tensor]) -> Blob:
+        """The answer's array, of pieces that are complete."""
+        output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+        return _encode_like(self.request.hidden, output if self.request.all_hidden else output[0])
+
+    def _begin(self) -> None:
+        """Bring the session to where the step begins."""
+        session, cache, rows = self.session, self.session.cache, self.request.hidden.shape[0]
+        if self.request.position == 0 and rows != session.rows:
+            cache.clear()
+        cache.set_length(self.request.position)
+        if self.order is not None:
+            cache.reorder(self.order)
+        session.rows = rows
+
+
+def run_forward(span: Span, request: Forward) -> Blob:
+    """A pass without a past: the output array."""
+    arrays = _Arrays.of(request)
+    with torch.inference_mode():
+        outputs = span.forward(
+            arrays.hidden,
+            attention_mask=arrays.mask,
+            position_ids=arrays.position_ids,
+            prompts=arrays.prompts,
+            first=request.first,
+            end=request.end,
+            all_hidden=request.all_hidden,
+        )
+        return _encode_like(request.hidden, torch.stack(outputs) if isinstance(outputs, list) else outputs)
+
+
+def run_backward(span: Span, request: Backward) -> tuple[Blob, Blob | None]:
+    """Run the pass again and take the gradients of its inputs and, where there are any, of its prompts."""
+    arrays = _Arrays.of(request)
+    inputs = [arrays.hidden.detach().requires_grad_()]
+    if arrays.prompts is not None:
+        inputs.append(arrays.prompts.detach().requires_grad_())
+    with torch.enable_grad():
+        outputs = span.forward(
+            inputs[0],
+            attention_mask=arrays.mask,
+            position_ids=arrays.position_ids,
+            prompts=inputs[1] if len(inputs) > 1 else None,
+            first=request.first,
+            end=request.end,
+            all_hidden=True,
+        )
+    output = outputs[-1]
+    grads = torch.autograd.grad(output, inputs, decode_tensor(request.grad_output).to(output.device, output.dtype))
+    return _encode_like(request.hidden, grads[0]), None if request.prompts is None else _encode_like(request.prompts, grads[1])
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """The arrays of a request, decoded; all on the CPU."""
+
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    prompts: torch.Tensor | None
+
+    @classmethod
+    def of(cls, request: Step | Forward | Backward) -> _Arrays:
+        mask, positions, prompts = request.mask, request.position_ids, request.prompts
+        return cls(
+            decode_tensor(request.hidden),
+            None if mask is None else decode_tensor(mask),
+            None if positions is None else decode_tensor(positions),
+            None if prompts is None else decode_tensor(prompts),
+        )
+
+
+def _encode_like(received: Blob, tensor: torch.Tensor) -> Blob:
+    """A tensor in the dtype and codec in which the peer sent another."""
+    return encode_tensor(tensor.to(getattr(torch, received.dtype)), received.codec)

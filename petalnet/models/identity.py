@@ -1,0 +1,117 @@
+"""Who a model is: names are labels, bytes decide.
+
+A tensor's digest is BLAKE3 over its dtype, shape and bytes as the checkpoint stores them; a set's digest is BLAKE3 over the sorted pairs
+of canonical name and tensor digest. Canonical names do not depend on whether a checkpoint was saved with or without a head, or how it
+was cut into files. The key of a model, under which its servers are found, is made of its configuration and its client part: both sides
+know these before they meet. Digests of tensors are remembered for each file by path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from petalnet.models.anatomy import Partition, partition
+from petalnet.models.cachedir import load_facts, store_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from petalnet.models.checkpoint import ModelSource, TensorInfo
+
+VOLATILE_FIELDS = frozenset(
+    (
+        *("_name_or_path", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+        *("_attn_implementation", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+        *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
+    )
+)
+"""Fields of a configuration that do not change what a model computes: versions, paths, how it is run, labels of a task."""
+
+
+def config_hash(config: PreTrainedConfig) -> str:
+    """BLAKE3 of a configuration without its volatile fields, in hex. Fields at their default do not count, written out or not."""
+    fields = {name: value for name, value in config.to_diff_dict().items() if name not in VOLATILE_FIELDS}
+    return blake3(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def model_key(source: ModelSource) -> str:
+    """The key under which a model's servers are found: config hash and client part's digest, hashed to 64 hex digits.
+
+    Raises:
+        ModelError: the model cannot be split, or its files cannot be read.
+    """
+    return blake3(f"{config_hash(source.config)}:{client_digest(source)}".encode()).hexdigest()
+
+
+def client_digest(source: ModelSource) -> str:
+    """The digest of what belongs to no layer: embeddings, final norm, head (where it is not the embeddings again)."""
+    model = _empty_model(source)
+    parts = partition(model, source.tensor_names())
+    prefix = model.base_model_prefix + "."
+    tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
+    names = {name: name.removeprefix(prefix) for name in parts.client}
+    return _digest_of_set(source, {name: short for name, short in names.items() if short not in tied})
+
+
+def block_digests(source: ModelSource, parts: Partition, first: int, end: int) -> list[str]:
+    """The digests of blocks [first, end)."""
+    digests = []
+    for index in range(first, end):
+        prefix = parts.prefixes[index]
+        digests.append(_digest_of_set(source, {name: name.removeprefix(prefix) for name in parts.blocks[index]}))
+    return digests
+
+
+def _empty_model(source: ModelSource) -> PreTrainedModel:
+    """The model with its head, on meta."""
+    from copy import deepcopy
+
+    from transformers import AutoModelForCausalLM
+
+    from petalnet.models.loading import checkpoint_dtype, construct, resolve_class
+
+    config = deepcopy(source.config)
+    return construct(resolve_class(AutoModelForCausalLM, config), config, checkpoint_dtype(source))
+
+
+def _digest_of_set(source: ModelSource, names: dict[str, str]) -> str:
+    """The digest of tensors, given as {name in the checkpoint: canonical name}."""
+    digests = _tensor_digests(source, names)
+    whole = blake3()
+    for name, canonical in sorted(names.items(), key=lambda pair: pair[1]):
+        whole.update(f"{canonical}\0{digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def _tensor_digests(source: ModelSource, names: Iterable[str]) -> dict[str, str]:
+    by_file: dict[Path, dict[str, TensorInfo]] = {}
+    for name in names:
+        info = source.info(name)
+        by_file.setdefault(info.file, {})[name] = info
+    digests: dict[str, str] = {}
+    for file, infos in by_file.items():
+        digests.update(_digests_in_file(file, infos))
+    return digests
+
+
+def _digests_in_file(file: Path, infos: dict[str, TensorInfo]) -> dict[str, str]:
+    status = file.stat()
+    key = blake3(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
+    known: dict[str, Any] = load_facts("tensor-digests", key)
+    lacking = [name for name in infos if not isinstance(known.get(name), str)]
+    if lacking:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            for name in lacking:
+                info = infos[name]
+                digest = blake3(f"{info.dtype}\0{list(info.shape)}\0".encode(), max_threads=blake3.AUTO)
+                with view[info.start : info.end] as data:
+                    digest.update(data)
+                known[name] = digest.hexdigest()
+        store_facts("tensor-digests", key, known)
+    return {name: known[name] for name in infos}
