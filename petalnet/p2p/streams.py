@@ -18,8 +18,7 @@ from types import TracebackType
 import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.stream.net_stream import NetStream
-from libp2p.stream_muxer.exceptions import MuxedStreamEOF
-from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, MAX_MESSAGE_SIZE, YamuxStream
+from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, MAX_MESSAGE_SIZE, MAX_WINDOW_SIZE, YamuxStream
 
 from petalnet.errors import PeerLost, PetalnetError, ProtocolError, UnsupportedError
 from petalnet.p2p.frames import FrameDecoder
@@ -28,9 +27,11 @@ from petalnet.p2p.protocols import Protocol
 
 _CHUNK = MAX_MESSAGE_SIZE - HEADER_SIZE
 """Bytes that the muxer sends as one frame of its own."""
-_READ_SIZE = 64 * 1024
+_MIN_WINDOW = 2 * 1024 * 1024
+"""Bytes that a peer may send ahead of our reading once a stream is in use; half of it is always left, so that most messages never wait."""
+_MAX_WINDOW = MAX_WINDOW_SIZE
 _REFUSAL_TIMEOUT_S = 1.0
-_WINDOW_POLL_S = 0.005
+_WINDOW_POLL_S = 0.001
 
 
 class Stream:
@@ -138,19 +139,17 @@ class Stream:
             raise PeerLost(f"the stream to {self.peer_id} is closed", self.peer_id)
         try:
             while (frame := self._decoder.next_frame()) is None:
-                data = await self._read()
-                if not data:
+                if not await self._read():
                     self._check_clean_end()
                     return None
-                self._decoder.feed(data)
             return decode_message(frame)
         except (ProtocolError, UnsupportedError) as error:
             error.peer_id = self.peer_id
             await self._refuse(error)
             raise
 
-    async def _read(self) -> bytes:
-        """Some bytes, b"" at the end of the stream."""
+    async def _read(self) -> bool:
+        """Feed the decoder; False at the end of the stream."""
         inside = not self._decoder.at_boundary
         patience = self.protocol.frame_timeout_s if inside else self.protocol.idle_timeout_s if self.served else float("inf")
         with trio.move_on_after(patience) as scope:
@@ -159,15 +158,30 @@ class Stream:
             await self.reset()
             what = "in the middle of a message" if inside else "and no request came"
             raise PeerLost(f"peer {self.peer_id} was silent for {patience:g} s {what}", self.peer_id)
-        data = b""
+        # The muxer's own read would answer each small message with a window update, a good part of a hop's cost.
+        buffer = self._muxed.conn.stream_buffers.get(self._muxed.stream_id)
+        if not buffer:
+            if self._muxed.reset_received:
+                raise self._lost("while receiving")
+            return False
+        self._decoder.feed(bytes(buffer))
+        buffer.clear()
+        await self._grant()
+        return True
+
+    async def _grant(self) -> None:
+        """Let the peer send on: the rest of a long message without waiting for us, and a fair piece of what may follow."""
+        muxed = self._muxed
+        window = min(max(self._decoder.wanted, _MIN_WINDOW), _MAX_WINDOW)
+        increment = window - muxed.recv_window
+        if increment < window // 2 or self._ended():
+            return
+        muxed.recv_window += increment
         try:
-            with trio.CancelScope(shield=True):  # the bytes are there: this does not wait, and cancelled it would lose them
-                data = await self._muxed.read(max(self._decoder.wanted, _READ_SIZE))
-        except MuxedStreamEOF:
-            return b""
+            with trio.CancelScope(shield=True):
+                await muxed.send_window_update(increment)
         except (BaseLibp2pError, OSError) as error:
             raise self._lost("while receiving") from error
-        return data
 
     async def _wait_for_bytes(self) -> None:
         """Until a read will not wait: there are bytes, or the stream has ended."""
