@@ -156,12 +156,13 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     config = model.config
     refuse_attentions(call.get("output_attentions"), config)
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise ValueError("give one of input_ids and inputs_embeds")
     if ids is not None:
         check_ids(ids, model.get_input_embeddings())
-    given = ids if ids is not None else embeds
-    if given is None:
-        raise ValueError("input_ids or inputs_embeds are needed")
-    rows, new = given.shape[:2]
+    else:
+        check_embeds(embeds, model.get_input_embeddings())
+    rows, new = (embeds if ids is None else ids).shape[:2]
     session = _session_of(model, blocks, call)
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     start = 0 if session is None else session.position
@@ -244,3 +245,10 @@ def check_ids(ids: torch.Tensor, embeddings: nn.Module) -> None:
         raise ValueError(f"token id {low if low < 0 else high} is outside of the vocabulary of {size} tokens")
 
 
+
+
+def check_embeds(embeds: torch.Tensor, embeddings: nn.Module) -> None:
+    """Raises ValueError where embeddings are not [rows, length, size]."""
+    size = getattr(embeddings, "embedding_dim", None)
+    if embeds.ndim != 3 or (size is not None and embeds.shape[-1] != size):
+        raise ValueError(f"inputs_embeds must have the shape [rows, length, {size}]; got {list(embeds.shape)}")

@@ -73,6 +73,21 @@ class DistributedGeneration:
         finally:
             session.close("its answer is complete")
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's source of candidates (assisted generation), which proposes no more of them than the session has room for."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        cache = kwargs["model_kwargs"].get("past_key_values")
+        if isinstance(cache, SessionCache):
+            propose, longest = generator.get_candidates, cache.session.max_length
+
+            def get_candidates(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+                ids, logits = propose(*args, **kwargs)
+                excess = ids.shape[1] - longest
+                return (ids, logits) if excess <= 0 else (ids[:, :-excess], None if logits is None else logits[:, :-excess])
+
+            generator.get_candidates = get_candidates
+        return generator
+
     def _named_session(self, session: InferenceSession | None, cache: Any) -> InferenceSession | None:
         if cache is None:
             return session

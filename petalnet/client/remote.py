@@ -86,13 +86,17 @@ class RemoteSequential(nn.Module):
                 raise IndexError(f"there is no block {index} among {count}")
             start = index % count
             stop = start + 1
+        return self.part(start, stop)
+
+    def part(self, start: int, stop: int) -> RemoteSequential:
+        """Blocks [start, stop) of this list, whatever it presents itself as."""
         target = replace(self.target, first=self.target.first + start, end=self.target.first + stop)
         return RemoteSequential(target, self.hidden_size, self.__dict__["template"])
 
     def __iter__(self) -> Iterator[Any]:
         if self._current_pass() is not None:
             return iter([_OneLayer(self)])
-        return (self[index] for index in range(self.target.end - self.target.first))
+        return (self.part(index, index + 1) for index in range(self.target.end - self.target.first))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
         same = RemoteSequential(self.target, self.hidden_size, self.__dict__["template"])
@@ -164,7 +168,7 @@ class RemoteSequential(nn.Module):
         outputs = []
         for index in range(self.target.end - self.target.first):
             part = None if prompts is None else prompts[index : index + 1]
-            hidden = self[index].run(hidden, mask=mask, position_ids=position_ids, prompts=part)[-1]
+            hidden = self.part(index, index + 1).run(hidden, mask=mask, position_ids=position_ids, prompts=part)[-1]
             outputs.append(hidden)
         return outputs
 

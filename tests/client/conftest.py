@@ -1,0 +1,237 @@
+"""Real servers on loopback in a thread of the test process, and small models that they serve."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import trio
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import petalnet
+from petalnet.blocks.engine import Engine
+from petalnet.blocks.service import BlockService
+from petalnet.blocks.sessions import SessionManager
+from petalnet.blocks.span import Span
+from petalnet.models.checkpoint import ModelSource
+from petalnet.models.identity import model_key
+from petalnet.p2p.identity import Identity
+from petalnet.p2p.protocols import FORWARD, INFERENCE
+from petalnet.peering import open_peering
+from petalnet.routing.records import ServerRecord
+
+LAYERS = 6
+VOCABULARY = 256
+HIDDEN = 32
+POOL_TOKENS = 4096
+
+
+def save_bloom(folder: Path) -> Path:
+    torch.manual_seed(1)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_head=4, n_layer=LAYERS, initializer_range=0.15, pad_token_id=3)
+    return save(BloomForCausalLM(config), folder)
+
+
+def save_llama(folder: Path) -> Path:
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=LAYERS,
+        initializer_range=0.2, max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=3,
+    )  # fmt: skip
+    return save(LlamaForCausalLM(config), folder)
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    model.generation_config.eos_token_id = None  # random weights would end some answers early
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Server:
+    """One server: its blocks and what answers for them. `scope` is what keeps it alive."""
+
+    span: tuple[int, int]
+    service: BlockService = field(init=False)
+    peer_id: str = field(init=False)
+    addrs: list[str] = field(init=False)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    alive: bool = True
+
+
+class Servers:
+    """Servers of one model, on a trio thread of their own."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.key = model_key(ModelSource.open(model))
+        self.servers: list[Server] = []
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._main,))
+        self._thread.start()
+        self._ready.wait()
+
+    async def _main(self) -> None:
+        async with trio.open_nursery() as self._nursery:
+            self._token = trio.lowlevel.current_trio_token()
+            self._ready.set()
+            await trio.sleep_forever()
+
+    @property
+    def peers(self) -> list[str]:
+        return next(server.addrs for server in self.servers if server.alive)
+
+    def start(self, first: int, end: int, *, pool_tokens: int = POOL_TOKENS) -> Server:
+        """One more server, announced when this returns."""
+        server = Server((first, end))
+        peers = self.peers if self.servers else []
+        trio.from_thread.run(self._nursery.start, self._serve, server, peers, pool_tokens, trio_token=self._token)
+        self.servers.append(server)
+        return server
+
+    def stop(self, server: Server) -> None:
+        """End a server without a word to anybody, as a crash does."""
+        server.alive = False
+        trio.from_thread.run_sync(server.scope.cancel, trio_token=self._token)
+
+    def stop_all(self) -> None:
+        trio.from_thread.run_sync(self._nursery.cancel_scope.cancel, trio_token=self._token)
+        self._thread.join(20)
+
+    def wait_until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
+        """Wait until `condition()` of the servers' state holds."""
+
+        async def poll() -> None:
+            with trio.fail_after(within_s):
+                while not condition():
+                    await trio.sleep(0.01)
+
+        trio.from_thread.run(poll, trio_token=self._token)
+
+    def open_sessions(self) -> int:
+        return sum(len(server.service.sessions) for server in self.servers if server.alive)
+
+    async def _serve(
+        self, server: Server, peers: Sequence[str], pool_tokens: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        source = ModelSource.open(self.model)
+        span = Span.load(source, *server.span, dtype=torch.float32, device="cpu")
+        listen = ["/ip4/127.0.0.1/tcp/0"]
+        with server.scope:
+            async with (
+                open_peering(Identity.generate(), initial_peers=peers, listen=listen, server=True) as peering,
+                trio.open_nursery() as nursery,
+            ):
+                engine = Engine()
+                await nursery.start(engine.run)
+                server.service = BlockService(span, engine, SessionManager(span, max_tokens=pool_tokens), model=self.key)
+                server.peer_id, server.addrs = peering.host.peer_id, peering.host.addrs
+                peering.host.on_peer_lost(server.service.peer_lost)
+                peering.host.serve(INFERENCE, server.service.handle_inference)
+                peering.host.serve(FORWARD, server.service.handle_forward)
+                now = time.time()
+                record = ServerRecord(
+                    peer_id=server.peer_id, addrs=tuple(addr.rpartition("/p2p/")[0] for addr in server.addrs), model=self.key, model_name="test",
+                    span=server.span, num_blocks=LAYERS, state="online", dtype="float32", sequence=int(now * 1000), issued=now, expires=now + 600,
+                )  # fmt: skip
+                await peering.announce(record)
+                task_status.started()
+                await trio.sleep_forever()
+
+
+@contextmanager
+def start_servers(model: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Servers]:
+    servers = Servers(model)
+    try:
+        for first, end in spans:
+            servers.start(first, end)
+        yield servers
+    finally:
+        servers.stop_all()
+
+
+def connect_model(model: Path, peers: Sequence[str], **options: object) -> torch.nn.Module:
+    """The model over the swarm, with short bounds."""
+    return petalnet.AutoDistributedModelForCausalLM.from_pretrained(
+        str(model), initial_peers=list(peers), dtype=torch.float32, **{"request_timeout": 20, "max_retries": 2, **options}
+    )
+
+
+@dataclass
+class Pair:
+    """The same model on this machine and over a swarm of three servers."""
+
+    family: str
+    path: Path
+    local: torch.nn.Module
+    remote: torch.nn.Module
+    servers: Servers
+
+    @property
+    def blocks(self) -> petalnet.RemoteSequential:
+        backbone = self.remote.base_model
+        return backbone.h if self.family == "bloom" else backbone.layers
+
+    @staticmethod
+    def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        """Random ids that are no special tokens."""
+        return torch.randint(4, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    @classmethod
+    def padded(cls, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Three rows of 9, 6 and 2 tokens, padded on one side, and their attention mask."""
+        ids = cls.ids(3, 9, seed=5)
+        mask = torch.ones_like(ids)
+        for row, length in enumerate((9, 6, 2)):
+            unused = slice(0, 9 - length) if side == "left" else slice(length, 9)
+            ids[row, unused] = 3
+            mask[row, unused] = 0
+        return ids, mask
+
+    def local_blocks(self, hidden: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Blocks [first, end) of the local model on [rows, length, hidden]."""
+        outputs: list[torch.Tensor] = []
+        layers = self.local.base_model.h if self.family == "bloom" else self.local.base_model.layers
+        hooks = [
+            layers[first].register_forward_pre_hook(lambda _, args, kwargs: ((hidden, *args[1:]), kwargs), with_kwargs=True),
+            layers[end - 1].register_forward_hook(lambda _, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)),
+        ]
+        try:
+            self.local.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs[0]
+
+
+@pytest.fixture(scope="session", params=["bloom", "llama"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    save_model = {"bloom": save_bloom, "llama": save_llama}[request.param]
+    path = save_model(tmp_path_factory.mktemp(request.param))
+    with start_servers(path, [(0, 2), (2, 5), (5, LAYERS)]) as servers:
+        remote = connect_model(path, servers.peers)
+        yield Pair(request.param, path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), remote, servers)
+        remote.close()
+
+
+@pytest.fixture(scope="session")
+def bloom_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bloom(tmp_path_factory.mktemp("bloom-alone"))
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[Path, Sequence[tuple[int, int]]], AbstractContextManager[Servers]]:
+    """`with serving(path, [(0, 2), (2, 6)]) as servers:` runs servers of these blocks."""
+    return start_servers
+
+
+@pytest.fixture(scope="session")
+def connect() -> Callable[..., torch.nn.Module]:
+    """`connect(path, peers, **options)` is the model over the swarm."""
+    return connect_model
