@@ -33,6 +33,7 @@ class Span:
         num_blocks: how many the whole model has.
         hidden_size: width of the hidden states.
         dtype, device: of the weights and of what `forward` returns.
+        takes_position_ids: whether the backbone is told positions (families with ALiBi are not).
         max_positions: positions that the model has a table for; None for a family that computes them (rotary, ALiBi).
     """
 
@@ -50,15 +51,16 @@ class Span:
         self._config = _quiet(config)
         self._windows = windows_of(config)[first:end]
         self._active: tuple[int, int] | None = None
-        self._takes_positions = "position_ids" in inspect.signature(layers.owner.forward).parameters
+        self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters
         tokens = model.get_input_embeddings()
         self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
         self.max_positions = _learned_positions(layers.owner, tokens)
         self._growing_rotary = [m for m in layers.owner.modules() if "dynamic" in str(getattr(m, "rope_type", ""))]
         for index, block in enumerate(self._blocks):
             for module in block.modules():
-                if hasattr(module, "layer_idx"):
-                    module.__dict__["layer_idx"] = index
+                for name in ("layer_idx", "layer_id"):  # under which a layer finds its share of the cache
+                    if name in module.__dict__:
+                        module.__dict__[name] = index
         self._activate(first, end)
 
     @classmethod
@@ -152,7 +154,7 @@ class Span:
         kwargs: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask.to(self.device, torch.long)
-        if position_ids is not None and self._takes_positions:
+        if position_ids is not None and self.takes_position_ids:
             kwargs["position_ids"] = position_ids.to(self.device, torch.long)
         if self._embedding_size == self.hidden_size:
             kwargs["inputs_embeds"] = hidden.detach()
