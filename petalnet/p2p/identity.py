@@ -20,6 +20,7 @@ from petalnet.errors import UsageError
 
 _KEY_SIZE = 32
 _PRIVATE_PREFIX = b"\x08\x01\x12\x40"  # protobuf PrivateKey: type ed25519, then 64 bytes (private key, public key)
+_SHORT_PREFIX = b"\x08\x01\x12\x20"  # the same with the private key only, as py-libp2p writes it
 _PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of a protobuf PublicKey: type ed25519, then 32 bytes
 
 
@@ -76,7 +77,9 @@ class Identity:
 
     @classmethod
     def _decode(cls, data: bytes) -> Identity | None:
-        if len(data) != len(_PRIVATE_PREFIX) + 2 * _KEY_SIZE or not data.startswith(_PRIVATE_PREFIX):
+        if data.startswith(_SHORT_PREFIX) and len(data) == len(_SHORT_PREFIX) + _KEY_SIZE:
+            return cls(data[len(_SHORT_PREFIX) :])
+        if not data.startswith(_PRIVATE_PREFIX) or len(data) != len(_PRIVATE_PREFIX) + 2 * _KEY_SIZE:
             return None
         identity = cls(data[len(_PRIVATE_PREFIX) :][:_KEY_SIZE])
         return identity if identity.encode() == data else None
