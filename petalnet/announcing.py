@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
+from petalnet.errors import PetalnetError
 from petalnet.routing.records import MAX_ROUND_TRIPS, ServerRecord
 from petalnet.routing.swarm import SwarmView
 from petalnet.version import __version__
@@ -63,14 +64,17 @@ class Announcer:
     _told: Load = field(default=Load(0, 0), init=False)
     _told_at: float = field(default=0.0, init=False)
 
-    async def tell(self, **changes: object) -> int:
-        """Announce now, with these fields of the record changed for good; returns on how many peers the record is stored."""
+    def change(self, **fields: Any) -> None:
+        """Change these fields of the record; told with the next announcement."""
+        self.record = replace(self.record, **fields)
+
+    async def tell(self) -> int:
+        """Announce now; returns on how many peers the record is stored."""
         now = time.time()
         self._told = self.load()
         self._told_at = trio.current_time()
         self.record = replace(
             self.record,
-            **changes,  # type: ignore[arg-type]
             free_kv_tokens=self._told.free_kv_tokens,
             queue=self._told.queue,
             next_round_trips=self._next_round_trips(now),
@@ -89,7 +93,10 @@ class Announcer:
             await trio.sleep(LOAD_CHECK_S)
             since = trio.current_time() - self._told_at
             if since >= BEAT_S or (since >= LOAD_GAP_S and self.load().differs(self._told, capacity)):
-                await self.tell()
+                try:
+                    await self.tell()
+                except PetalnetError as error:
+                    logger.warning("the swarm could not be told (%s); trying again at the next beat", error)
 
     def _next_round_trips(self, now: float) -> tuple[tuple[str, float], ...]:
         """Round trips to servers that hold the block after our last one, the quickest first."""

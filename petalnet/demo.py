@@ -45,8 +45,8 @@ class Server:
         if not self.ready and self.ready_file.exists():
             self.ready = json.loads(self.ready_file.read_text())
         if self.process.poll() is not None:
-            log = self.log_file.read_text(errors="replace").strip().splitlines()
-            raise ServerError(f"a server ended with status {self.process.returncode}: {log[-1] if log else 'it said nothing'}")
+            log = self.log_file.read_text(errors="replace").strip()
+            raise ServerError(f"a server ended with status {self.process.returncode}; the end of its log: {log[-500:]}")
         return bool(self.ready)
 
     def wait_ready(self, deadline: float) -> None:

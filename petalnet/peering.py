@@ -13,8 +13,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
-from petalnet.config import DEFAULT_PORT
-from petalnet.errors import AddressInUse, PeerUnreachable, RecordRejected
+from petalnet.config import DEFAULT_HTTP_PORT, DEFAULT_PORT
+from petalnet.errors import AddressInUse, PeerUnreachable, PetalnetError, RecordRejected
 from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, open_host
@@ -71,7 +71,10 @@ class Peering:
     async def keep_fresh(self, model: str | None = None) -> None:
         """Look up again and again, and forget what has expired, until cancelled."""
         while True:
-            await self.look_up(model)
+            try:
+                await self.look_up(model)
+            except PetalnetError as error:
+                logger.debug("the swarm could not be looked up: %s", error)
             await trio.sleep(REFRESH_EVERY_S)
             self.view.expire(time.time())
 
@@ -106,7 +109,13 @@ class Peering:
 
 @asynccontextmanager
 async def open_peering(
-    identity: Identity, *, initial_peers: Sequence[str], listen: Sequence[str] | None, announce: Sequence[str] = (), server: bool
+    identity: Identity,
+    *,
+    initial_peers: Sequence[str],
+    listen: Sequence[str] | None,
+    announce: Sequence[str] = (),
+    server: bool,
+    must_join: bool = True,
 ) -> AsyncIterator[Peering]:
     """A membership that has tried to join.
 
@@ -114,10 +123,11 @@ async def open_peering(
         listen: multiaddrs to listen on, none if empty; None for every interface at the default port or the next free one.
         announce: addresses to tell others instead of those listened on.
         server: whether this node routes for others (Kademlia server mode).
+        must_join: give up where initial peers were given and none of them answers; otherwise go on trying.
 
     Raises:
         AddressInUse: an address is taken.
-        PeerUnreachable: initial peers were given and none of them answered.
+        PeerUnreachable: none of the initial peers answered.
     """
     async with AsyncExitStack() as stack:
         if listen is None:
@@ -129,7 +139,9 @@ async def open_peering(
         await nursery.start(peering.run, initial_peers)
         if initial_peers and not peering.discovery.joined:
             named = ", ".join(initial_peers[:3]) + (", …" if initial_peers[3:] else "")
-            raise PeerUnreachable(f"no swarm was reached: none of the initial peers answered ({named})")
+            if must_join:
+                raise PeerUnreachable(f"no swarm was reached: none of the initial peers answered ({named})")
+            logger.warning("none of the initial peers answers yet (%s); trying on", named)
         try:
             yield peering
         finally:
@@ -137,7 +149,7 @@ async def open_peering(
 
 
 async def _open_on_free_port(stack: AsyncExitStack, identity: Identity, announce: Sequence[str]) -> Host:
-    for port in range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED):
+    for port in (port for port in range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port != DEFAULT_HTTP_PORT):
         with contextlib.suppress(AddressInUse):
             host = await stack.enter_async_context(open_host(identity, listen=[f"/ip4/0.0.0.0/tcp/{port}"], announce=announce))
             if port != DEFAULT_PORT:

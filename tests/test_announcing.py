@@ -43,7 +43,8 @@ async def test_beat_and_change(autojump_clock: MockClock) -> None:
     listener, load = Listener(), Load(1000, 0)
     announcer = Announcer(listener, make_record(), lambda: load, lambda peer_id: None)
     began = trio.current_time()
-    await announcer.tell(state="online")
+    announcer.change(state="online")
+    await announcer.tell()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(announcer.run)
         await trio.sleep(BEAT_S * 4 + 1)
@@ -77,7 +78,8 @@ async def test_times_and_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1.7e9, 1.7e9 - 3600.0]  # set back by an hour in between
     monkeypatch.setattr(time, "time", lambda: clock.pop(0))
     await announcer.tell()
-    await announcer.tell(state="left")
+    announcer.change(state="left")
+    await announcer.tell()
     first, second = (record for _, record in listener.heard)
     assert second.sequence > first.sequence and second.state == "left"
     assert first.expires - first.issued == LIFETIME_S and (first.free_kv_tokens, first.queue) == (5, 2)

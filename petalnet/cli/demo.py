@@ -36,10 +36,12 @@ def command(prompt: str, servers: int, max_new_tokens: int, seed: int) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     # The libraries of the model take seconds to import: meanwhile the servers start.
-    threading.Thread(target=_import_libraries, daemon=True).start()
+    importing = threading.Thread(target=_import_libraries, daemon=True)
+    importing.start()
     with local_swarm() as swarm:
         _start(swarm, servers)
         _show_spans(swarm)
+        importing.join()
         _generate(swarm, prompt, max_new_tokens, seed)
         click.echo("\nThe servers stop now. A swarm of your own, one line a machine:")
         click.echo("  petalnet node --serve 0:6        prints the command with which the next machine joins")

@@ -35,5 +35,3 @@ def set_up(level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
     logging.getLogger("petalnet").setLevel(level.upper())
-    # libp2p logs what strangers send as warnings with tracebacks; what matters of it is told by petalnet.p2p.
-    logging.getLogger("libp2p").setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)

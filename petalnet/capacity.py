@@ -1,0 +1,87 @@
+"""What fits into this machine's memory: how many blocks of a model, and how many KV tokens beside them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from petalnet.errors import UsageError
+
+if TYPE_CHECKING:
+    from petalnet.blocks.span import Span
+    from petalnet.models.checkpoint import ModelSource
+
+DEVICE_SHARE = 0.9
+"""Of an accelerator's free memory that a node takes by itself: the rest is for the library's own buffers."""
+MACHINE_SHARE = 0.5
+"""Of a machine's free memory that a node takes by itself: it is shared with everything else that runs there."""
+WEIGHTS_SHARE = 0.7
+"""Of a node's memory that `--serve auto` fills with weights: the rest is for KV entries and activations."""
+MOST_KV_TOKENS = 1 << 22
+"""A bound for tiny models, whose KV entries would fit by the hundred million."""
+
+
+def best_device() -> str:
+    """The device to compute on where none was asked for."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_memory(device: str, most: int | None) -> int:
+    """Bytes on a device that a node may take: `most` where it is given, else its share of what is free."""
+    if device.startswith("cuda"):
+        free = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE)
+    else:
+        free = int(psutil.virtual_memory().available * MACHINE_SHARE)
+    return free if most is None else most
+
+
+def block_sizes(source: ModelSource, dtype: torch.dtype) -> list[int]:
+    """Bytes that the weights of each block of a model take in a dtype. Reads no weights."""
+    from transformers import AutoModel
+
+    from petalnet.models.anatomy import find_layers
+    from petalnet.models.loading import construct, resolve_class
+
+    config = deepcopy(source.config)
+    layers = find_layers(construct(resolve_class(AutoModel, config), config, dtype)).layers
+    return [sum(parameter.numel() for parameter in layer.parameters()) * dtype.itemsize for layer in layers]
+
+
+def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max_memory: int | None) -> int:
+    """How many consecutive blocks of a model fit, wherever they lie in it; at most all.
+
+    Raises:
+        UsageError: not even one does.
+    """
+    sizes = block_sizes(source, dtype)
+    largest = max(sizes)
+    memory = usable_memory(device, max_memory)
+    count = min(int(memory * WEIGHTS_SHARE) // max(largest, 1), len(sizes))
+    if count == 0:
+        raise UsageError(
+            f"no block of {source.name} fits: one takes {largest / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}, and "
+            f"{memory * WEIGHTS_SHARE / 1e9:.2f} GB of {device} memory are there for weights (--max-memory, --dtype)"
+        )
+    return count
+
+
+def kv_tokens_that_fit(span: Span, source: ModelSource, *, device: str, max_memory: int | None) -> int:
+    """Positions of KV cache for which there is room beside a loaded span.
+
+    Raises:
+        UsageError: there is no room.
+    """
+    memory = usable_memory(device, max_memory)
+    if max_memory is not None:  # what is free on the device was counted with the weights in it, a ceiling was not
+        memory -= sum(block_sizes(source, span.dtype)[span.first : span.end])
+    tokens = min(memory // max(span.kv_bytes_per_token, 1), MOST_KV_TOKENS)
+    if tokens < 1:
+        raise UsageError(
+            f"no memory is left for KV entries on {device} beside blocks {span.first}:{span.end}: raise --max-memory or serve fewer"
+        )
+    return tokens

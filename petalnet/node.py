@@ -1,0 +1,280 @@
+"""A node: the one place that knows all parts and puts them together for the role that was asked for.
+
+A server is a peering and a `Server`; a client daemon is a peering, the local web side and the state file by which programs on this
+machine find the swarm; a bootstrap node is a peering alone. The first SIGINT or SIGTERM drains, a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import AsyncIterable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from petalnet.config import DEFAULT_HTTP_PORT, Settings, client_state_path, read_client_state
+from petalnet.errors import UsageError
+from petalnet.overview import describe_swarm
+from petalnet.state import claim_identity_path, remove_own_json, write_json
+from petalnet.threads import in_thread
+from petalnet.version import __version__
+
+if TYPE_CHECKING:
+    from petalnet.peering import Peering
+    from petalnet.serving import Model, Server
+
+logger = logging.getLogger(__name__)
+
+HTTP_PORTS_TRIED = 20
+MOST_STATE_PEERS = 8
+"""How many servers' addresses the client daemon leaves in its state file, beside the bootstrap peers."""
+STATE_EVERY_S = 5.0
+DEMO_NAME = "petalnet-demo"
+"""What the model that ships in the package is announced as where nobody named it."""
+
+
+async def run_node(settings: Settings, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Run a node until a signal ends it; started once it is usable.
+
+    Raises:
+        PetalnetError: it could not start; the message is one line for the person who started it.
+    """
+    await Node(settings).run(task_status=task_status)
+
+
+class Node:
+    """See the module's docstring.
+
+    Attributes:
+        role: "server", "client" or "bootstrap".
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.role = "server" if settings.serve is not None else "client" if settings.client else "bootstrap"
+        self._initial_peers: list[str] = []
+        self._files: list[Path] = []
+        self._http_url: str | None = None
+        self._usable = False
+        self._stopping = trio.Event()
+        self._peering: Peering
+        self._server: Server | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Start, be usable, and leave in good order at the first signal."""
+        try:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_signals, signals, nursery.cancel_scope)
+                    await self._run_role(task_status)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._remove_files()
+        logger.info("stopped")
+
+    async def _watch_signals(self, signals: AsyncIterable[int], whole: trio.CancelScope) -> None:
+        async for number in signals:
+            if self._stopping.is_set():
+                self._remove_files()
+                sys.stdout.flush()
+                os._exit(128 + number)
+            self._stopping.set()
+            logger.info("stopping (again to end at once)")
+            if not self._usable:  # there is nothing to drain yet
+                whole.cancel()
+
+    async def _run_role(self, task_status: trio.TaskStatus[None]) -> None:
+        from petalnet.p2p.addresses import read_peer_list
+
+        settings = self._settings
+        self._initial_peers = read_peer_list(settings.initial_peers)
+        if self.role == "client" and not self._initial_peers:
+            raise UsageError("a client daemon needs a swarm to join: say --initial-peers, or set PETALNET_INITIAL_PEERS")
+        async with AsyncExitStack() as stack:
+            opening = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(opening.cancel_scope.cancel)
+            model = _Opening(settings)
+            if self.role == "server":  # beside the joining: the imports alone take seconds
+                opening.start_soon(model.import_libraries)
+                if settings.model is not None or not self._initial_peers:
+                    opening.start_soon(model.open, settings.model)
+            await self._join(stack)
+            services = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(services.cancel_scope.cancel)
+            if self.role == "server":
+                await self._serve(services, opening, model)
+            else:
+                services.start_soon(self._peering.keep_fresh)
+            await self._start_http(services)
+            if self.role == "client":
+                services.start_soon(self._keep_state)
+            self._tell_ready()
+            self._usable = True
+            task_status.started()
+            await self._stopping.wait()
+            self._usable = False
+            self._remove_files()
+            if self._server is not None:
+                await self._server.drain()
+
+    async def _join(self, stack: AsyncExitStack) -> None:
+        from petalnet.p2p.identity import Identity
+        from petalnet.peering import open_peering
+
+        settings = self._settings
+        path = settings.identity_path or stack.enter_context(claim_identity_path(settings.public_name or self.role))
+        self._peering = await stack.enter_async_context(
+            open_peering(
+                Identity.load_or_create(path),
+                initial_peers=self._initial_peers,
+                listen=settings.host_maddrs or None,
+                announce=settings.announce_maddrs,
+                server=self.role != "client",
+                must_join=self.role != "bootstrap",
+            )
+        )
+
+    async def _serve(self, services: trio.Nursery, opening: trio.Nursery, model: _Opening) -> None:
+        from petalnet.serving import Server
+
+        if self._settings.model is None and self._initial_peers:
+            key, name = await self._model_of_swarm()
+            opening.start_soon(model.open, name)
+            if (await model.wait()).key != key:
+                raise UsageError(f"this swarm serves {name or 'the demo model'}, but with other weights than are here: name the MODEL")
+        self._server = Server(self._settings, self._peering, await model.wait())
+        await services.start(self._server.run)
+
+    async def _model_of_swarm(self) -> tuple[str, str | None]:
+        """Key and name of the only model that the swarm serves; the name is None for the model that ships in the package."""
+        from petalnet.models.checkpoint import DEMO_MODEL
+
+        await self._peering.look_up()
+        models = self._peering.view.models(now=time.time())
+        if len(models) != 1:
+            served = ", ".join(sorted(summary.model_name for summary in models))
+            raise UsageError(f"this swarm serves {'several models, name one: ' + served if models else 'no model yet: name the MODEL'}")
+        name = models[0].model_name
+        logger.info("the swarm serves %s", name)
+        return models[0].model, None if name in (DEMO_NAME, DEMO_MODEL.name) else name
+
+    async def _start_http(self, services: trio.Nursery) -> None:
+        wanted = self._settings.http
+        if wanted == "none" or (wanted is None and self.role != "client"):
+            return
+        from petalnet.http.app import make_app
+        from petalnet.http.server import bind, run_http, url_of
+
+        if wanted is None:
+            opened = bind("127.0.0.1", range(DEFAULT_HTTP_PORT, DEFAULT_HTTP_PORT + HTTP_PORTS_TRIED))
+            if opened.getsockname()[1] != DEFAULT_HTTP_PORT:
+                logger.info("HTTP port %d is taken; using %d", DEFAULT_HTTP_PORT, opened.getsockname()[1])
+        else:
+            opened = bind(wanted[0], [wanted[1]])
+        self._http_url = url_of(opened)
+        host = opened.getsockname()[0]
+        names = ["127.0.0.1", "localhost", "[::1]", f"[{host}]" if ":" in host else host] if host not in ("0.0.0.0", "::") else ["*"]
+        await services.start(run_http, make_app(self._health, self._status, hosts=names), opened)
+
+    def _health(self) -> dict[str, Any]:
+        return {"usable": self._usable, "role": self.role, "peer_id": self._peering.host.peer_id, "version": __version__}
+
+    def _status(self) -> dict[str, Any]:
+        node = self._health() | {"addrs": self._peering.host.addrs, "connected_peers": len(self._peering.host.connected_peers())}
+        return {"node": node, **describe_swarm(self._peering.view, now=time.time())}
+
+    async def _keep_state(self) -> None:
+        """Keep the state file true by which clients on this machine find the swarm, until cancelled."""
+        path = client_state_path()
+        other = read_client_state()
+        if other is not None and other["pid"] != os.getpid():
+            logger.warning("another client daemon runs on this machine (pid %s); programs here will use this one's swarm", other["pid"])
+        written: dict[str, Any] = {}
+        while True:
+            host, view = self._peering.host, self._peering.view
+            servers = [f"{addr}/p2p/{record.peer_id}" for record in view.servers(now=time.time()) for addr in record.addrs[:1]]
+            state = {
+                "pid": os.getpid(),
+                "peer_id": host.peer_id,
+                "addrs": host.addrs,
+                "initial_peers": list(dict.fromkeys([*self._initial_peers, *servers[:MOST_STATE_PEERS]])),
+                "http": self._http_url,
+            }
+            if state != written:
+                write_json(path, state, mode=0o600)
+                self._files.append(path)
+                written = state
+            await trio.sleep(STATE_EVERY_S)
+
+    def _tell_ready(self) -> None:
+        """The ready file and the lines on standard output."""
+        settings, host, server = self._settings, self._peering.host, self._server
+        span = None if server is None else list(server.span)
+        if settings.ready_file is not None:
+            write_json(
+                settings.ready_file,
+                {
+                    "peer_id": host.peer_id,
+                    "addrs": host.addrs,
+                    "model": settings.model if server is None else server.model_name,
+                    "span": span,
+                    "http": self._http_url,
+                    "pid": os.getpid(),
+                },
+            )
+            self._files.append(settings.ready_file)
+        for addr in host.addrs:
+            print(addr)
+        if self._http_url is not None:
+            print(self._http_url)
+        if self.role != "client" and host.addrs:
+            serve = "auto" if span is None else str(span[1] - span[0])
+            model = [settings.model] if settings.model is not None else ["MODEL"] if server is None else []
+            print("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, "--initial-peers", host.addrs[0]]))
+        sys.stdout.flush()
+
+    def _remove_files(self) -> None:
+        while self._files:
+            remove_own_json(self._files.pop())
+
+
+def _import_libraries() -> None:
+    """What a server needs of the model's libraries, whichever model it will be."""
+    import petalnet.blocks.probe
+    import petalnet.blocks.service
+    import petalnet.blocks.throughput  # noqa: F401
+
+
+class _Opening:
+    """A model that is being opened on a thread, while the node joins its swarm."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._model: Model | None = None
+        self._imported = trio.Event()
+        self._done = trio.Event()
+
+    async def import_libraries(self) -> None:
+        # On one thread before any other needs them: transformers cannot be imported by two threads at once.
+        await in_thread(_import_libraries)
+        self._imported.set()
+
+    async def open(self, name: str | None) -> None:
+        from petalnet.serving import open_model
+
+        await self._imported.wait()
+        self._model = await in_thread(open_model, self._settings, name)
+        self._done.set()
+
+    async def wait(self) -> Model:
+        await self._done.wait()
+        if self._model is None:
+            raise RuntimeError("the model was not opened")
+        return self._model

@@ -1,0 +1,213 @@
+"""A server's life: open the model, choose blocks, load them, serve, and leave in good order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from petalnet.announcing import LIFETIME_S, Announcer, Load
+from petalnet.config import Settings
+from petalnet.errors import UsageError
+from petalnet.peering import Peering
+from petalnet.routing.placement import choose_span
+from petalnet.routing.records import MAX_ADDRS, ServerRecord
+from petalnet.threads import in_thread
+
+if TYPE_CHECKING:
+    import torch
+
+    from petalnet.blocks.service import BlockService
+    from petalnet.blocks.span import Span
+    from petalnet.blocks.throughput import Rates
+    from petalnet.models.checkpoint import ModelSource
+
+logger = logging.getLogger(__name__)
+
+DRAIN_WITHIN_S = 10.0
+"""How long a server that was told to stop waits for the sessions that it still has."""
+WITHDRAW_WITHIN_S = 2.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be served: its source, its identity (see `models.identity`) and what it will be run in."""
+
+    source: ModelSource
+    key: str
+    num_blocks: int
+    dtype: torch.dtype
+    device: str
+
+
+def open_model(settings: Settings, name: str | None) -> Model:
+    """Find a model, make sure that it can be split, and work out its identity. Blocks: imports the libraries, reads files.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be split into blocks.
+        UsageError: the span or the device that was asked for is not there.
+    """
+    from petalnet.blocks.probe import require_splittable
+    from petalnet.capacity import best_device
+    from petalnet.models.anatomy import text_config
+    from petalnet.models.checkpoint import ModelSource
+    from petalnet.models.identity import model_key
+    from petalnet.models.loading import pick_dtype
+
+    device = settings.device or best_device()
+    source = ModelSource.open(name, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
+    count = text_config(source.config).num_hidden_layers
+    if isinstance(settings.serve, tuple) and settings.serve[1] > count:
+        first, end = settings.serve
+        raise UsageError(f"--serve {first}:{end} is out of range: {source.name} has {count} blocks, 0:{count}")
+    if isinstance(settings.serve, int) and settings.serve > count:
+        raise UsageError(f"--serve {settings.serve} is out of range: {source.name} has {count} blocks")
+    require_splittable(source.config)
+    return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device)
+
+
+class Server:
+    """One server of blocks of a model.
+
+    Attributes:
+        span: the blocks [a, b) that it serves.
+        model_name: what the model is called.
+        service: what answers requests.
+    """
+
+    def __init__(self, settings: Settings, peering: Peering, model: Model) -> None:
+        self._settings = settings
+        self._peering = peering
+        self._model = model
+        self.span = (0, 0)
+        self.model_name = model.source.name
+        self.service: BlockService
+        self._announcer: Announcer
+        self._online = False
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; started once the swarm has been told that the blocks are online."""
+        self.span = await self._choose_span()
+        name = self._model.source.name
+        logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, name, self._model.num_blocks)
+        self._announcer = self._make_announcer()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announcer.tell)  # "joining": others then choose other blocks meanwhile
+            await self._load(nursery)
+            self._online = True
+            stored = await self._say("online")
+            logger.info("online: blocks %d:%d of %s; the record is stored on %d peers", *self.span, name, stored)
+            nursery.start_soon(self._announcer.run)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def _say(self, state: str) -> int:
+        self._announcer.change(state=state)
+        return await self._announcer.tell()
+
+    async def drain(self) -> None:
+        """Take no new sessions, wait a bounded while for the present ones, and tell the swarm goodbye."""
+        if not self._online:
+            return
+        self.service.drain()
+        with trio.move_on_after(WITHDRAW_WITHIN_S):
+            await self._say("draining")
+        if len(self.service.sessions):
+            logger.info("waiting up to %.0f s for %d sessions to end", DRAIN_WITHIN_S, len(self.service.sessions))
+        with trio.move_on_after(DRAIN_WITHIN_S):
+            while len(self.service.sessions):  # noqa: ASYNC110  (a tenth of a second at the end of a node's life)
+                await trio.sleep(0.1)
+        with trio.move_on_after(WITHDRAW_WITHIN_S):
+            await self._say("left")
+
+    async def _choose_span(self) -> tuple[int, int]:
+        settings, model = self._settings, self._model
+        serve = settings.serve
+        if isinstance(serve, tuple):
+            return serve
+        if serve == "auto":
+            count = await in_thread(self._count_that_fits)
+            logger.info("%d of the %d blocks of %s fit into memory", count, model.num_blocks, model.source.name)
+        elif serve is not None:
+            count = serve
+        else:
+            raise UsageError("a server needs --serve")
+        await self._peering.look_up(model.key)
+        now = time.time()
+        others = self._peering.view.servers(model.key, now=now, states=("joining", "online"), include_failed=True)
+        span = choose_span((other for other in others if other.peer_id != self._peering.host.peer_id), model.num_blocks, count, now=now)
+        logger.info("chose blocks %d:%d: the swarm can do these least", *span)
+        return span
+
+    def _count_that_fits(self) -> int:
+        from petalnet.capacity import blocks_that_fit
+
+        model = self._model
+        return blocks_that_fit(model.source, dtype=model.dtype, device=model.device, max_memory=self._settings.max_memory)
+
+    def _make_announcer(self) -> Announcer:
+        now = time.time()
+        host, model = self._peering.host, self._model
+        record = ServerRecord(
+            peer_id=host.peer_id,
+            addrs=tuple(addr.rpartition("/p2p/")[0] for addr in host.addrs[:MAX_ADDRS]),
+            model=model.key,
+            model_name=model.source.name,
+            span=self.span,
+            num_blocks=model.num_blocks,
+            state="joining",
+            dtype=str(model.dtype).removeprefix("torch."),
+            sequence=0,
+            issued=now,
+            expires=now + LIFETIME_S,
+            public_name=self._settings.public_name,
+        )
+        return Announcer(self._peering, record, self._load_now, host.round_trip_s)
+
+    def _load_now(self) -> Load:
+        if not self._online:
+            return Load(0, 0)
+        return Load(self.service.sessions.free_tokens, self.service.engine.queue_length)
+
+    async def _load(self, nursery: trio.Nursery) -> None:
+        """Load the blocks, measure them and answer requests from then on."""
+        from petalnet.blocks.engine import Engine
+        from petalnet.blocks.service import BlockService
+        from petalnet.blocks.sessions import SessionManager
+        from petalnet.p2p.protocols import FORWARD, INFERENCE
+
+        model = self._model
+        began = trio.current_time()
+
+        span, tokens, rates = await in_thread(self._load_blocking)
+        self._announcer.change(
+            decode_tokens_s=rates.decode, prefill_tokens_s=rates.prefill, forward_tokens_s=rates.forward, block_digests=tuple(span.digests)
+        )
+        logger.info(
+            "loaded in %.1f s in %s on %s: %.0f tokens/s one by one, %.0f in a prompt, room for %d KV tokens",
+            trio.current_time() - began, self._announcer.record.dtype, model.device, rates.decode, rates.prefill, tokens,
+        )  # fmt: skip
+        engine = Engine()
+        await nursery.start(engine.run)
+        self.service = BlockService(span, engine, SessionManager(span, max_tokens=tokens), model=model.key)
+        host = self._peering.host
+        host.on_peer_lost(self.service.peer_lost)
+        host.serve(INFERENCE, self.service.handle_inference)
+        host.serve(FORWARD, self.service.handle_forward)
+
+    def _load_blocking(self) -> tuple[Span, int, Rates]:
+        """The loaded span, the KV tokens for which there is room, and the rates to announce."""
+        from petalnet.blocks.span import Span
+        from petalnet.blocks.throughput import Rates, measure
+        from petalnet.capacity import kv_tokens_that_fit
+
+        settings, model = self._settings, self._model
+        span = Span.load(model.source, *self.span, dtype=model.dtype, device=model.device)
+        tokens = settings.attn_cache_tokens or kv_tokens_that_fit(span, model.source, device=model.device, max_memory=settings.max_memory)
+        rate = settings.throughput
+        rates = measure(span, model=model.key) if rate is None else Rates(rate, rate, rate)
+        _ = span.digests  # computed here, on this thread, and kept by the span
+        return span, tokens, rates
