@@ -158,7 +158,7 @@ def _compare(model: Any) -> ProbeResult:
         hidden = first
         with torch.inference_mode():
             for span, cache in zip(spans, caches, strict=True):
-                hidden = span.forward(hidden, attention_mask=mask[:, :end], position_ids=positions[:, start:end], cache=cache)
+                (hidden,) = span.forward(hidden, attention_mask=mask[:, :end], position_ids=positions[:, start:end], cache=cache)
         error = _error(hidden, expected, mask[:, start:end])
         if not error < TOLERANCE:
             what = "a prompt" if start == 0 else "a token with a cache"
@@ -168,7 +168,7 @@ def _compare(model: Any) -> ProbeResult:
     first, expected = whole.run(input_ids=ids, use_cache=False)
     hidden = inputs = first.clone().requires_grad_()
     for span in spans:
-        hidden = span.forward(hidden)
+        (hidden,) = span.forward(hidden)
     error = _error(hidden.detach(), expected, mask.new_ones(mask.shape))
     if not error < TOLERANCE:
         return ProbeResult(False, f"split, it computes a pass without a cache differently (relative difference {error:.1e})")

@@ -129,7 +129,7 @@ class Span:
         first: int | None = None,
         end: int | None = None,
         all_hidden: bool = False,
-    ) -> torch.Tensor | list[torch.Tensor]:
+    ) -> list[torch.Tensor]:
         """Run new tokens through blocks [first, end) of the model, by default all of the span.
 
         Args:
@@ -138,9 +138,9 @@ class Span:
             position_ids: [rows, new]; None when they are past … past + new - 1 in every row.
             cache: the session's; its length (past) moves on by `new`. None for a pass without a past.
             prompts: [end - first, rows, prompt length, hidden], added to each block's input at positions 0 … prompt length - 1.
-            all_hidden: return the outputs of every block.
+            all_hidden: return the outputs of every block, not only of the last.
         Returns:
-            [rows, new, hidden] in the span's dtype on its device, or a list of one such tensor a block.
+            outputs [rows, new, hidden] in the span's dtype on its device: one, or with `all_hidden` one a block.
         """
         first, end = self.first if first is None else first, self.end if end is None else end
         if not self.first <= first < end <= self.end:
@@ -178,7 +178,7 @@ class Span:
                 handle.remove()
         if cache is not None:
             cache.advance(new)
-        return outputs if all_hidden else outputs[-1]
+        return outputs
 
     def _activate(self, first: int, end: int) -> None:
         """Show the backbone only blocks [first, end), and a configuration that fits them."""

@@ -15,11 +15,11 @@ from petalnet.blocks.span import Span
 from petalnet.models.cachedir import load_facts, store_facts
 from petalnet.version import __version__
 
-MEASURED_BLOCKS = 4
+MEASURED_BLOCKS = 3
 """Blocks that are run for a measurement: enough that their weights do not stay in a CPU's cache, few enough to be quick."""
-PROMPT_TOKENS = 64
-DECODE_STEPS = 5
-WORTH_S = 0.1
+PROMPT_TOKENS = 32
+DECODE_STEPS = 3
+WORTH_S = 0.05
 """A measurement is repeated for so long, that one interruption does not decide."""
 
 
@@ -77,12 +77,11 @@ def _measure(span: Span) -> Rates:
         def forward() -> None:
             span.forward(prompt, end=end)
 
-        prefill()  # the first run maps weights in and makes buffers
-        return Rates(
-            decode=share * DECODE_STEPS / _seconds(decode, span.device),
-            prefill=share * PROMPT_TOKENS / _seconds(prefill, span.device),
-            forward=share * PROMPT_TOKENS / _seconds(forward, span.device),
-        )
+        span.forward(token, end=end)  # the first run maps weights in
+        prefill_s, decode_s, forward_s = (_seconds(run, span.device) for run in (prefill, decode, forward))
+    return Rates(
+        decode=share * DECODE_STEPS / decode_s, prefill=share * PROMPT_TOKENS / prefill_s, forward=share * PROMPT_TOKENS / forward_s
+    )
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:

@@ -55,7 +55,7 @@ class StepWork:
                 end=self.session.end,
                 all_hidden=request.all_hidden,
             )
-            return torch.stack(outputs) if isinstance(outputs, list) else outputs[None]
+            return torch.stack(outputs)
 
     def encode(self, pieces: list[torch.Tensor]) -> Blob:
         """The answer's array, of pieces that are complete."""
@@ -86,7 +86,7 @@ def run_forward(span: Span, request: Forward) -> Blob:
             end=request.end,
             all_hidden=request.all_hidden,
         )
-        return _encode_like(request.hidden, torch.stack(outputs) if isinstance(outputs, list) else outputs)
+        return _encode_like(request.hidden, torch.stack(outputs) if request.all_hidden else outputs[-1])
 
 
 def run_backward(span: Span, request: Backward) -> tuple[Blob, Blob | None]:
@@ -96,16 +96,14 @@ def run_backward(span: Span, request: Backward) -> tuple[Blob, Blob | None]:
     if arrays.prompts is not None:
         inputs.append(arrays.prompts.detach().requires_grad_())
     with torch.enable_grad():
-        outputs = span.forward(
+        (output,) = span.forward(
             inputs[0],
             attention_mask=arrays.mask,
             position_ids=arrays.position_ids,
             prompts=inputs[1] if len(inputs) > 1 else None,
             first=request.first,
             end=request.end,
-            all_hidden=True,
         )
-    output = outputs[-1]
     grads = torch.autograd.grad(output, inputs, decode_tensor(request.grad_output).to(output.device, output.dtype))
     return _encode_like(request.hidden, grads[0]), None if request.prompts is None else _encode_like(request.prompts, grads[1])
 
