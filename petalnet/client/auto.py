@@ -6,7 +6,7 @@ import functools
 from copy import deepcopy
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from petalnet.client.chain import Target
 from petalnet.client.loading import SOURCE_ARGUMENTS, join, load_model
@@ -92,11 +92,13 @@ class DistributedConfig:
         return {name: value for name, value in values.items() if name not in SETTING_NAMES and name != "dht_prefix"}
 
 
-@functools.cache
-def distributed_config_class(library_class: type[PreTrainedConfig]) -> Any:
+def distributed_config_class(library_class: Any) -> Any:
     """The distributed version of a configuration class of the library; of a distributed class, itself."""
-    if issubclass(library_class, DistributedConfig):
-        return library_class
+    return library_class if issubclass(library_class, DistributedConfig) else _make_config_class(library_class)
+
+
+@functools.cache
+def _make_config_class(library_class: Any) -> Any:
     attributes = {"library_class": library_class, "__module__": "petalnet.client.families"}
     return type(f"Distributed{library_class.__name__}", (DistributedConfig, library_class), attributes)
 

@@ -28,7 +28,7 @@ def run(target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inpu
 
 def apply(target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inputs: Inputs) -> torch.Tensor:
     """A forward pass whose gradients reach `hidden` and `prompts`."""
-    output: torch.Tensor = _RemoteBlocks.apply(hidden, prompts, target, inputs)  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _RemoteBlocks.apply(hidden, prompts, target, inputs)
     return output
 
 
@@ -46,7 +46,7 @@ class _RemoteBlocks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         (hidden,) = ctx.saved_tensors
         target: Target = ctx.target
         gradient = encode_tensor(grad_output.to(hidden.dtype))

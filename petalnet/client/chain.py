@@ -101,6 +101,7 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
     full: set[str] = set()
     last: BusyError | None = None
     retries = 0
+    failure: BusyError | ServerError
     while True:
         try:
             return await attempt(frozenset(full))

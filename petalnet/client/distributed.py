@@ -82,11 +82,13 @@ class DistributedModel(DistributedGeneration):
         self.close()
 
 
-@functools.cache
-def distributed_class(library_class: type[PreTrainedModel]) -> Any:
+def distributed_class(library_class: Any) -> Any:
     """The distributed version of a model class of the library; of a distributed class, itself."""
-    if issubclass(library_class, DistributedModel):
-        return library_class
+    return library_class if issubclass(library_class, DistributedModel) else _make_class(library_class)
+
+
+@functools.cache
+def _make_class(library_class: Any) -> Any:
     name = f"Distributed{library_class.__name__}"
     attributes = {
         "library_class": library_class,
@@ -134,7 +136,7 @@ def settle_layer_form(model: nn.Module) -> None:
 
 
 def _library_forward(module: nn.Module) -> Callable[..., Any]:
-    return type(module).library_class.forward  # type: ignore[attr-defined,no-any-return]
+    return type(module).library_class.forward  # type: ignore[attr-defined]
 
 
 def _wrap_forward(library_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,11 +160,9 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("give one of input_ids and inputs_embeds")
-    if ids is not None:
-        check_ids(ids, model.get_input_embeddings())
-    else:
-        check_embeds(embeds, model.get_input_embeddings())
-    rows, new = (embeds if ids is None else ids).shape[:2]
+    given: torch.Tensor = embeds if ids is None else ids  # type: ignore[assignment]
+    (check_embeds if ids is None else check_ids)(given, model.get_input_embeddings())
+    rows, new = given.shape[:2]
     session = _session_of(model, blocks, call)
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     start = 0 if session is None else session.position

@@ -64,7 +64,7 @@ class DistributedGeneration:
             raise ValueError("give the input ids once: as inputs or as input_ids")
         kwargs.pop("input_ids", None)
         session = self._named_session(session, kwargs.pop("past_key_values", None)) or blocks.active_session()
-        plan = _Plan(self, inputs, generation_config, kwargs)  # type: ignore[arg-type]
+        plan = _Plan(self, inputs, generation_config, kwargs)
         if session is not None:
             return self._generate_in(session, plan, generation_config, args, kwargs)
         session = blocks.inference_session(max_length=max(plan.total_length(0) - 1, 1))

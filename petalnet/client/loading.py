@@ -55,7 +55,8 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
     from petalnet.models.anatomy import find_layers, text_config
     from petalnet.models.loading import build, checkpoint_dtype, pick_dtype, resolve_class
 
-    source = ModelSource.open(name_or_path, **{name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs})
+    origin = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
+    source = ModelSource.open(name_or_path, **origin)
     dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs.pop("dtype")
     kwargs.pop("dtype", None)
     kwargs.pop("torch_dtype", None)
@@ -84,7 +85,7 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
         logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(built.missing)))
     settle_layer_form(model)
     if model.can_generate():
-        model.generation_config = _generation_config(source, model.generation_config)
+        model.generation_config = _generation_config(source, origin, model.generation_config)
     carry(plain, settings, name_or_path)
     model.name_or_path = str(name_or_path)
     return model
@@ -112,9 +113,11 @@ def _device(device_map: Any) -> torch.device:
     return torch.device("cpu" if device_map is None else device_map)
 
 
-def _generation_config(source: ModelSource, default: Any) -> Any:
+def _generation_config(source: ModelSource, origin: dict[str, Any], default: Any) -> Any:
     """The generation settings that lie beside the model; `default` where there are none."""
     from transformers import GenerationConfig
 
-    file = source.file("generation_config.json")
-    return default if file is None else GenerationConfig.from_pretrained(file.parent)
+    try:
+        return GenerationConfig.from_pretrained(source.folder or source.name, **origin)
+    except OSError:
+        return default

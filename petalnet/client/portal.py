@@ -64,12 +64,8 @@ class Job(Generic[T]):
         self._portal.call_soon(self._scope.cancel)
 
     def result(self) -> T:
-        """Wait for the coroutine and return its value or raise its exception. An interrupt of the wait cancels it."""
-        try:
-            self._running.acquire()
-        except BaseException:
-            self.cancel()
-            raise
+        """Wait for the coroutine and return its value or raise its exception."""
+        self._running.acquire()
         self._running.release()
         if self._error is not None:
             raise self._error
@@ -116,17 +112,26 @@ class Portal:
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("the synchronous API was called from the client's own network thread")
-        return self.start(function, *arguments).result()
+        job: Job[T] = Job(self, function, arguments)
+        try:
+            self._hand_over(job)
+            return job.result()
+        except KeyboardInterrupt:  # wherever in here it came
+            job.cancel()
+            raise
 
     def start(self, function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> Job[T]:
         """Run `function(*arguments)` on the portal's thread without waiting."""
-        self._started.wait()
         job: Job[T] = Job(self, function, arguments)
-        if not self.alive:
-            job.abandon(PortalClosed("the client's network thread has ended"))
-            return job
-        self.call_soon(self._begin, job)
+        self._hand_over(job)
         return job
+
+    def _hand_over(self, job: Job[Any]) -> None:
+        self._started.wait()
+        if self.alive:
+            self.call_soon(self._begin, job)
+        else:
+            job.abandon(PortalClosed("the client's network thread has ended"))
 
     def _begin(self, job: Job[Any]) -> None:
         try:

@@ -290,6 +290,7 @@ class _ServerSide:
                 error, self._error = self._error, None
                 raise error
             retries = 0
+            failure: BusyError | ServerError
             while True:
                 chain = await self._open()
                 try:

@@ -41,8 +41,8 @@ def save_bloom(folder: Path) -> Path:
 def save_llama(folder: Path) -> Path:
     torch.manual_seed(2)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=LAYERS,
-        initializer_range=0.2, max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=3,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=LAYERS, initializer_range=0.2, max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=3,
     )  # fmt: skip
     return save(LlamaForCausalLM(config), folder)
 
@@ -106,13 +106,10 @@ class Servers:
 
     def wait_until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
         """Wait until `condition()` of the servers' state holds."""
-
-        async def poll() -> None:
-            with trio.fail_after(within_s):
-                while not condition():
-                    await trio.sleep(0.01)
-
-        trio.from_thread.run(poll, trio_token=self._token)
+        deadline = time.monotonic() + within_s
+        while not trio.from_thread.run_sync(condition, trio_token=self._token):
+            assert time.monotonic() < deadline, "it has not come to that in time"
+            threading.Event().wait(0.01)
 
     def open_sessions(self) -> int:
         return sum(len(server.service.sessions) for server in self.servers if server.alive)
@@ -136,9 +133,10 @@ class Servers:
                 peering.host.serve(INFERENCE, server.service.handle_inference)
                 peering.host.serve(FORWARD, server.service.handle_forward)
                 now = time.time()
+                addrs = tuple(addr.rpartition("/p2p/")[0] for addr in server.addrs)
                 record = ServerRecord(
-                    peer_id=server.peer_id, addrs=tuple(addr.rpartition("/p2p/")[0] for addr in server.addrs), model=self.key, model_name="test",
-                    span=server.span, num_blocks=LAYERS, state="online", dtype="float32", sequence=int(now * 1000), issued=now, expires=now + 600,
+                    peer_id=server.peer_id, addrs=addrs, model=self.key, model_name="test", span=server.span, num_blocks=LAYERS,
+                    state="online", dtype="float32", sequence=int(now * 1000), issued=now, expires=now + 600,
                 )  # fmt: skip
                 await peering.announce(record)
                 task_status.started()
@@ -198,9 +196,13 @@ class Pair:
         """Blocks [first, end) of the local model on [rows, length, hidden]."""
         outputs: list[torch.Tensor] = []
         layers = self.local.base_model.h if self.family == "bloom" else self.local.base_model.layers
+
+        def take(_: object, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
         hooks = [
             layers[first].register_forward_pre_hook(lambda _, args, kwargs: ((hidden, *args[1:]), kwargs), with_kwargs=True),
-            layers[end - 1].register_forward_hook(lambda _, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)),
+            layers[end - 1].register_forward_hook(take),
         ]
         try:
             self.local.base_model(inputs_embeds=torch.zeros_like(hidden), use_cache=False)
