@@ -114,7 +114,7 @@ class Node:
                 services.start_soon(self._peering.keep_fresh)
             await self._start_http(services)
             if self.role == "client":
-                services.start_soon(self._keep_state)
+                await services.start(self._keep_state)
             self._tell_ready()
             self._usable = True
             task_status.started()
@@ -190,9 +190,10 @@ class Node:
         node = self._health() | {"addrs": self._peering.host.addrs, "connected_peers": len(self._peering.host.connected_peers())}
         return {"node": node, **describe_swarm(self._peering.view, now=time.time())}
 
-    async def _keep_state(self) -> None:
+    async def _keep_state(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the state file true by which clients on this machine find the swarm, until cancelled."""
         path = client_state_path()
+        self._files.append(path)
         other = read_client_state()
         if other is not None and other["pid"] != os.getpid():
             logger.warning("another client daemon runs on this machine (pid %s); programs here will use this one's swarm", other["pid"])
@@ -209,8 +210,9 @@ class Node:
             }
             if state != written:
                 write_json(path, state, mode=0o600)
-                self._files.append(path)
                 written = state
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
             await trio.sleep(STATE_EVERY_S)
 
     def _tell_ready(self) -> None:
