@@ -6,6 +6,7 @@ machine find the swarm; a bootstrap node is a peering alone. The first SIGINT or
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shlex
@@ -115,6 +116,9 @@ class Node:
             await self._start_http(services)
             if self.role == "client":
                 await services.start(self._keep_state)
+            # Off since the start of the program, see `petalnet.cli.main`. What was imported and loaded stays: it need not be looked at again.
+            gc.freeze()
+            gc.enable()
             self._tell_ready()
             self._usable = True
             task_status.started()

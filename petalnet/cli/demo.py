@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import threading
@@ -42,6 +43,7 @@ def command(prompt: str, servers: int, max_new_tokens: int, seed: int) -> None:
         _start(swarm, servers)
         _show_spans(swarm)
         importing.join()
+        gc.enable()
         _generate(swarm, prompt, max_new_tokens, seed)
         click.echo("\nThe servers stop now. A swarm of your own, one line a machine:")
         click.echo("  petalnet node --serve 0:6        prints the command with which the next machine joins")
