@@ -110,13 +110,13 @@ class Span:
         """Memory that the weights take."""
         return sum(weight.nbytes for block in self._blocks for weight in (*block.parameters(), *block.buffers()))
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> int:
-        """Memory that one position of one row takes in a cache, over all blocks of the span."""
-        config = self._config
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return len(self) * 2 * heads * size * self.dtype.itemsize
+        """Memory that one position of one row takes in a cache, over all blocks. Found by running a token through the first block."""
+        cache = self.new_cache(1)
+        with torch.inference_mode():
+            self.forward(torch.zeros(1, 1, self.hidden_size), cache=cache, end=self.first + 1)
+        return cache.bytes * len(self)
 
     def forward(
         self,

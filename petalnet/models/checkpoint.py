@@ -163,7 +163,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError("its header is longer than the file")
-        table: dict[str, Any] = json.loads(stream.read(length))
+        table: Any = json.loads(stream.read(length))
+    if not isinstance(table, dict):
+        raise ValueError("its header is not a table")
     data = 8 + length
     tensors = {}
     for name, entry in table.items():

@@ -1,0 +1,67 @@
+"""Tiny models with random weights that differ enough from layer to layer to notice a mix-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+LAYERS = 4
+_BASE = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": LAYERS,
+}
+SIZES = {
+    "bloom": {"vocab_size": 99, "hidden_size": 32, "n_head": 4, "n_layer": LAYERS},
+    "llama": _BASE,
+    "mistral": {**_BASE, "sliding_window": 5},
+    "qwen2": _BASE,
+    "gemma2": {**_BASE, "head_dim": 8, "sliding_window": 5},
+    "mixtral": {**_BASE, "num_local_experts": 4},
+    "falcon": {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": LAYERS},
+    "granite": {**_BASE, "embedding_multiplier": 3.0},
+    "opt": {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": LAYERS,
+        "word_embed_proj_dim": 16,
+        "max_position_embeddings": 40,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from a family's name, and fields of its configuration to change, to a folder with a model of it."""
+    folders: dict[str, Path] = {}
+
+    def folder(family: str, **changes: object) -> Path:
+        key = f"{family}{sorted(changes.items())}"
+        if key not in folders:
+            torch.manual_seed(0)
+            config = transformers.AutoConfig.for_model(family, **SIZES[family] | changes)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    torch.nn.init.normal_(parameter, std=0.15)
+            folders[key] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folders[key])
+        return folders[key]
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What petalnet remembers between runs goes to a folder of the test."""
+    monkeypatch.setenv("PETALNET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,0 +1,87 @@
+"""The growing cache against a plain list of what was put in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalnet.blocks.cache import SpanCache, windows_of
+from petalnet.errors import ModelError
+
+HEADS, SIZE = 2, 3
+
+
+def states(rows: int, new: int) -> torch.Tensor:
+    return torch.randn(rows, HEADS, new, SIZE)
+
+
+STEP = st.one_of(
+    st.tuples(st.just("append"), st.integers(1, 90)),
+    st.tuples(st.just("rollback"), st.floats(0, 1)),
+    st.tuples(st.just("reorder"), st.lists(st.floats(0, 0.999), min_size=1, max_size=4)),
+)
+
+
+@given(steps=st.lists(STEP, max_size=8), window=st.sampled_from([None, 4, 70]))
+def test_it_holds_what_was_put_in(steps: list[tuple[str, object]], window: int | None) -> None:
+    cache = SpanCache([window, None], max_length=300)
+    rows = 2
+    held = [torch.empty(rows, HEADS, 0, SIZE) for _ in range(4)]  # keys and values of two layers
+    for kind, argument in steps:
+        length = held[0].shape[2]
+        if kind == "append":
+            new = int(argument)  # type: ignore[call-overload]
+            if length + new > 300:
+                continue
+            held = [torch.cat([past, states(rows, new)], dim=2) for past in held]
+            for layer, width in enumerate([window, None]):
+                found = cache.update(held[2 * layer][:, :, length:], held[2 * layer + 1][:, :, length:], layer)
+                kept, offset = cache.get_mask_sizes(new, layer)
+                expected_offset = 0 if width is None else max(0, length - width + 1)
+                assert (kept, offset) == (length + new - expected_offset, expected_offset)
+                assert torch.equal(found[0], held[2 * layer][:, :, offset:])
+                assert torch.equal(found[1], held[2 * layer + 1][:, :, offset:])
+            cache.advance(new)
+        elif kind == "rollback":
+            length = int(argument * length)  # type: ignore[operator]
+            held = [past[:, :, :length] for past in held]
+            cache.set_length(length)
+        elif length:
+            order = torch.tensor([int(part * rows) for part in argument])  # type: ignore[attr-defined]
+            held = [past[order] for past in held]
+            rows = len(order)
+            cache.reorder(order)
+        assert cache.get_seq_length() == held[0].shape[2]
+
+
+def test_a_length_that_was_never_reached_is_refused() -> None:
+    cache = SpanCache([None], max_length=10)
+    cache.update(states(1, 4), states(1, 4), 0)
+    cache.advance(4)
+    for length in (5, -1):
+        with pytest.raises(ValueError, match="cannot be set to"):
+            cache.set_length(length)
+
+
+def test_buffers_grow_by_doubling_up_to_the_longest() -> None:
+    cache = SpanCache([None], max_length=200)
+    seen = []
+    for _ in range(200):
+        cache.update(states(1, 1), states(1, 1), 0)
+        cache.advance(1)
+        seen.append(cache.bytes // (2 * HEADS * SIZE * 4))
+    assert sorted(set(seen)) == [64, 128, 200]
+    cache.clear()
+    assert (cache.bytes, cache.length) == (0, 0)
+
+
+def test_windows_of_configurations() -> None:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
+    assert windows_of(transformers.LlamaConfig(**sizes)) == [None] * 4
+    assert windows_of(transformers.MistralConfig(**sizes, sliding_window=7)) == [7] * 4
+    assert windows_of(transformers.Gemma2Config(**sizes, sliding_window=7)) == [7, None, 7, None]
+    with pytest.raises(ModelError, match="linear_attention layers keep a state that cannot be split yet"):
+        windows_of(transformers.AutoConfig.for_model("mamba", num_hidden_layers=2))
