@@ -370,10 +370,12 @@ async def open_host(identity: Identity, *, listen: Sequence[str] = (), announce:
     wanted = [parse_addr(addr) for addr in listen]
     announced = [parse_addr(addr.partition("/p2p/")[0], whole=addr) for addr in announce]
     failure: Exception | None = None
+    # Whoever cancels the context cancels what runs in it; libp2p has to live a little longer, to say goodbye.
+    life = trio.CancelScope(shield=True)
     async with trio.open_nursery() as nursery:
         host = Host(identity, nursery, announced)
         try:
-            await nursery.start(_run_libp2p, host.libp2p, wanted)
+            await nursery.start(_run_libp2p, host.libp2p, wanted, life)
             for addr, error in host.libp2p.transport.failures.items():
                 raise _listen_error(addr, error) from error
             host._set_addrs()
@@ -382,15 +384,19 @@ async def open_host(identity: Identity, *, listen: Sequence[str] = (), announce:
             failure = error
         finally:
             await host._close()
+            life.cancel()
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
-async def _run_libp2p(libp2p: Libp2pHost, listen: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    async with libp2p.run([Multiaddr(addr) for addr in listen]):
-        task_status.started()
-        await trio.sleep_forever()
+async def _run_libp2p(
+    libp2p: Libp2pHost, listen: Sequence[str], life: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with life:
+        async with libp2p.run([Multiaddr(addr) for addr in listen]):
+            task_status.started()
+            await trio.sleep_forever()
 
 
 def _listen_error(addr: str, error: OSError) -> UsageError:

@@ -17,6 +17,7 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
@@ -65,7 +66,7 @@ class Libp2pHost(BasicHost):
                 max_connections=MAX_CONNECTIONS,
                 high_watermark=MAX_CONNECTIONS,
                 min_connections=0,
-                low_watermark=0,  # neighbours are discovery's business, not the swarm's
+                low_watermark=0,
                 max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
                 outbound_stream_protocol_negotiation_timeout=NEGOTIATION_TIMEOUT_S,
                 inbound_stream_protocol_negotiation_timeout=NEGOTIATION_TIMEOUT_S,
@@ -73,6 +74,7 @@ class Libp2pHost(BasicHost):
         )
         if not isinstance(network, Swarm):
             raise TypeError(f"libp2p gave a {type(network).__name__} for a swarm")
+        network.auto_connector = _NoAutoConnector(network)
         # Its limits are on rates (10 dials a second to a peer), which hinder us; the numbers above and in the guard bound what peers take.
         network.set_resource_manager(None)
         super().__init__(
@@ -110,6 +112,13 @@ class Libp2pHost(BasicHost):
             self._inbound[peer_id] -= 1
             if not self._inbound[peer_id]:
                 del self._inbound[peer_id]
+
+
+class _NoAutoConnector(AutoConnector):
+    """Dials nobody: the stock one dials whatever it has heard of, up to half of the connections allowed."""
+
+    async def maybe_connect(self) -> None:
+        """Neighbours are discovery's business, and servers their users'."""
 
 
 async def finish_stream(stream: NetStream) -> None:

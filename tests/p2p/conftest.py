@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import hypothesis
 import pytest
 import trio
 
@@ -11,6 +12,9 @@ from petalnet.p2p.frames import FrameLimits
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.protocols import Protocol
+
+hypothesis.settings.register_profile("petalnet", deadline=None)  # the machine's load is nobody's bug
+hypothesis.settings.load_profile("petalnet")
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
