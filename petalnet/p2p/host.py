@@ -18,6 +18,7 @@ import trio
 from libp2p.abc import IMuxedConn, INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.kad_dht.common import PROTOCOL_ID as KADEMLIA_ID
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
@@ -136,6 +137,9 @@ class Host:
                 raw = await self._new_stream(peer_id, [TProtocol(protocol.id)], addrs, timeout_s)
         except trio.TooSlowError:
             raise PeerUnreachable(f"peer {peer_id} did not open a stream of {protocol.id} within {timeout_s:g} s", peer_id) from None
+        return self._stream(raw, peer_id, protocol)
+
+    def _stream(self, raw: NetStream, peer_id: str, protocol: Protocol) -> Stream:
         return Stream(raw, peer_id, protocol, served=False, on_lost=lambda: self._check_peer(peer_id), on_done=self._finish)
 
     def connected_peers(self) -> list[str]:
@@ -240,8 +244,12 @@ class Host:
             return connection
         raise PeerUnreachable(f"cannot reach peer {peer_id}: {'; '.join(f'{addr}: {why}' for addr, why in failures.items())}", peer_id)
 
-    async def _new_stream(self, peer_id: str, protocols: Sequence[TProtocol], addrs: Sequence[str], timeout_s: float) -> NetStream:
+    async def _new_stream(
+        self, peer_id: str, protocols: Sequence[TProtocol], addrs: Sequence[str], timeout_s: float, *, dial: bool = True
+    ) -> NetStream:
         for again in (True, False):
+            if not dial and not self.is_connected(peer_id):
+                raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
             connection = await self._connection(peer_id, addrs, timeout_s)
             raw: NetStream | None = None
             try:
@@ -268,10 +276,13 @@ class Host:
         raise PeerUnreachable(f"the connection to peer {peer_id} broke twice", peer_id)
 
     async def _open_for_libp2p(self, peer: ID, protocols: Sequence[TProtocol]) -> NetStream:
-        """Streams for libp2p's own protocols, with the one exception after which gossip tries again."""
+        """Streams for libp2p's own protocols, with the one exception after which gossip tries again.
+
+        Only Kademlia may dial: the others follow each connection, and would bring back one that was ended on purpose.
+        """
         try:
             with trio.fail_after(LIBP2P_CONNECT_TIMEOUT_S):
-                return await self._new_stream(str(peer), protocols, (), LIBP2P_CONNECT_TIMEOUT_S)
+                return await self._new_stream(str(peer), protocols, (), LIBP2P_CONNECT_TIMEOUT_S, dial=KADEMLIA_ID in protocols)
         except (trio.TooSlowError, PetalnetError) as error:
             raise SwarmException(f"no stream to {peer}: {error}") from error
 
@@ -296,9 +307,7 @@ class Host:
         peer_id = heartbeat.peer_id
 
         async def open_ping() -> Stream:
-            if not self.is_connected(peer_id):
-                raise PeerLost(f"peer {peer_id} is not connected", peer_id)
-            return await self.open_stream(peer_id, PING)
+            return self._stream(await self._new_stream(peer_id, [TProtocol(PING.id)], (), CONNECT_TIMEOUT_S, dial=False), peer_id, PING)
 
         await heartbeat.run(open_ping, last_heard=lambda: self._last_heard(peer_id), peers=lambda: len(self._heartbeats))
         if heartbeat.dead:
