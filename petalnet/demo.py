@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,8 @@ class LocalSwarm:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._launching = False
+        self._interrupted = False
         self.servers: list[Server] = []
 
     def launch(self, span: tuple[int, int], initial_peers: list[str]) -> Server:
@@ -78,11 +81,26 @@ class LocalSwarm:
             *("--ready-file", str(ready_file), "--public-name", f"server {number + 1}"),
             *(["--initial-peers", *initial_peers] if initial_peers else ["--new-swarm"]),
         ]
+        self._launching = True
         with log_file.open("wb") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment())
         server = Server(span, process, ready_file, log_file, {})
         self.servers.append(server)
+        self._launching = False
+        if self._interrupted:
+            self.interrupt()
         return server
+
+    def interrupt(self) -> None:
+        """End the servers and this program; for signal handlers.
+
+        Not by an exception, which may be raised where Python ignores it (in a finaliser), or between a server's start and our knowing it.
+        """
+        self._interrupted = True
+        if not self._launching:
+            self.stop()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(130)
 
     def stop(self) -> None:
         """End all servers, at the latest by force."""

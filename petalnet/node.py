@@ -116,7 +116,7 @@ class Node:
             await self._start_http(services)
             if self.role == "client":
                 await services.start(self._keep_state)
-            # Off since the start of the program, see `petalnet.cli.main`. What was imported and loaded stays: it need not be looked at again.
+            # Off since the program began, see `petalnet.cli.main`. What was imported and loaded stays: it need not be looked at again.
             gc.freeze()
             gc.enable()
             self._tell_ready()

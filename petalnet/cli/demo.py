@@ -32,14 +32,16 @@ def command(prompt: str, servers: int, max_new_tokens: int, seed: int) -> None:
     """
     from petalnet.demo import local_swarm
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
     # The libraries of the model take seconds to import: meanwhile the servers start.
     importing = threading.Thread(target=_import_libraries, daemon=True)
     importing.start()
     with local_swarm() as swarm:
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            swarm.interrupt()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         _start(swarm, servers)
         _show_spans(swarm)
         importing.join()

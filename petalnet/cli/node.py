@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from types import FrameType
 
 import click
@@ -19,9 +19,10 @@ def _run(settings: Settings) -> int:
         raise click.UsageError("say one of --serve A:B, --client or --bootstrap" + (f"; got {' and '.join(chosen)}" if chosen else ""))
 
     def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(0)
+        os._exit(0)
 
-    # Until the node has its own handlers there is nothing to drain: a signal during the imports just ends it.
+    # Until the node has its own handlers there is nothing to drain: a signal during the imports just ends it. Not by an exception, which
+    # may be raised where Python ignores it (in a finaliser).
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 

@@ -89,14 +89,14 @@ class Nodes:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def launch(self, *arguments: object) -> NodeProcess:
-        """Start `petalnet node …` on a free loopback port without waiting for it."""
+    def launch(self, *arguments: object, own_identity: bool = False) -> NodeProcess:
+        """Start `petalnet node …` on a free loopback port without waiting for it; `own_identity` leaves its key to the node."""
         number = len(self.started)
         ready_file, log_file = self.folder / f"ready-{number}.json", self.folder / f"node-{number}.log"
         command = [sys.executable, "-m", "petalnet", "node", *map(str, arguments), "--ready-file", str(ready_file)]
         if "--host-maddrs" not in arguments:
             command += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0"]
-        if "--identity-path" not in arguments:
+        if "--identity-path" not in arguments and not own_identity:
             command += ["--identity-path", str(self.folder / f"identity-{number}.key")]
         with log_file.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment())
@@ -104,11 +104,13 @@ class Nodes:
         self.started.append(node)
         return node
 
-    def start(self, *arguments: object) -> NodeProcess:
+    def start(self, *arguments: object, own_identity: bool = False) -> NodeProcess:
         """Start `petalnet node …` and wait until it is usable."""
-        return self.launch(*arguments).wait_ready()
+        return self.launch(*arguments, own_identity=own_identity).wait_ready()
 
-    def serve(self, model: Path, spans: Sequence[tuple[int, int]], *, dtype: str = "float32", peers: Sequence[str] = ()) -> list[NodeProcess]:
+    def serve(
+        self, model: Path, spans: Sequence[tuple[int, int]], *, dtype: str = "float32", peers: Sequence[str] = ()
+    ) -> list[NodeProcess]:
         """One server a span; the first starts the swarm unless `peers` are given, the others join it, all at once."""
         options = ["--dtype", dtype, "--throughput", "100"]
         known = list(peers)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -112,7 +111,7 @@ def test_a_second_signal_ends_at_once(nodes) -> None:
     assert not node.ready_file.exists()
 
 
-async def test_random_bytes_on_every_protocol(nodes) -> None:
+async def test_random_bytes_on_every_protocol(nodes, find_record) -> None:
     """A node that serves blocks gets garbage on the raw socket and on each of its protocols; it lives on and serves others."""
     from petalnet.p2p.host import open_host
     from petalnet.p2p.messages import Forward, ForwardDone
@@ -138,7 +137,7 @@ async def test_random_bytes_on_every_protocol(nodes) -> None:
     import torch
 
     async with open_host(Identity.generate()) as friend:
-        record = await find_record(friend, node)
+        record = await find_record(friend, node.peer_id, node.addrs)
         async with await friend.open_stream(node.peer_id, FORWARD, addrs=node.addrs) as stream:
             await stream.send(Forward(record.model, 0, 2, encode_tensor(torch.randn(1, 3, 160))))
             answer = await stream.receive()
@@ -170,17 +169,3 @@ async def send_garbage(stranger, peer_id: str) -> None:
                 except (BaseLibp2pError, PetalnetError, OSError):
                     refused += 1
     assert refused < 4 * len(names)  # some of it arrived
-
-
-async def find_record(friend, node):
-    """What the node announces about itself."""
-    from petalnet.p2p.messages import Find, Records
-    from petalnet.p2p.protocols import RECORDS
-    from petalnet.peering import read_record
-    from petalnet.routing.records import SWARM_KEY
-
-    async with await friend.open_stream(node.peer_id, RECORDS, addrs=node.addrs) as stream:
-        await stream.send(Find(SWARM_KEY))
-        answer = await stream.receive()
-        assert isinstance(answer, Records)
-        return read_record(answer.records[0], now=time.time())

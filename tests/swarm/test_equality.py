@@ -18,7 +18,9 @@ NEW_TOKENS = 64
 
 def save_bloom(folder: Path) -> Path:
     torch.manual_seed(1)
-    config = BloomConfig(vocab_size=512, hidden_size=64, n_head=4, n_layer=7, initializer_range=0.1, pad_token_id=3, bos_token_id=1, eos_token_id=2)
+    config = BloomConfig(
+        vocab_size=512, hidden_size=64, n_head=4, n_layer=7, initializer_range=0.1, pad_token_id=3, bos_token_id=1, eos_token_id=2
+    )
     model = BloomForCausalLM(config)
     model.generation_config.eos_token_id = None  # random weights would end some answers early
     model.save_pretrained(folder)
@@ -98,7 +100,8 @@ def test_greedy_batch_of_unequal_lengths(pair: Pair) -> None:
 def test_seeded_sampling(pair: Pair) -> None:
     ids, mask = padded_batch(pair, "left")
     options = {
-        "attention_mask": mask, "max_new_tokens": 32, "do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2,
+        "attention_mask": mask, "max_new_tokens": 32,
+        "do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2,
     }  # fmt: skip
     torch.manual_seed(11)
     expected = pair.local.generate(ids, **options)

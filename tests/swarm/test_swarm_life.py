@@ -19,7 +19,9 @@ IDS = torch.tensor([[40, 50, 60, 70]])
 
 
 def expected(count: int) -> torch.Tensor:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).generate(IDS, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).generate(
+        IDS, max_new_tokens=count, min_new_tokens=count, do_sample=False
+    )
 
 
 def connect(peers: list[str], **options: object) -> torch.nn.Module:

@@ -10,7 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import petalnet
-from petalnet import AutoDistributedConfig, AutoDistributedModelForCausalLM, DistributedBloomForCausalLM, RemoteSequential, get_remote_module
+from petalnet import (
+    AutoDistributedConfig,
+    AutoDistributedModelForCausalLM,
+    DistributedBloomForCausalLM,
+    RemoteSequential,
+    get_remote_module,
+)
 from petalnet.models.checkpoint import DEMO_MODEL
 
 MODEL = str(DEMO_MODEL)
@@ -113,12 +119,10 @@ def test_cross_entropy_reaches_the_embeddings(model: torch.nn.Module, local: tor
 
 
 def test_public_names() -> None:
-    for name in (
-        "AutoDistributedConfig AutoDistributedModel AutoDistributedModelForCausalLM AutoDistributedModelForSequenceClassification "
-        "DistributedBloomConfig DistributedBloomModel DistributedBloomForCausalLM DistributedBloomForSequenceClassification "
-        "DistributedLlamaConfig DistributedLlamaModel DistributedLlamaForCausalLM DistributedLlamaForSequenceClassification "
-        "RemoteSequential get_remote_module"
-    ).split():
+    parts = ("Config", "Model", "ForCausalLM", "ForSequenceClassification")
+    names = [f"Distributed{family}{part}" for family in ("Bloom", "Llama", "Falcon", "Mixtral") for part in parts]
+    names += ["AutoDistributedConfig", "AutoDistributedModel", "AutoDistributedModelForCausalLM", "RemoteSequential", "get_remote_module"]
+    for name in [*names, "AutoDistributedModelForSequenceClassification"]:
         assert getattr(petalnet, name) is not None, name
         assert name in petalnet.__all__
 
