@@ -334,11 +334,27 @@ async def _open_stream(target: Target, hop: Hop, protocol: Protocol) -> Stream:
 
 
 async def _ask_once(target: Target, hop: Hop, request: Message, expected: type[Answer]) -> Answer:
-    """One request on a stream of its own."""
+    """One request that belongs to no session, on a stream that was used before or a new one."""
     from petalnet.p2p.protocols import FORWARD
 
-    async with await _open_stream(target, hop, FORWARD) as stream:
-        return await _ask(stream, request, expected)
+    idle = target.swarm.membership.idle_streams
+    while True:
+        stream = idle.take(hop.peer_id)
+        used_before = stream is not None
+        if stream is None:
+            stream = await _open_stream(target, hop, FORWARD)
+        try:
+            answer = await _ask(stream, request, expected)
+        except (CallerError, BusyError):
+            await idle.keep(stream)
+            raise
+        except BaseException as error:
+            await stream.reset()
+            if used_before and isinstance(error, PeerLost):
+                continue  # the server has closed it while it was idle, or is gone: a new stream will tell
+            raise
+        await idle.keep(stream)
+        return answer
 
 
 async def _ask(stream: Stream, request: Message, expected: type[Answer]) -> Answer:

@@ -20,7 +20,7 @@ from petalnet.client.cache import SessionCache
 from petalnet.client.generation import DistributedGeneration, refuse_attentions
 from petalnet.client.remote import RemoteSequential
 from petalnet.client.session import InferenceSession, as_mask
-from petalnet.errors import ModelError
+from petalnet.errors import ModelError, UsageError
 
 IMPLICIT_MAX_LENGTH = 2048
 """KV entries of a session that is opened because `forward` was called with use_cache=True, where the model allows as many."""
@@ -69,6 +69,12 @@ class DistributedModel(DistributedGeneration):
             raise ValueError("this model has no remote blocks: load it with from_pretrained")
         return blocks.inference_session(max_length=max_length)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what the library would write lacks the blocks, and would be loaded again with random ones in their place."""
+        raise UsageError(
+            "a distributed model holds only a part of its weights and cannot be saved as a model: save the parameters that you trained"
+        )
+
     def close(self) -> None:
         """Leave the swarm. Copies of the model share the connection and cannot be used any more either."""
         blocks = self.remote_blocks
@@ -99,44 +105,41 @@ def _make_class(library_class: Any) -> Any:
     return type(name, (DistributedModel, library_class), attributes)
 
 
-def distribute(model: PreTrainedModel, path: str, blocks: RemoteSequential) -> None:
-    """Put remote blocks in the place of a model's list of layers, which is at the dotted `path`."""
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    blocks.__dict__["template"] = getattr(owner, name)[0]
-    setattr(owner, name, blocks)
-    owner.__class__ = distributed_class(type(owner))
-    owner.layers_name = name
-
-
-def settle_layer_form(model: nn.Module) -> None:
-    """Find out whether the model's `forward` expects a tensor of a layer, or (in old families) a tuple.
-
-    Its own forward is run once over two tokens and a list that gives back what it gets.
+def distribute(model: PreTrainedModel) -> None:
+    """Make a model of the library, whose list of layers is a `RemoteSequential` by now, a distributed one.
 
     Raises:
-        ModelError: neither works, so the model runs its layers in a way that a remote list cannot follow.
+        ModelError: the model runs its layers in a way that a remote list cannot follow.
     """
-    owner = next(module for module in model.modules() if getattr(module, "layers_name", None) is not None)
-    blocks: RemoteSequential = owner._modules[owner.layers_name]  # type: ignore[index,assignment]
+    owner, name = next(
+        (module, name) for module in model.modules() for name, child in module.named_children() if isinstance(child, RemoteSequential)
+    )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.__class__ = distributed_class(type(module))
+    owner.layers_name = name
+    _settle_layer_form(owner, getattr(owner, name))
+
+
+def _settle_layer_form(owner: Any, blocks: RemoteSequential) -> None:
+    """Find out whether the library's `forward` expects a tensor of a layer, or (in old families) a tuple.
+
+    It is run once over two tokens and a list that gives back what it gets.
+    """
     ids = torch.zeros(2, 1, dtype=torch.int64, device=next(owner.parameters()).device)
     seen = ""
     for returns_tuple in (False, True):
         blocks.__dict__["returns_tuple"] = returns_tuple
         try:
             with torch.no_grad(), blocks.as_one_layer(lambda hidden: [hidden]) as opened:
-                output = _library_forward(owner)(owner, input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+                output = type(owner).library_class.forward(owner, input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
         except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
             seen = f"{type(error).__name__}: {error}"
             continue
         if opened.outputs and output.shape == opened.outputs[-1].shape:
             return
         seen = f"its output has the shape {list(output.shape)}"
-    raise ModelError(f"{type(model).__name__} does not run its layers as a plain list ({seen})")
-
-
-def _library_forward(module: nn.Module) -> Callable[..., Any]:
-    return type(module).library_class.forward  # type: ignore[attr-defined]
+    raise ModelError(f"{type(owner).__name__} does not run its layers as a plain list ({seen})")
 
 
 def _wrap_forward(library_forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from petalnet.client.distributed import distribute, distributed_class, settle_layer_form
+from petalnet.client.distributed import distribute
 from petalnet.client.remote import RemoteSequential, make_target
 from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.swarm import Swarm
 from petalnet.config import resolve_initial_peers
 from petalnet.errors import ModelError
 from petalnet.models.checkpoint import ModelSource
+
+if TYPE_CHECKING:
+    from petalnet.models.anatomy import LayerList
 
 logger = logging.getLogger(__name__)
 
@@ -71,24 +74,24 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
     num_blocks = text_config(plain).num_hidden_layers
     blocks = RemoteSequential(make_target(swarm, model_key(source), num_blocks, settings), text_config(plain).hidden_size)
     built = build(
-        distributed_class(library_class),
-        source,
-        config=plain,
-        dtype=dtype,
-        device=device,
-        prepare=lambda model: distribute(model, find_layers(model).path, blocks),
+        library_class, source, config=plain, dtype=dtype, device=device, prepare=lambda model: _replace_layers(find_layers(model), blocks)
     )
     model = built.model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in built.missing)
     if built.missing:
         logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(built.missing)))
-    settle_layer_form(model)
+    distribute(model)
     if model.can_generate():
         model.generation_config = _generation_config(source, origin, model.generation_config)
     carry(plain, settings, name_or_path)
     model.name_or_path = str(name_or_path)
     return model
+
+
+def _replace_layers(layers: LayerList, blocks: RemoteSequential) -> None:
+    blocks.__dict__["template"] = layers.layers[0]
+    layers.replace(blocks)
 
 
 def _apply(config: Any, kwargs: dict[str, Any]) -> None:

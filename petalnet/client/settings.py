@@ -47,7 +47,7 @@ class ClientSettings:
                 raise UsageError(f"{name} needs a number of seconds above 0; got {value!r}")
         if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
             raise UsageError(f"max_retries needs a number from 0, or None; got {self.max_retries!r}")
-        for name in ("tuning_mode", "swarm_key"):
+        for name in ("active_adapter", "swarm_key", "tuning_mode"):
             if getattr(self, name) is not None:
                 raise UsageError(f"{name}={getattr(self, name)!r}: this version of petalnet does not have it yet; leave it out")
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from petalnet.client.portal import Job, Portal, get_portal
+from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.routes import Hop, Work, find_route
@@ -44,6 +45,7 @@ class Membership:
     def __init__(self, initial_peers: Collection[str]) -> None:
         self.initial_peers = list(initial_peers)
         self.failure: BaseException | None = None
+        self.idle_streams = IdleStreams()
         self._peering: Peering
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join
@@ -175,6 +177,7 @@ class Membership:
         while True:
             await trio.sleep(REFRESH_EVERY_S)
             self._peering.view.expire(time.time())
+            await self.idle_streams.close_old()
             for model in list(self._watched):
                 await self._refresh(model)
 

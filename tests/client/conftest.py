@@ -237,3 +237,9 @@ def serving() -> Callable[[Path, Sequence[tuple[int, int]]], AbstractContextMana
 def connect() -> Callable[..., torch.nn.Module]:
     """`connect(path, peers, **options)` is the model over the swarm."""
     return connect_model
+
+
+@pytest.fixture(scope="session")
+def padded() -> Callable[[str], tuple[torch.Tensor, torch.Tensor]]:
+    """`padded("left")`: ids of three unequal rows, and their attention mask."""
+    return Pair.padded
