@@ -39,6 +39,8 @@ REFRESH_TIMEOUT_S = 1.0
 MIN_NEIGHBOURS = 3
 MAINTAIN_EVERY_S = 2.0
 REFRESH_EVERY_S = 60.0
+IDENTIFY_WAITS_S = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2)
+"""Seconds between looks at whether a new peer has told its addresses; libp2p gives no sign when it has."""
 MAX_ANSWER_BYTES = RECORDS.limits.header - 4096
 
 
@@ -283,10 +285,17 @@ class Discovery:
             self._new_peers.send_nowait(peer_id)
 
     async def _take_in(self) -> None:
-        """Take connected peers into the routing table, where libp2p has learnt their addresses."""
-        async for peer_id in self._arrivals:
-            if self._host.is_connected(peer_id):
-                await self._table.add(peer_id)
+        """Take connected peers into the routing table, once libp2p has learnt their addresses; clients have none."""
+
+        async def take(peer_id: str) -> None:
+            for wait in IDENTIFY_WAITS_S:
+                if not self._host.is_connected(peer_id) or await self._table.add(peer_id):
+                    return
+                await trio.sleep(wait)
+
+        async with trio.open_nursery() as nursery:
+            async for peer_id in self._arrivals:
+                nursery.start_soon(take, peer_id)
 
 
 class _Link:

@@ -59,7 +59,7 @@ class RoutingTable:
         if not addrs:
             return False
         peer = ID.from_string(peer_id)
-        return await self._dht.routing_table.add_peer(PeerInfo(peer, [Multiaddr(addr) for addr in addrs]), skip_server_mode_check=True)
+        return await self._dht.routing_table.add_peer(PeerInfo(peer, [Multiaddr(addr) for addr in addrs]))
 
     def remove(self, peer_id: str) -> None:
         """Forget a peer."""

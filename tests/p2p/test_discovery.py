@@ -1,0 +1,232 @@
+"""Servers are found through whoever is left."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import trio
+
+from petalnet.errors import RecordRejected
+from petalnet.p2p import discovery as module
+from petalnet.p2p.discovery import Discovery
+from petalnet.p2p.host import Host, Stream
+from petalnet.p2p.identity import Identity
+from petalnet.p2p.messages import Error, Find, Ping, Records, Store, Stored
+from petalnet.p2p.protocols import RECORDS
+from petalnet.p2p.signed import open_signed, sign
+from petalnet.routing.records import SWARM_KEY, ServerRecord, discovery_key
+
+KEY = discovery_key("some-model")
+
+
+def record(
+    host: Host, *, sequence: int = 1, state: str = "online", life: float = 60.0, issued: float | None = None, peer_id: str = ""
+) -> bytes:
+    issued = time.time() if issued is None else issued
+    payload = ServerRecord(
+        peer_id=peer_id or host.peer_id,
+        addrs=tuple(addr.partition("/p2p/")[0] for addr in host.addrs),
+        model="some-model",
+        model_name="some model",
+        span=(0, 4),
+        num_blocks=8,
+        state=state,
+        dtype="float32",
+        sequence=sequence,
+        issued=issued,
+        expires=issued + life,
+    )
+    return sign(host.identity, payload.encode())
+
+
+def read(data: list[bytes]) -> dict[str, tuple[int, str]]:
+    found = {}
+    for entry in data:
+        signer, payload = open_signed(entry)
+        value = ServerRecord.decode(payload)
+        found[signer] = (value.sequence, value.state)
+    return found
+
+
+class Node:
+    def __init__(self, host: Host, discovery: Discovery, stored: list[bytes]) -> None:
+        self.host, self.discovery, self.stored = host, discovery, stored
+
+    async def found(self, key: bytes = KEY) -> dict[str, tuple[int, str]]:
+        with trio.fail_after(2):
+            return read(await self.discovery.find(key))
+
+
+@pytest.fixture
+def join(hosts, nursery):
+    async def start(*through: Node | str, server: bool = True) -> Node:
+        host = await hosts.start(listen=server)
+        stored: list[bytes] = []
+        discovery = Discovery(host, server=server, on_record=stored.append)
+        addrs = [addr for one in through for addr in ([one] if isinstance(one, str) else one.host.addrs)]
+        await nursery.start(discovery.run, addrs)
+        return Node(host, discovery, stored)
+
+    return start
+
+
+async def test_a_record_is_found_at_once_by_those_who_join_before_and_after(join) -> None:
+    boot = await join()
+    early = await join(boot)
+    server = await join(boot)
+    assert await server.discovery.announce([KEY, SWARM_KEY], record(server.host)) == 3
+    late = await join(boot)
+    client = await join(boot, server=False)
+    for node in (boot, early, server, late, client):
+        assert await node.found() == {server.host.peer_id: (1, "online")} == await node.found(SWARM_KEY)
+        assert await node.found(discovery_key("other")) == {}
+    assert read(early.stored) == {server.host.peer_id: (1, "online")}  # handed on to whoever runs the node
+
+
+async def test_a_newer_record_replaces_the_older_one_everywhere(join) -> None:
+    boot = await join()
+    one, two = await join(boot), await join(boot)
+    for server in (one, two):
+        await server.discovery.announce([KEY], record(server.host))
+    assert await boot.found() == {one.host.peer_id: (1, "online"), two.host.peer_id: (1, "online")}
+    await one.discovery.announce([KEY], record(one.host, sequence=5, state="left"))
+    await one.discovery.announce([KEY], record(one.host, sequence=4))  # late
+    for node in (boot, one, two):
+        assert await node.found() == {one.host.peer_id: (5, "left"), two.host.peer_id: (1, "online")}
+
+
+async def test_the_swarm_outlives_its_bootstrap_node(join, hosts, until) -> None:
+    boot = await join()
+    one, two = await join(boot), await join(boot)
+    await one.discovery.announce([KEY], record(one.host))
+    await hosts.stop(boot.host)
+    newcomer = await join(*[addr for addr in boot.host.addrs], two)
+    assert await newcomer.found() == {one.host.peer_id: (1, "online")}
+    assert await two.found() == {one.host.peer_id: (1, "online")}
+    # Those who knew each other still do, and learn of the newcomer.
+    await newcomer.discovery.announce([KEY], record(newcomer.host))
+    for node in (one, two):
+        assert set(await node.found()) == {one.host.peer_id, newcomer.host.peer_id}
+    await one.discovery.announce([KEY], record(one.host, sequence=2))
+    assert (await newcomer.found())[one.host.peer_id] == (2, "online")
+
+
+async def test_an_author_that_dies_is_found_until_its_record_expires(join, hosts) -> None:
+    boot = await join()
+    server, client = await join(boot), await join(boot, server=False)
+    await server.discovery.announce([KEY], record(server.host, life=1.5))
+    await hosts.stop(server.host)
+    assert set(await client.found()) == {server.host.peer_id}
+    await trio.sleep(1.6)  # unix time is what records go by
+    assert await client.found() == {}
+
+
+async def test_isolated_nodes_find_back(join, until, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAINTAIN_EVERY_S", 0.1)
+    boot = await join()
+    one = await join(boot)
+    await boot.host.disconnect(one.host.peer_id)
+    await until(lambda: one.host.is_connected(boot.host.peer_id) and boot.host.is_connected(one.host.peer_id))
+
+
+async def test_neighbours_replace_those_that_are_gone(join, hosts, until, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAINTAIN_EVERY_S", 0.1)
+    boot = await join()
+    nodes = [await join(boot) for _ in range(4)]
+    await hosts.stop(boot.host)
+    for node in nodes:
+        await until(lambda node=node: len(node.host.connected_peers()) >= 3)
+
+
+async def test_joining_is_bounded_and_says_whether_it_worked(join, monkeypatch) -> None:
+    monkeypatch.setattr(module, "JOIN_TIMEOUT_S", 0.5)
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]  # takes connections and never says a word
+    silent = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}/p2p/{Identity.generate().peer_id}"
+    refuses = f"/ip4/127.0.0.1/tcp/9/p2p/{Identity.generate().peer_id}"
+    with trio.fail_after(3):
+        assert not (await join(silent, refuses)).discovery.joined
+        boot = await join()
+        assert boot.discovery.joined
+        node = await join(silent, refuses, boot)
+    assert node.discovery.joined
+    await listener.aclose()
+
+
+async def test_a_storer_that_falls_silent_costs_one_deadline_once(join, hosts, until) -> None:
+    boot = await join()
+    server, client = await join(boot), await join(boot, server=False)
+    await server.discovery.announce([KEY], record(server.host))
+    silent = await hosts.start()
+
+    async def never(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    silent.serve(RECORDS, never)
+    await silent.connect(boot.host.peer_id, boot.host.addrs)
+    await client.host.connect(silent.peer_id, silent.addrs)
+    await client.found()
+    began = trio.current_time()
+    assert set(await client.found()) == {server.host.peer_id}
+    assert trio.current_time() - began < 0.5
+
+
+async def test_strangers_store_only_what_is_their_own_and_true(join, hosts) -> None:
+    boot = await join()
+    mallory = await hosts.start()
+    now = time.time()
+    victim = Identity.generate()
+    forged = sign(mallory.identity, open_signed(record(mallory, peer_id=victim.peer_id))[1])
+    theirs = await join(boot)
+    await theirs.discovery.announce([KEY], record(theirs.host))
+    async with await mallory.open_stream(boot.host.peer_id, RECORDS, addrs=boot.host.addrs) as stream:
+
+        async def ask(request):
+            await stream.send(request)
+            return await stream.receive()
+
+        for bad in (
+            Store((KEY,), b"rubbish"),
+            Store((KEY,), forged),
+            Store((KEY,), record(theirs.host, sequence=9)),
+            Store((KEY,), record(mallory, issued=now - 100, life=50)),
+            Store((KEY,), record(mallory, issued=now + 3600)),
+            Store((), record(mallory)),
+            Store((b"short",), record(mallory)),
+        ):
+            answer = await ask(bad)
+            assert isinstance(answer, Error) and answer.code in ("caller", "server"), bad
+        assert await ask(Store((KEY,), record(mallory))) == Stored()
+        answer = await ask(Find(KEY))
+        assert isinstance(answer, Records)
+        assert read(list(answer.records)) == {theirs.host.peer_id: (1, "online"), mallory.peer_id: (1, "online")}
+        answer = await ask(Ping(1))
+        assert isinstance(answer, Error) and answer.code == "unsupported"
+    with pytest.raises(RecordRejected):
+        await boot.discovery.announce([KEY], record(theirs.host))
+
+
+async def test_a_storer_that_lies_is_not_believed(join, hosts) -> None:
+    liar = await hosts.start()
+    forged = sign(liar.identity, open_signed(record(liar, peer_id=Identity.generate().peer_id))[1])
+    expired = record(liar, issued=time.time() - 100, life=50)
+
+    async def lie(stream: Stream) -> None:
+        while await stream.receive() is not None:
+            await stream.send(Records((b"rubbish", forged, expired, record(liar))))
+
+    liar.serve(RECORDS, lie)
+    client = await join(*liar.addrs, server=False)
+    assert await client.found() == {liar.peer_id: (1, "online")}
+
+
+async def test_many_nodes_find_many_records(join) -> None:
+    """More nodes than replicas: records are where those who look for them ask."""
+    boot = await join()
+    nodes = [await join(boot) for _ in range(13)]
+    for node in nodes:
+        await node.discovery.announce([KEY], record(node.host))
+    client = await join(nodes[3], server=False)
+    expected = {node.host.peer_id for node in nodes}
+    for node in (boot, nodes[0], nodes[12], client):
+        assert set(await node.found()) == expected

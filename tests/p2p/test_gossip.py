@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import trio
+
+from petalnet.p2p.gossip import MAX_MESSAGE_BYTES, Gossip
+from petalnet.p2p.host import Host
+
+TOPIC = "petalnet/test/1"
+
+
+class Node:
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.got: list[tuple[str, bytes]] = []
+        self.refused: list[bytes] = []
+        self.gossip = Gossip(host)
+        self.gossip.subscribe(TOPIC, self._check, lambda author, data: self.got.append((author, data)))
+
+    def _check(self, author: str, data: bytes) -> bool:
+        if data == b"raise":
+            raise KeyError("a validator that fails")
+        if data.startswith(b"bad"):
+            self.refused.append(data)
+            return False
+        return True
+
+
+@pytest.fixture
+def line(hosts, nursery, until):
+    """Nodes, each connected to the one before it, between which messages flow."""
+
+    async def start(count: int) -> list[Node]:
+        nodes = [Node(await hosts.start()) for _ in range(count)]
+        for node in nodes:
+            await nursery.start(node.gossip.run)
+        for one, two in zip(nodes, nodes[1:], strict=False):
+            await two.host.connect(one.host.peer_id, one.host.addrs)
+        number = 0
+
+        async def all_reached() -> bool:
+            nonlocal number
+            number += 1
+            await nodes[0].gossip.publish(TOPIC, b"hello %d" % number)
+            await trio.sleep(0.05)
+            return all(node.got for node in nodes[1:])
+
+        await until(all_reached)
+        await trio.sleep(0.2)
+        for node in nodes:
+            node.got.clear()
+        return nodes
+
+    return start
+
+
+async def test_messages_reach_everybody_once_with_their_author(line, until) -> None:
+    nodes = await line(4)
+    sent = [b"message %d" % number for number in range(20)]
+    began = trio.current_time()
+    for data in sent:
+        await nodes[3].gossip.publish(TOPIC, data)
+    await until(lambda: all(len(node.got) >= len(sent) for node in nodes[:3]))
+    assert trio.current_time() - began < 2
+    for node in nodes[:3]:
+        assert sorted(node.got) == sorted((nodes[3].host.peer_id, data) for data in sent)
+    assert nodes[3].got == []
+
+
+async def test_what_a_validator_refuses_is_not_passed_on(line, until) -> None:
+    nodes = await line(3)
+    nodes[0].gossip._topics[TOPIC] = (lambda author, data: True, lambda author, data: None)
+    await nodes[1].gossip.publish(TOPIC, b"bad from its own author")
+    assert nodes[1].refused == [b"bad from its own author"]
+    await nodes[2].gossip.publish(TOPIC, b"raise")
+    await nodes[2].gossip.publish(TOPIC, b"fine")
+    await until(lambda: (nodes[2].host.peer_id, b"fine") in nodes[0].got)
+    assert [data for _, data in nodes[0].got] == [b"fine"]
+    assert nodes[0].refused == nodes[2].refused == []
+
+
+async def test_messages_are_small(hosts) -> None:
+    node = Node(await hosts.start())
+    with pytest.raises(ValueError, match="4096"):
+        await node.gossip.publish(TOPIC, bytes(MAX_MESSAGE_BYTES + 1))
+    await node.gossip.publish(TOPIC, b"nobody is there yet")
+
+
+async def test_topics_come_first(hosts, nursery) -> None:
+    node = Node(await hosts.start())
+    await nursery.start(node.gossip.run)
+    with pytest.raises(RuntimeError, match="before"):
+        node.gossip.subscribe("other", lambda author, data: True, lambda author, data: None)
+
+
+async def test_gossip_that_starts_late_reaches_earlier_peers(hosts, nursery, until) -> None:
+    one, two = Node(await hosts.start()), Node(await hosts.start())
+    await two.host.connect(one.host.peer_id, one.host.addrs)
+    await nursery.start(one.gossip.run)
+    await trio.sleep(0.1)
+    await nursery.start(two.gossip.run)
+
+    async def reached() -> bool:
+        await one.gossip.publish(TOPIC, b"one")
+        await two.gossip.publish(TOPIC, b"two")
+        await trio.sleep(0.05)
+        return bool(one.got and two.got)
+
+    await until(reached)
+
+
+async def test_the_service_is_started_again_where_it_fails(line, until) -> None:
+    nodes = await line(2)
+    before = nodes[0].gossip._pubsub
+    assert before is not None
+
+    async def fail() -> None:
+        raise KeyError("libp2p failed")
+
+    before.manager.run_task(fail)
+    await until(lambda: nodes[0].gossip._pubsub not in (None, before))
+
+    async def reached() -> bool:
+        await nodes[0].gossip.publish(TOPIC, b"after")
+        await nodes[1].gossip.publish(TOPIC, b"after")
+        await trio.sleep(0.05)
+        return bool(nodes[0].got and nodes[1].got)
+
+    await until(reached, within_s=15)
+    pubsub_notifees = [entry for entry in nodes[0].host.libp2p.swarm.notifees if type(entry).__name__ == "PubsubNotifee"]
+    assert len(pubsub_notifees) == 1
