@@ -12,7 +12,7 @@ from collections.abc import Callable
 import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb.rpc_pb2 import Message
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
@@ -29,7 +29,8 @@ MAX_RATE = 200.0
 """Messages a second that are passed on for one neighbour; a swarm of 1000 servers that announce every 15 s makes 70."""
 HEARTBEAT_S = 1
 _RESTART_S = 1.0
-_PROTOCOLS = [PROTOCOL_ID_V12, PROTOCOL_ID_V11]
+_PROTOCOLS = [PROTOCOL_ID_V11]
+"""Version 1.2 announces each message beside sending it, which pays for large ones; for ours it fills the queues of 32."""
 
 Validator = Callable[[str, bytes], bool]
 Receiver = Callable[[str, bytes], None]
@@ -110,6 +111,15 @@ class Gossip:
             for notifee in network.notifees[:]:
                 if notifee not in notifees and type(notifee).__module__.startswith("libp2p.pubsub"):
                     network.remove_notifee(notifee)
+            with trio.CancelScope(shield=True):
+                await self._reset_streams()
+
+    async def _reset_streams(self) -> None:
+        """End the streams of a service that is over, so that peers open new ones instead of writing into the void."""
+        for connection in self._host.libp2p.swarm.get_connections():
+            for stream in connection.get_streams():
+                if stream.get_protocol() in _PROTOCOLS:
+                    await stream.reset()
 
     def _checked(self, topic: str, validator: Validator) -> Callable[[ID, Message], bool]:
         def check(_: ID, message: Message) -> bool:
