@@ -1,0 +1,53 @@
+"""The commands and the program of the README and of docs/nodes.md are true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from petalnet.cli import cli
+from petalnet.models.checkpoint import DEMO_MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/nodes.md", "Makefile")}
+COMMANDS = [line for name in ("README.md", "docs/nodes.md") for line in re.findall(r"^    (petalnet [^#\n]+)", TEXTS[name], re.MULTILINE)]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag exists and takes the value that is shown."""
+    monkeypatch.setenv("PETALNET_CONFIG", str(tmp_path / "config.toml"))
+    verb, *arguments = shlex.split(line)[1:]
+    with cli.make_context("petalnet", [verb]) as outer:
+        command = cli.get_command(outer, verb)
+        assert command is not None
+        seen: list[object] = []
+        monkeypatch.setattr(command, "callback", lambda **given: seen.append(given))
+        command.main(arguments, standalone_mode=False)
+    assert seen
+
+
+def test_flags_and_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", TEXTS["Makefile"], re.MULTILINE))
+    flags = {flag for verb in cli.list_commands(None) for param in cli.get_command(None, verb).params for flag in param.opts}  # type: ignore
+    for name in ("README.md", "docs/nodes.md"):
+        assert set(re.findall(r"\bmake ([a-z-]+)", TEXTS[name])) <= targets
+        assert {flag for flag in re.findall(r"(?<![\w-])--[a-z-]+", TEXTS[name])} <= flags | {"--help"}
+        prose = re.sub(r"```.*?```", "", TEXTS[name], flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!http)([^)#]+)", prose):
+            assert (ROOT / name).parent.joinpath(link).exists(), link
+
+
+def test_the_program_of_the_readme_runs(nodes) -> None:
+    server = nodes.start("--serve", "0:12", "--new-swarm", "--throughput", "50")
+    (program,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
+    program = program.replace('"org/model or folder"', repr(str(DEMO_MODEL)))
+    program = re.sub(r'\["/ip4/[^]]*\]', repr(server.addrs), program)
+    done = subprocess.run([sys.executable, "-c", program], env=nodes.environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "A cat sat" in done.stdout and "torch.Size([1, 8, 160])" in done.stdout
