@@ -9,12 +9,13 @@ computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import Partition, partition
@@ -95,12 +96,23 @@ def checkpoint_dtype(source: ModelSource) -> torch.dtype:
 
 def construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
     """A model on the meta device: all of its modules, no weights, nothing initialised, nothing tied yet."""
-    with ExitStack() as stack:
-        for context in model_class.get_init_context(dtype, False, False, None):
-            stack.enter_context(context)
-        model = model_class(config)
+    try:
+        model = _construct(model_class, config, dtype, _Sparing())
+    except RuntimeError:
+        model = _construct(model_class, config, dtype, nullcontext())  # a family that mixes ranges with tensors on meta
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta:
+            owner, leaf = _owner(model, name)
+            owner._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
     config.dtype = dtype
     return model.eval()
+
+
+def _construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype, mode: AbstractContextManager[Any]) -> Model:
+    with ExitStack() as stack:
+        for context in (*model_class.get_init_context(dtype, False, False, None), mode):
+            stack.enter_context(context)
+        return model_class(config)
 
 
 def build(
@@ -217,6 +229,21 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX; Arm's BF16 extension is not told by torch)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _Sparing(TorchFunctionMode):
+    """On meta, for this thread: skip torch's own initialisation of new modules, and make ranges on the CPU.
+
+    What is computed from ranges when a model is made are tables of positions, a few KB that are computed again in the end. On meta, torch
+    does both by way of its compiler, whose import takes longer than all the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.arange:
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
 
 
 class _NoProgressBar:

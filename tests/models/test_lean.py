@@ -1,0 +1,82 @@
+"""The quick import in processes of its own: what it leaves out, that it computes the same, and that it gives way where it does not work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from petalnet.blocks.span import Span
+from petalnet.models.checkpoint import ModelSource
+
+Saved = Callable[[str], Path]
+
+COMPUTE = """
+def compute(folder):
+    span = Span.load(ModelSource.open(folder), 0, 4)
+    hidden = torch.linspace(-1, 1, 5 * 32).view(1, 5, 32).requires_grad_()
+    (output,) = span.forward(hidden)
+    output.square().sum().backward()
+    with torch.inference_mode():
+        (cached,) = span.forward(hidden, cache=span.new_cache(5))
+    return [output.double().sum().item(), cached.double().sum().item(), hidden.grad.double().sum().item()]
+"""
+PROGRAM = f"""
+import json, sys
+from petalnet.models import lean
+{{before}}
+lean.import_transformers()
+import torch
+from petalnet.models.checkpoint import ModelSource
+from petalnet.blocks.span import Span
+{COMPUTE}
+results = [compute(folder) for folder in sys.argv[1:]]
+slow = [name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor") if name in sys.modules]
+{{after}}
+print(json.dumps([results, slow]))
+"""
+AFTER = """
+from transformers import masking_utils
+from transformers.utils import is_torch_distributed_available
+with masking_utils.TransformGetItemToIndex():
+    pass
+parameter = torch.nn.Parameter(torch.ones(2))
+parameter.sum().backward()
+torch.optim.SGD([parameter], lr=0.5).step()
+assert parameter.tolist() == [0.5, 0.5]
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+assert is_torch_distributed_available()
+"""
+
+
+def run(folders: list[Path], *, before: str = "", after: str = "") -> tuple[list[list[float]], list[str]]:
+    command = [sys.executable, "-c", PROGRAM.format(before=before, after=after), *map(str, folders)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    results, slow = json.loads(done.stdout.splitlines()[-1])
+    return results, slow
+
+
+@pytest.fixture
+def expected(saved: Saved) -> list[list[float]]:
+    scope: dict[str, Callable[[Path], list[float]]] = {"torch": torch, "Span": Span, "ModelSource": ModelSource}  # type: ignore[dict-item]
+    exec(COMPUTE, scope)
+    return [pytest.approx(scope["compute"](saved(family)), rel=1e-5) for family in ("bloom", "llama")]
+
+
+def test_the_compiler_is_not_imported_and_works_when_it_is_asked_for(saved: Saved, expected: list[list[float]]) -> None:
+    results, slow = run([saved("bloom"), saved("llama")], after=AFTER)
+    assert results == expected
+    assert slow == []
+
+
+def test_where_it_does_not_work_the_usual_way_is_taken(saved: Saved, expected: list[list[float]]) -> None:
+    results, slow = run([saved("bloom"), saved("llama")], before="lean.DECORATORS = ()")
+    assert results == expected
+    assert "torch._dynamo" in slow
