@@ -50,6 +50,9 @@ def open_model(settings: Settings, name: str | None) -> Model:
         ModelError: there is no such model, or it cannot be split into blocks.
         UsageError: the span or the device that was asked for is not there.
     """
+    from petalnet.models.lean import import_transformers
+
+    import_transformers()
     from petalnet.blocks.probe import require_splittable
     from petalnet.capacity import best_device
     from petalnet.models.anatomy import text_config
