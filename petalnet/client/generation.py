@@ -46,7 +46,8 @@ class DistributedGeneration:
             inputs: int64 [rows, length]; in a session that has tokens already, only the new ones, or None to go on from the last token.
             session: the session to go on in; without it the one whose `with` block is open in this thread, else one for this call alone.
 
-        `max_length`, where it is given instead of `max_new_tokens`, counts all tokens of the session.
+        `max_length`, where it is given instead of `max_new_tokens`, counts all tokens of the session. An interrupt (Ctrl-C) ends the
+        session, since a step may be half-way through the servers.
 
         Returns:
             as the library; the rows hold `inputs` and the new tokens.

@@ -67,8 +67,12 @@ class Job(Generic[T]):
         """Wait for the coroutine and return its value or raise its exception."""
         self._running.acquire()
         self._running.release()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # or its traceback and this frame would keep each other, and the session, alive
         return self._value  # type: ignore[return-value]
 
 

@@ -277,11 +277,20 @@ class _ServerSide:
                     self._error = error
 
     async def _open(self) -> Chain:
+        self._check_open()
+        if self.chain is None:
+            chain = await Chain.open(self._target, self._max_length)
+            try:
+                self._check_open()
+            except SessionClosed:
+                await chain.close()
+                raise
+            self.chain = chain
+        return self.chain
+
+    def _check_open(self) -> None:
         if self._ended is not None:
             raise SessionClosed(f"this session cannot be used any more: {self._ended}")
-        if self.chain is None:
-            self.chain = await Chain.open(self._target, self._max_length)
-        return self.chain
 
     async def step(self, hidden: Blob, position: int, order: Blob | None, inputs: Inputs) -> list[Blob]:
         """`Chain.step`, on another chain where a server fails and the caches are empty anyway, and again where a server had no room."""

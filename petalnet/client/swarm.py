@@ -255,7 +255,8 @@ class Swarm:
         return (Swarm, (self.initial_peers,))
 
 
-_lock = threading.Lock()
+# Reentrant: a handle that is forgotten may be finalised by the garbage collector while this very thread holds the lock.
+_lock = threading.RLock()
 _swarms: dict[tuple[str, ...], _Joined] = {}
 
 
@@ -270,7 +271,7 @@ def _leave(joined: _Joined) -> None:
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
