@@ -35,16 +35,17 @@ class StepWork:
         rows, new, hidden = self.request.hidden.shape
         if new:
             return self.encode([self.piece(0, new)])
-        self._begin()
+        with torch.inference_mode():
+            self._begin()
         blocks = self.session.end - self.session.first if self.request.all_hidden else 1
         return self.encode([torch.empty((blocks, rows, 0, hidden))])
 
     def piece(self, start: int, end: int) -> torch.Tensor:
         """Run tokens start … end - 1 of the step; [blocks, rows, end - start, hidden], with one block where only the last is wanted."""
-        if start == 0:
-            self._begin()
         arrays, request = self._arrays, self.request
         with torch.inference_mode():
+            if start == 0:
+                self._begin()
             outputs = self.span.forward(
                 arrays.hidden[:, start:end],
                 attention_mask=None if arrays.mask is None else arrays.mask[:, : request.position + end],
@@ -69,7 +70,8 @@ class StepWork:
             cache.clear()
         cache.set_length(self.request.position)
         if self.order is not None:
-            cache.reorder(self.order)
+            with torch.inference_mode():  # as are the steps that filled the cache
+                cache.reorder(self.order)
         session.rows = rows
 
 
