@@ -89,6 +89,10 @@ class UnsupportedError(ServerError):
     code = "unsupported"
 
 
+class SessionClosed(PetalnetError, RuntimeError):
+    """An inference session was closed, or ended with the failure that the message tells."""
+
+
 class RecordRejected(PetalnetError, ValueError):
     """A server record's signature, times or ranges do not hold."""
 

@@ -16,7 +16,7 @@ import torch
 import trio
 
 from petalnet.client.chain import LONGEST_PAUSE_S, Chain, Inputs, Target
-from petalnet.errors import BusyError, CallerError, PetalnetError, ServerError
+from petalnet.errors import BusyError, CallerError, PetalnetError, ServerError, SessionClosed
 from petalnet.p2p.messages import Blob
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)
-
-
-class SessionClosed(PetalnetError, RuntimeError):
-    """The session was closed, or ended with the failure that the message tells."""
 
 
 class InferenceSession:

@@ -23,8 +23,7 @@ import pytest
 import torch
 
 from petalnet import AutoDistributedModelForCausalLM
-from petalnet.client.session import SessionClosed
-from petalnet.errors import BusyError, MissingBlocksError, NoSwarmError, PeerUnreachable, ServerError
+from petalnet.errors import BusyError, MissingBlocksError, NoSwarmError, PeerUnreachable, ServerError, SessionClosed
 
 GREEDY = {"do_sample": False}
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
