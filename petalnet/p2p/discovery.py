@@ -33,6 +33,8 @@ QUERY_TIMEOUT_S = 1.0
 """Seconds in which a peer has to answer; one that does not is passed over for `AVOIDED_S`."""
 LOOK_UP_TIMEOUT_S = 0.8
 """Seconds for Kademlia to find peers nearer to a key than those that are known; then those that are known have to do."""
+LOOK_UP_FROM = 20
+"""Peers in the table (a bucket's worth) below which it holds the whole swarm, so that there is nobody nearer to be found."""
 AVOIDED_S = 30.0
 JOIN_TIMEOUT_S = 8.0
 REFRESH_TIMEOUT_S = 1.0
@@ -150,7 +152,7 @@ class Discovery:
                 start(self._table.nearest(key, REPLICAS))
             # In a small swarm, and before the table has filled, the neighbours are all there is.
             start([peer_id for peer_id in self._host.connected_peers() if self._may_ask(peer_id)][:REPLICAS])
-            if len(self._table) >= REPLICAS:  # with fewer, all of them were asked
+            if len(self._table) >= LOOK_UP_FROM:
                 for key in keys:
                     nursery.start_soon(look_further, key)
 

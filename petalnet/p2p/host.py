@@ -182,7 +182,7 @@ class Host:
     def _live_connection(self, peer: ID) -> SwarmConn | None:
         """The newest connection to a peer that is still good: where there are several, an older one may be left from its former life."""
         for connection in reversed(self.libp2p.swarm.connections.get(peer, [])):
-            if isinstance(connection, SwarmConn) and not connection.is_closed and connection.muxed_conn.is_established:
+            if isinstance(connection, SwarmConn) and not connection.is_closed and _is_good(connection.muxed_conn):
                 return connection
         return None
 
@@ -260,7 +260,7 @@ class Host:
             except (BaseLibp2pError, OSError, UnicodeDecodeError) as error:
                 if raw is not None:
                     await raw.reset()
-                if connection.muxed_conn.is_established:  # the peer is there and says no
+                if _is_good(connection.muxed_conn):  # the peer is there and says no
                     wanted = ", ".join(protocols)
                     if isinstance(error, MultiselectClientError) and "not supported" in str(error):
                         raise UnsupportedError(f"peer {peer_id} does not serve {wanted}", peer_id) from error
@@ -446,6 +446,11 @@ async def _tell(stream: Stream, error: PetalnetError) -> None:
 
 def _leave(raw: NetStream) -> None:
     """A served stream is finished by the guard, once its handler has returned."""
+
+
+def _is_good(connection: IMuxedConn) -> bool:
+    session = connection.secured_conn  # type: ignore[attr-defined]
+    return connection.is_established and isinstance(session, NoiseSession) and not session.broken
 
 
 async def _abort(connection: IMuxedConn) -> None:

@@ -39,6 +39,7 @@ class NoiseSession(BaseSession):
 
     Attributes:
         last_heard: trio time at which bytes last came from the peer.
+        broken: True once the connection has failed or was given up, which the layers above learn a little later.
     """
 
     def __init__(self, handshaken: SecureSession) -> None:
@@ -62,7 +63,7 @@ class NoiseSession(BaseSession):
         self._decrypt, self._receive_nonce = ChaCha20Poly1305(receiving.k).decrypt, receiving.n
         self._sealed = bytearray()
         self._plain = bytearray()
-        self._broken = False
+        self.broken = False
         self.last_heard = trio.current_time()
 
     def get_remote_address(self) -> tuple[str, int] | None:
@@ -97,12 +98,17 @@ class NoiseSession(BaseSession):
 
     async def _fill(self) -> None:
         """Add at least one decrypted message to `_plain`."""
-        if self._broken:
+        if self.broken:
             raise ConnectionClosedError("the connection was given up")
         sealed = self._sealed
         while len(sealed) < 2 or len(sealed) < 2 + int.from_bytes(sealed[:2], "big"):
-            data = await self._raw.read(_READ_SIZE)
+            try:
+                data = await self._raw.read(_READ_SIZE)
+            except ConnectionClosedError:
+                self.broken = True
+                raise
             if not data:
+                self.broken = True
                 raise ConnectionClosedError("the peer closed the connection")
             self.last_heard = trio.current_time()
             sealed += data
@@ -116,7 +122,7 @@ class NoiseSession(BaseSession):
                 self._receive_nonce += 1
                 start = end
         except InvalidTag:
-            self._broken = True
+            self.broken = True
             raise ConnectionClosedError("a message was not encrypted by the peer") from None
         finally:
             view.release()
@@ -124,7 +130,7 @@ class NoiseSession(BaseSession):
 
     async def write(self, data: bytes) -> None:
         """Send `data`, all of it even when cancelled. Raises ConnectionClosedError where the connection is gone or too slow."""
-        if self._broken:
+        if self.broken:
             raise ConnectionClosedError("the connection was given up")
         parts = []
         for start in range(0, len(data), MAX_PLAINTEXT_LENGTH):
@@ -132,17 +138,22 @@ class NoiseSession(BaseSession):
             self._send_nonce += 1
             parts += [len(sealed).to_bytes(2, "big"), sealed]
         with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_TIMEOUT_S) as scope:
-            await self._raw.write(b"".join(parts))
+            try:
+                await self._raw.write(b"".join(parts))
+            except ConnectionClosedError:
+                self.broken = True
+                raise
         if scope.cancelled_caught:
             await self.abort()
             raise ConnectionClosedError(f"the peer took nothing for {WRITE_TIMEOUT_S:g} s")
 
     async def abort(self) -> None:
         """End the connection at once, without a word to the peer; reads and writes under way fail."""
-        self._broken = True
+        self.broken = True
         await self._raw.close()
 
     async def close(self) -> None:
+        self.broken = True
         await self._raw.close()
 
 
