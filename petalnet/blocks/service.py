@@ -53,6 +53,8 @@ class Limits:
         chunk_tokens: a longer step is run in pieces of this many tokens, so that other sessions' steps come in between and the memory
             for attention scores stays small.
         forward_tokens: rows × length of a stateless pass, which cannot be cut into pieces.
+        scores: attention scores (or entries of a mask) that may be in memory at once: longer steps are cut, longer passes refused. The
+            default is 1 GiB in float32, of which there may be a few copies.
         prompt_tokens: length of deep prompts.
         idle_s: seconds without a step after which a session is closed.
     """
@@ -60,6 +62,7 @@ class Limits:
     rows: int = 1024
     chunk_tokens: int = 1024
     forward_tokens: int = 32768
+    scores: int = 1 << 28
     prompt_tokens: int = 4096
     idle_s: float = 1800.0
 
@@ -167,7 +170,8 @@ class BlockService:
         """Run a checked step, in pieces where it is long."""
         request = work.request
         rows, new, _ = request.hidden.shape
-        piece = max(1, self.limits.chunk_tokens // rows)
+        tokens = min(self.limits.chunk_tokens, self.limits.scores // (self.span.score_heads * max(request.position + new, 1)))
+        piece = max(1, tokens // rows)
         if new <= piece:
             result = await self.engine.submit(work.whole)
             blob, queue_s, compute_s = result.value, result.queue_s, result.compute_s
@@ -222,6 +226,8 @@ class BlockService:
         blocks = request.end - request.first
         if not 1 <= rows * length <= self.limits.forward_tokens:
             raise CallerError(f"a pass has 1 to {self.limits.forward_tokens} tokens, not {rows} × {length}")
+        if rows * length * length * self.span.score_heads > self.limits.scores:
+            raise CallerError(f"{rows} × {length} tokens at once need too much memory for attention: send fewer rows or shorter ones")
         self._check_extras(request, blocks, length, length)
         if isinstance(request, Forward):
             self._check_answer(stream, request.hidden, blocks if request.all_hidden else 1)

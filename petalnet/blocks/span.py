@@ -34,6 +34,8 @@ class Span:
         hidden_size: width of the hidden states.
         dtype, device: of the weights and of what `forward` returns.
         takes_position_ids: whether the backbone is told positions (families with ALiBi are not).
+        score_heads: attention scores (or a mask) of rows × score_heads × new × total entries are in memory at once: the heads where the
+            library computes scores one after the other, 1 where a fused kernel does it all.
         max_positions: positions that the model has a table for; None for a family that computes them (rotary, ALiBi).
     """
 
@@ -49,6 +51,7 @@ class Span:
         self._list = layers
         self._blocks = list(layers.layers)[first:end]
         self._config = _quiet(config)
+        self.score_heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 1
         self._windows = windows_of(config)[first:end]
         self._active: tuple[int, int] | None = None
         self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters

@@ -144,10 +144,13 @@ async def test_part_of_the_span_rows_in_another_order_and_prompts(served: Served
         await run_step(stream, X[:, :7], 0, prompts=prompts)
         found = await run_step(stream, X[order, 7:], 7, order=order)
         torch.testing.assert_close(found, expected[:, 7:], atol=1e-5, rtol=1e-4)
-        empty = await run_step(stream, X[:, :0], 7, order=torch.tensor([1, 2, 3]))
+        await run_step(stream, X[:1, :1].expand(4, 1, HIDDEN), 7, order=torch.tensor([3, 1, 2, 0]))
+        found = await run_step(stream, X[order[[3, 1, 2, 0]], 7:], 7)
+        torch.testing.assert_close(found, expected[[3, 1, 2, 0], 7:], atol=1e-5, rtol=1e-4)
+        empty = await run_step(stream, X[:, :0], 7, order=torch.tensor([1, 2, 0]))
         assert empty.shape == (3, 0, HIDDEN)
         found = await run_step(stream, X[[0, 2, 1], 7:], 7)
-        torch.testing.assert_close(found, expected[1:, 7:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found, expected[[1, 2, 3], 7:], atol=1e-5, rtol=1e-4)
 
 
 async def test_a_session_may_begin_anew_with_other_rows(served: Served) -> None:
@@ -189,6 +192,19 @@ async def test_stateless_passes(served: Served) -> None:
             expected = whole(served.span, X, attention_mask=MASK, prompts=prompts, all_hidden=True)
             found, expected = decode_tensor(answer.output), expected if all_hidden else expected[-1]  # type: ignore[attr-defined]
             torch.testing.assert_close(found[..., MASK, :], expected[..., MASK, :], atol=1e-5, rtol=1e-4)
+
+
+async def test_what_needs_too_much_memory(saved: Callable[..., Path]) -> None:
+    """BLOOM's scores are in memory for every head: 3 rows × 4 heads × 10 × 10 of them in a pass of ten tokens."""
+    async with serving(saved("bloom"), limits=Limits(scores=1199)) as served:
+        async with await served.stream(FORWARD) as stream:
+            await refused(stream, Forward(MODEL, FIRST, END, encode_tensor(X)), "caller", "need too much memory for attention")
+            assert not isinstance(await ask(stream, Forward(MODEL, FIRST, END, encode_tensor(X[:2]))), Error)
+        async with served.session() as stream:
+            before = served.service.engine.jobs
+            found = await run_step(stream, X, 0)
+            assert served.service.engine.jobs == before + 3, "nine tokens, then one, then the answer"
+            torch.testing.assert_close(found, whole(served.span, X)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_prompts", [False, True])
