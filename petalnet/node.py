@@ -253,6 +253,9 @@ class Node:
 
 def _import_libraries() -> None:
     """What a server needs of the model's libraries, whichever model it will be."""
+    from petalnet.models.lean import import_transformers
+
+    import_transformers()
     import petalnet.blocks.probe
     import petalnet.blocks.service
     import petalnet.blocks.throughput  # noqa: F401

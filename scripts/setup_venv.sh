@@ -82,13 +82,15 @@ install_parts() {
 }
 
 python=${PYTHON:-python3}
+if command -v "$python" >/dev/null 2>&1; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "petalnet needs Python 3.11 or newer, $python is older: set PYTHON=python3.11 (or newer)"
+fi
 parts=$(missing_parts)
 if [ -n "$parts" ]; then
     install_parts "$parts"
     parts=$(missing_parts)
     [ -z "$parts" ] || die "still missing after installing:$parts (headers must belong to $python; set PYTHON= to another interpreter?)"
 fi
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "petalnet needs Python 3.11 or newer, $python is older: set PYTHON=python3.11 (or newer)"
 
 say "making $venv with $("$python" --version) (about 1 GB of packages: minutes the first time, nothing to do after that)"
 rm -rf "$venv"

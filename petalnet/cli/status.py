@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,9 +24,12 @@ def _run(settings: Settings, as_json: bool) -> int:
     from petalnet.errors import UsageError
     from petalnet.overview import render
 
-    overview = trio.run(_look, peers, settings.model)
-    if settings.model is not None and not overview["models"]:
-        raise UsageError(f"nobody in this swarm serves {settings.model}; `petalnet status` without a model lists what is served")
+    model = settings.model
+    if model is not None and Path(model).is_dir():
+        model = Path(model).resolve().name  # as its servers call it
+    overview = trio.run(_look, peers, model)
+    if model is not None and not overview["models"]:
+        raise UsageError(f"nobody in this swarm serves {model}; `petalnet status` without a model lists what is served")
     click.echo(json.dumps(overview, indent=1) if as_json else render(overview))
     return 0
 
