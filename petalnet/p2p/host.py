@@ -15,23 +15,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
-from libp2p.abc import IMuxedConn, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht.common import PROTOCOL_ID as KADEMLIA_ID
-from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
 from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, PetalnetError, ServerError, UnsupportedError, UsageError
 from petalnet.p2p.addresses import parse_addr, reachable_addrs
+from petalnet.p2p.dialler import Dialler, abort, is_good, reason_of
 from petalnet.p2p.heartbeat import Heartbeat, serve_ping
-from petalnet.p2p.identity import Identity, public_key_bytes
+from petalnet.p2p.identity import Identity
 from petalnet.p2p.libp2p_host import NEGOTIATION_TIMEOUT_S, Libp2pHost, finish_stream
 from petalnet.p2p.messages import Error
 from petalnet.p2p.protocols import PING, Protocol
@@ -48,10 +47,6 @@ tame_logging()
 CONNECT_TIMEOUT_S = 10.0
 LIBP2P_CONNECT_TIMEOUT_S = 3.0
 """Seconds for what libp2p dials by itself: peers that it heard of, many of which are long gone."""
-DIAL_STAGGER_S = 0.25
-"""Seconds after which the next address of a peer is tried beside the ones that have not answered yet (RFC 8305)."""
-MAX_DIAL_ADDRS = 16
-ADDRS_LIFETIME_S = 3600
 CLOSE_TIMEOUT_S = 0.5
 
 Handler = Callable[[Stream], Awaitable[None]]
@@ -77,7 +72,7 @@ class Host:
         self._heartbeats: dict[str, Heartbeat] = {}
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._found_callbacks: list[Callable[[str], None]] = []
-        self._dialling: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self._dialler = Dialler(self.libp2p)
         self.libp2p.swarm.register_notifee(_Notifee(self))
         self.serve(PING, serve_ping)
 
@@ -121,7 +116,7 @@ class Host:
         Raises:
             PeerUnreachable: none of the addresses answered as that peer in time, or none is known.
         """
-        await self._connection(peer_id, addrs, timeout_s)
+        await self._dialler.connection(peer_id, addrs, timeout_s)
 
     async def open_stream(
         self, peer_id: str, protocol: Protocol, *, addrs: Sequence[str] = (), timeout_s: float = CONNECT_TIMEOUT_S
@@ -144,11 +139,11 @@ class Host:
 
     def connected_peers(self) -> list[str]:
         """Ids of the peers to which there is a live connection."""
-        return [str(peer) for peer in self.libp2p.swarm.connections if self._live_connection(peer) is not None]
+        return [str(peer) for peer in self.libp2p.swarm.connections if self.is_connected(str(peer))]
 
     def is_connected(self, peer_id: str) -> bool:
         """Whether there is a live connection to the peer."""
-        return self._live_connection(_id(peer_id)) is not None
+        return self._dialler.live(peer_id) is not None
 
     def round_trip_s(self, peer_id: str) -> float | None:
         """The round trip to a connected peer in seconds (the least of the last heartbeats), or None where it is not known yet."""
@@ -157,17 +152,13 @@ class Host:
 
     async def disconnect(self, peer_id: str) -> None:
         """End all connections to a peer at once; streams on them raise PeerLost."""
-        for connection in list(self.libp2p.swarm.connections.get(_id(peer_id), [])):
-            await _abort(connection.muxed_conn)
+        for connection in list(self._dialler.all(peer_id)):
+            await abort(connection)
         self._check_peer(peer_id)
 
     def known_addrs(self, peer_id: str) -> list[str]:
         """Addresses of a peer (without /p2p/) that are known from being given, from dialling or from what other peers say."""
-        try:
-            found = self.libp2p.get_peerstore().addrs(_id(peer_id))
-        except PeerStoreError:
-            return []
-        return list(dict.fromkeys(str(addr).partition("/p2p/")[0] for addr in found))
+        return self._dialler.known_addrs(peer_id)
 
     def on_peer_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer_id)` whenever the last connection to a peer is gone, be it closed, broken or silent."""
@@ -177,72 +168,7 @@ class Host:
         """Call `callback(peer_id)` whenever there is a first connection to a peer, whoever dialled."""
         self._found_callbacks.append(callback)
 
-    # ---- dialling
-
-    def _live_connection(self, peer: ID) -> SwarmConn | None:
-        """The newest connection to a peer that is still good: where there are several, an older one may be left from its former life."""
-        for connection in reversed(self.libp2p.swarm.connections.get(peer, [])):
-            if isinstance(connection, SwarmConn) and not connection.is_closed and _is_good(connection.muxed_conn):
-                return connection
-        return None
-
-    async def _connection(self, peer_id: str, addrs: Sequence[str], timeout_s: float) -> SwarmConn:
-        peer = _id(peer_id)
-        if peer_id == self.peer_id:
-            raise PeerUnreachable("this node does not connect to itself", peer_id)
-        connection = self._live_connection(peer)
-        if connection is not None:
-            return connection
-        lock = self._dialling[peer_id]
-        try:
-            with trio.fail_after(timeout_s):
-                async with lock:
-                    return self._live_connection(peer) or await self._dial(peer, peer_id, addrs)
-        except trio.TooSlowError:
-            tried = ", ".join(self._candidates(peer_id, addrs)) or "no address"
-            raise PeerUnreachable(f"peer {peer_id} did not answer within {timeout_s:g} s (tried {tried})", peer_id) from None
-        finally:
-            if not lock.statistics().tasks_waiting and not lock.locked():
-                self._dialling.pop(peer_id, None)
-
-    def _candidates(self, peer_id: str, addrs: Sequence[str]) -> list[str]:
-        given = [addr.partition("/p2p/")[0] for addr in addrs]
-        return [addr for addr in dict.fromkeys((*given, *self.known_addrs(peer_id))) if _is_dialable(addr)][:MAX_DIAL_ADDRS]
-
-    async def _dial(self, peer: ID, peer_id: str, addrs: Sequence[str]) -> SwarmConn:
-        """Try the addresses one after the other, each a little after the one before; the first that answers as the peer wins."""
-        candidates = self._candidates(peer_id, addrs)
-        if not candidates:
-            raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
-        self.libp2p.swarm.unblock_peer(peer)
-        failures: dict[str, str] = {}
-        won: list[SwarmConn] = []
-
-        async def dial(addr: str, over: trio.Event) -> None:
-            try:
-                connection = await self.libp2p.swarm.dial_addr(Multiaddr(addr), peer)
-            except (BaseLibp2pError, OSError) as error:
-                failures[addr] = _reason(error)
-            else:
-                if isinstance(connection, SwarmConn):
-                    won.append(connection)
-                    self.libp2p.get_peerstore().add_addrs(peer, [Multiaddr(addr)], ADDRS_LIFETIME_S)
-                    nursery.cancel_scope.cancel()
-            finally:
-                over.set()
-
-        async with trio.open_nursery() as nursery:
-            for addr in candidates:
-                over = trio.Event()
-                nursery.start_soon(dial, addr, over)
-                with trio.move_on_after(DIAL_STAGGER_S):
-                    await over.wait()
-        if won:
-            return won[0]
-        connection = self._live_connection(peer)  # it may have dialled us meanwhile
-        if connection is not None:
-            return connection
-        raise PeerUnreachable(f"cannot reach peer {peer_id}: {'; '.join(f'{addr}: {why}' for addr, why in failures.items())}", peer_id)
+    # ---- streams
 
     async def _new_stream(
         self, peer_id: str, protocols: Sequence[TProtocol], addrs: Sequence[str], timeout_s: float, *, dial: bool = True
@@ -250,7 +176,7 @@ class Host:
         for again in (True, False):
             if not dial and not self.is_connected(peer_id):
                 raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
-            connection = await self._connection(peer_id, addrs, timeout_s)
+            connection = await self._dialler.connection(peer_id, addrs, timeout_s)
             raw: NetStream | None = None
             try:
                 raw = await connection.new_stream()
@@ -260,14 +186,14 @@ class Host:
             except (BaseLibp2pError, OSError, UnicodeDecodeError) as error:
                 if raw is not None:
                     await raw.reset()
-                if _is_good(connection.muxed_conn):  # the peer is there and says no
+                if is_good(connection):  # the peer is there and says no
                     wanted = ", ".join(protocols)
                     if isinstance(error, MultiselectClientError) and "not supported" in str(error):
                         raise UnsupportedError(f"peer {peer_id} does not serve {wanted}", peer_id) from error
-                    raise PeerUnreachable(f"peer {peer_id} opened no stream of {wanted}: {_reason(error)}", peer_id) from error
+                    raise PeerUnreachable(f"peer {peer_id} opened no stream of {wanted}: {reason_of(error)}", peer_id) from error
                 self._check_peer(peer_id)
                 if not again:
-                    raise PeerUnreachable(f"the connection to peer {peer_id} broke: {_reason(error)}", peer_id) from error
+                    raise PeerUnreachable(f"the connection to peer {peer_id} broke: {reason_of(error)}", peer_id) from error
             except trio.Cancelled:
                 if raw is not None:
                     with trio.CancelScope(shield=True):
@@ -316,7 +242,7 @@ class Host:
 
     def _last_heard(self, peer_id: str) -> float:
         """Trio time at which any byte last came from the peer."""
-        sessions = [connection.muxed_conn.secured_conn for connection in self.libp2p.swarm.connections.get(_id(peer_id), [])]  # type: ignore[attr-defined]
+        sessions = [connection.muxed_conn.secured_conn for connection in self._dialler.all(peer_id)]  # type: ignore[attr-defined]
         return max((session.last_heard for session in sessions if isinstance(session, NoiseSession)), default=float("-inf"))
 
     def _finish(self, raw: NetStream) -> None:
@@ -332,7 +258,7 @@ class Host:
                     for connection in connections:
                         nursery.start_soon(connection.close)
             for connection in connections:
-                await _abort(connection.muxed_conn)
+                await abort(connection)
 
     def _set_addrs(self) -> None:
         listened = [parse_addr(str(addr)) for addr in self.libp2p.get_transport_addrs()]
@@ -446,35 +372,3 @@ async def _tell(stream: Stream, error: PetalnetError) -> None:
 
 def _leave(raw: NetStream) -> None:
     """A served stream is finished by the guard, once its handler has returned."""
-
-
-def _is_good(connection: IMuxedConn) -> bool:
-    session = connection.secured_conn  # type: ignore[attr-defined]
-    return connection.is_established and isinstance(session, NoiseSession) and not session.broken
-
-
-async def _abort(connection: IMuxedConn) -> None:
-    session = connection.secured_conn  # type: ignore[attr-defined]
-    if isinstance(session, NoiseSession):
-        await session.abort()
-
-
-def _id(peer_id: str) -> ID:
-    if public_key_bytes(peer_id) is None:
-        raise UsageError(f"{peer_id[:80]!r} is not a peer id")
-    return ID.from_string(peer_id)
-
-
-def _is_dialable(addr: str) -> bool:
-    try:
-        parse_addr(addr)
-    except UsageError:
-        return False
-    return True
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause of an error in a few words."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__

@@ -52,7 +52,7 @@ async def victim(hosts, nursery) -> Host:
 async def raw_stream(source: Host, target: Host, protocol: str | None) -> NetStream:
     """A stream of libp2p's, negotiated to `protocol`, or not at all."""
     await source.connect(target.peer_id, target.addrs)
-    connection = source._live_connection(ID.from_string(target.peer_id))
+    connection = source._dialler.live(target.peer_id)
     stream = await connection.new_stream()
     if protocol is not None:
         await source.libp2p.multiselect_client.select_one_of([TProtocol(protocol)], MultiselectCommunicator(stream))
@@ -155,7 +155,7 @@ async def test_rubbish_in_the_encrypted_channel(hosts, victim: Host) -> None:
     mallory = await hosts.start()
     for data in frames:
         await mallory.connect(victim.peer_id, victim.addrs)
-        connection = mallory._live_connection(ID.from_string(victim.peer_id))
+        connection = mallory._dialler.live(victim.peer_id)
         with trio.move_on_after(0.02):
             await connection.muxed_conn.secured_conn.write(data)
             await trio.sleep(0.01)
