@@ -13,7 +13,7 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
-from libp2p.pubsub.pb.rpc_pb2 import Message
+from libp2p.pubsub.pb.rpc_pb2 import RPC, Message
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
@@ -28,6 +28,7 @@ MAX_RPC_BYTES = 256 * 1024
 MAX_RATE = 200.0
 """Messages a second that are passed on for one neighbour; a swarm of 1000 servers that announce every 15 s makes 70."""
 HEARTBEAT_S = 1
+REMIND_EVERY_S = 10.0
 _RESTART_S = 1.0
 _PROTOCOLS = [PROTOCOL_ID_V11]
 """Version 1.2 announces each message beside sending it, which pays for large ones; for ours it fills the queues of 32."""
@@ -104,6 +105,7 @@ class Gossip:
                     nursery.start_soon(self._drain, pubsub, topic, on_message)
                 for peer_id in self._host.connected_peers():  # it is told of the later ones by itself
                     nursery.start_soon(pubsub.ensure_peer_stream, ID.from_string(peer_id))
+                nursery.start_soon(self._remind, pubsub)
                 self._pubsub = pubsub
                 task_status.started()
                 await pubsub.get_manager().wait_finished()
@@ -113,6 +115,14 @@ class Gossip:
                     network.remove_notifee(notifee)
             with trio.CancelScope(shield=True):
                 await self._reset_streams()
+
+    async def _remind(self, pubsub: Pubsub) -> None:
+        """Tell neighbours again and again what this node listens to: one that sees an old stream of ours end forgets it."""
+        subscriptions = [RPC.SubOpts(subscribe=True, topicid=topic) for topic in self._topics]
+        reminder = RPC(subscriptions=subscriptions).SerializeToString()
+        while True:
+            await trio.sleep(REMIND_EVERY_S)
+            await pubsub.message_all_peers(reminder)
 
     async def _reset_streams(self) -> None:
         """End the streams of a service that is over, so that peers open new ones instead of writing into the void."""

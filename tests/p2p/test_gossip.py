@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import trio
 
+from petalnet.p2p import gossip as module
 from petalnet.p2p.gossip import MAX_MESSAGE_BYTES, Gossip
 from petalnet.p2p.host import Host
 
@@ -109,7 +110,8 @@ async def test_gossip_that_starts_late_reaches_earlier_peers(hosts, nursery, unt
     await until(reached)
 
 
-async def test_the_service_is_started_again_where_it_fails(line, until) -> None:
+async def test_the_service_is_started_again_where_it_fails(line, until, monkeypatch) -> None:
+    monkeypatch.setattr(module, "REMIND_EVERY_S", 0.5)
     nodes = await line(2)
     before = nodes[0].gossip._pubsub
     assert before is not None
