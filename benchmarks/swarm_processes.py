@@ -109,6 +109,9 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
     """A BLOOM of seeded random weights in float32, in Hugging Face format."""
     import torch
     from transformers import BloomConfig, BloomForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     torch.manual_seed(0)
     config = BloomConfig(
