@@ -52,6 +52,9 @@ def command(prompt: str, servers: int, max_new_tokens: int, seed: int) -> None:
 
 
 def _import_libraries() -> None:
+    from petalnet.models.lean import import_transformers
+
+    import_transformers()
     import petalnet.client.auto  # noqa: F401
 
 
