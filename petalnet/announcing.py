@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import trio
 
-from petalnet.errors import PetalnetError
+from petalnet.errors import PetalnetError, RecordRejected
 from petalnet.routing.records import MAX_ROUND_TRIPS, ServerRecord
 from petalnet.routing.swarm import SwarmView
 from petalnet.version import __version__
@@ -45,6 +45,18 @@ class Load:
         if abs(self.free_kv_tokens - other.free_kv_tokens) * 10 > capacity:
             return True
         return max(self.queue, other.queue) > 2 * min(self.queue, other.queue) + 1
+
+
+def _fitting(record: ServerRecord) -> ServerRecord:
+    """The record, without what it can do without where it would be too long: round trips, then the digests of a hundred blocks and more."""
+    shorter = record
+    for expendable in ("next_round_trips", "block_digests"):
+        try:
+            shorter.encode()
+        except RecordRejected as error:
+            logger.debug("%s; leaving out %s", error, expendable)
+            shorter = replace(shorter, **{expendable: ()})  # type: ignore[arg-type]
+    return shorter
 
 
 @dataclass
@@ -84,7 +96,7 @@ class Announcer:
             issued=now,
             expires=now + LIFETIME_S,
         )
-        return await self.swarm.announce(self.record)
+        return await self.swarm.announce(_fitting(self.record))
 
     async def run(self) -> None:
         """Announce at every beat and when the load has changed, until cancelled."""

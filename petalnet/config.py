@@ -111,6 +111,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _name(text: str) -> str:
+    if not text.strip() or not text.isprintable() or len(text) > 64:
+        raise ValueError("needs a printable text of at most 64 characters")
+    return text
+
+
 def _setting(
     help_text: str,
     parse: Callable[[str], Any] = _text,
@@ -160,7 +166,7 @@ class Settings:
     throughput: float | None = _setting("auto (measured, then cached), or tokens/s to announce  [auto]", _rate, metavar="auto|RATE")
     attn_cache_tokens: int | None = _setting("KV tokens held per block  [from free memory]", _count, metavar="N")
     max_memory: int | None = _setting("most memory for weights and KV, such as 8GB  [most of what is free]", _size, metavar="SIZE")
-    public_name: str | None = _setting("shown in the swarm's overview", metavar="NAME")
+    public_name: str | None = _setting("shown in the swarm's overview", _name, metavar="NAME")
     revision: str | None = _setting("of the model on the hub  [main]", metavar="REV")
     token: str | None = _setting("for the hub  [the stored login]", metavar="TOKEN")
     cache_dir: Path | None = _setting("where hub files are kept  [the hub's own cache]", _path, metavar="DIR")

@@ -112,6 +112,7 @@ class Node:
             if self.role == "server":
                 await self._serve(services, opening, model)
             else:
+                await self._peering.look_up()
                 services.start_soon(self._peering.keep_fresh)
             await self._start_http(services)
             if self.role == "client":

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 DRAIN_WITHIN_S = 10.0
 """How long a server that was told to stop waits for the sessions that it still has."""
 WITHDRAW_WITHIN_S = 2.0
+MAX_NAME = 128
+"""Characters of a model's name in a record."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def open_model(settings: Settings, name: str | None) -> Model:
         raise UsageError(f"--serve {settings.serve} is out of range: {source.name} has {count} blocks")
     require_splittable(source.config)
     return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device)
+
+
+def _label(name: str) -> str:
+    """A model's name as a record may carry it: printable and of bounded length, whatever a folder is called."""
+    return "".join(char if char.isprintable() else "?" for char in name)[:MAX_NAME]
 
 
 class Server:
@@ -158,7 +165,7 @@ class Server:
             peer_id=host.peer_id,
             addrs=tuple(addr.rpartition("/p2p/")[0] for addr in host.addrs[:MAX_ADDRS]),
             model=model.key,
-            model_name=model.source.name,
+            model_name=_label(model.source.name),
             span=self.span,
             num_blocks=model.num_blocks,
             state="joining",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -94,3 +95,13 @@ async def test_round_trips_to_those_who_hold_the_next_block() -> None:
     announcer = Announcer(listener, make_record(span=(0, 4)), lambda: Load(0, 0), seconds.get)
     await announcer.tell()
     assert listener.heard[0][1].next_round_trips == (("C", 0.01), ("B", 0.05))
+
+
+async def test_a_record_that_would_be_too_long_goes_without_digests() -> None:
+    listener = Listener()
+    long = dataclasses.replace(make_record(), span=(0, 400), num_blocks=400)
+    announcer = Announcer(listener, long, lambda: Load(0, 0), lambda peer_id: None)
+    announcer.change(block_digests=tuple(f"{block:032x}" for block in range(400)))
+    await announcer.tell()
+    assert listener.heard[0][1].block_digests == () and listener.heard[0][1].span == (0, 400)
+    assert len(announcer.record.block_digests) == 400
