@@ -26,6 +26,8 @@ UNKNOWN_ROUND_TRIP_S = 0.1
 """Assumed for a server that was never measured: a far one on the internet, so that measured near ones are preferred."""
 UNKNOWN_BLOCK_S = 0.01
 """Seconds a token and block of a server that announces no rate: slow, so that measured ones are preferred."""
+SLOWEST_BLOCK_S = 3600.0
+"""Counted at most for a token and block: a rate next to zero would make times infinite, for which there are no whole nanoseconds."""
 SPREAD = 2.0
 """With `rng`, a server's cost is multiplied by a random factor up to this: those within it share the load."""
 
@@ -131,7 +133,7 @@ def _newest(records: Iterable[ServerRecord]) -> list[ServerRecord]:
 def _cost(record: ServerRecord, round_trip_s: float | None, work: Work, tokens: int, rng: Random | None) -> _Cost:
     rate = {"decode": record.decode_tokens_s, "prefill": record.prefill_tokens_s, "forward": record.forward_tokens_s}[work]
     blocks = record.span[1] - record.span[0]
-    block_s = 1 / (rate * blocks) if rate > 0 else UNKNOWN_BLOCK_S
+    block_s = min(1 / (rate * blocks), SLOWEST_BLOCK_S) if rate > 0 else UNKNOWN_BLOCK_S
     trip_s = UNKNOWN_ROUND_TRIP_S if round_trip_s is None else max(round_trip_s, 0.0)
     # What waits there is taken to be requests like ours through the whole span.
     fixed_s = trip_s + HOP_S + record.queue * block_s * blocks * tokens

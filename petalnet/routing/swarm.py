@@ -156,7 +156,9 @@ class SwarmView:
         for model, records in sorted(by_model.items()):
             num_blocks = _most_common(record.num_blocks for record in records)
             online = tuple(record for record in records if record.state == "online")
-            missing = tuple(self.missing_blocks(model, num_blocks, now=now))
+            # Not by `self.missing_blocks`: a look at all records for each of as many models as strangers care to name.
+            usable = [record for record in online if self.failed_until(record.peer_id, now=now) is None]
+            missing = tuple(missing_blocks(usable, 0, num_blocks))
             summaries.append(ModelSummary(model, _most_common(record.model_name for record in records), num_blocks, online, missing))
         return summaries
 

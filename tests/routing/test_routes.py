@@ -50,6 +50,13 @@ def test_near_measured_idle_and_fast_servers_are_preferred(record: Build, now: f
     ]
 
 
+@pytest.mark.parametrize(("rate", "queue"), [(5e-324, 0), (1e-308, 10**6)])
+def test_no_rate_that_a_record_may_announce_breaks_routing(record: Build, now: float, rate: float, queue: int) -> None:
+    odd = record("B", decode_tokens_s=rate, queue=queue)
+    assert spans(find_route([record("A"), odd], 0, 4, round_trip=near, now=now)) == [("A", 0, 4)]
+    assert spans(find_route([odd], 0, 4, round_trip=near, now=now, tokens=1 << 24, rng=Random(0))) == [("B", 0, 4)]
+
+
 def test_the_kind_of_work_decides_which_rate_counts(record: Build, now: float) -> None:
     servers = [record("A", decode_tokens_s=50.0, forward_tokens_s=100.0), record("B", decode_tokens_s=40.0, forward_tokens_s=900.0)]
     assert spans(find_route(servers, 0, 4, round_trip=near, now=now)) == [("A", 0, 4)]
