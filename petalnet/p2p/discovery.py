@@ -255,6 +255,7 @@ class Discovery:
         while True:
             await trio.sleep(MAINTAIN_EVERY_S * random.uniform(0.8, 1.2))
             self._store.expire(self._clock())
+            self._avoided = {peer_id: until for peer_id, until in self._avoided.items() if until > trio.current_time()}
             if len(self._host.connected_peers()) < MIN_NEIGHBOURS:
                 await self._find_neighbours()
             if trio.current_time() - refreshed > REFRESH_EVERY_S:

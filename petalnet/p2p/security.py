@@ -1,6 +1,7 @@
 """The secured channel under every connection: libp2p's Noise handshake, then a session of our own.
 
-The session is the standard one on the wire (protocol id /noise). It differs from the stock session in three ways:
+The session is the standard one on the wire (protocol id /noise). It differs from the stock session in three ways, and peers whose
+identity is not an ed25519 key are turned away:
 
 - the write of a frame, once begun, is shielded from cancellation: a frame that was encrypted but not sent would use up a nonce and
   kill the whole connection, with everybody's streams in it. The shield has a deadline, after which the connection is given up;
@@ -24,7 +25,10 @@ from libp2p.security.base_session import BaseSession
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID, Transport
 from libp2p.security.secure_session import SecureSession
+from libp2p.transport.exceptions import SecurityUpgradeFailure
 from multiaddr import Multiaddr
+
+from petalnet.p2p.identity import public_key_bytes
 
 NOISE_ID = PROTOCOL_ID
 WRITE_TIMEOUT_S = 15.0
@@ -177,4 +181,6 @@ class Noise(Transport):
 def _session_of(secured: ISecureConn) -> NoiseSession:
     if not isinstance(secured, SecureSession):
         raise TypeError(f"a Noise handshake gave a {type(secured).__name__}")
+    if public_key_bytes(str(secured.remote_peer)) is None:  # nothing above could name such a peer, or check what it signs
+        raise SecurityUpgradeFailure(f"peer {secured.remote_peer} has no ed25519 key")
     return NoiseSession(secured)

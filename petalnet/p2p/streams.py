@@ -121,10 +121,15 @@ class Stream:
 
     async def _wait_for_window(self) -> None:
         """Until the peer has read some of what it was sent; the muxer's own wait would reset the stream after 5 s."""
+        began = trio.current_time()
         while self._muxed.send_window <= 0:
             if self._ended():
                 raise PeerLost(f"peer {self.peer_id} is gone", self.peer_id)
-            await trio.sleep(_WINDOW_POLL_S)
+            waited = trio.current_time() - began
+            if waited >= self.protocol.frame_timeout_s:
+                raise PeerLost(f"peer {self.peer_id} took nothing for {self.protocol.frame_timeout_s:g} s", self.peer_id)
+            # Looking less and less often, so that peers that never read do not keep this node busy.
+            await trio.sleep(max(_WINDOW_POLL_S, waited / 50))
 
     async def receive(self) -> Message | None:
         """The next message, or None where the peer closed the stream between two messages.

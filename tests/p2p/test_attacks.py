@@ -14,22 +14,29 @@ import time
 import msgpack
 import pytest
 import trio
+from libp2p import new_host
+from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.pubsub.pb import rpc_pb2
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.security.noise.transport import Transport
 from libp2p.utils import encode_varint_prefixed
+from multiaddr import Multiaddr
 
-from petalnet.errors import PetalnetError
+from petalnet.errors import PeerLost, PetalnetError
 from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.frames import PREFIX, FrameDecoder, FrameLimits, encode_frame
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, Stream
 from petalnet.p2p.libp2p_host import MAX_INBOUND_STREAMS_PER_PEER
 from petalnet.p2p.messages import Error, Ping, Store, decode_message, encode_message
-from petalnet.p2p.protocols import PING, RECORDS
+from petalnet.p2p.protocols import PING, RECORDS, Protocol
 
 MESHSUB = "/meshsub/1.1.0"
 KADEMLIA = "/ipfs/kad/1.0.0"
@@ -262,7 +269,6 @@ async def test_a_stream_cut_in_the_middle_of_a_frame(hosts, victim: Host) -> Non
 
 
 async def test_a_handler_that_fails_ends_its_stream_only(hosts, victim: Host) -> None:
-    from petalnet.p2p.protocols import Protocol
 
     faulty = Protocol("/petalnet/faulty/1.0.0")
 
@@ -307,4 +313,34 @@ async def test_a_flood_of_records_stays_within_bounds(hosts, victim: Host) -> No
             answer = await stream.receive()
             assert isinstance(answer, Error)
         assert time.monotonic() - began < 10
+    await hosts.check_alive(victim)
+
+
+async def test_a_peer_whose_identity_is_no_ed25519_key_is_turned_away(hosts, victim: Host) -> None:
+    keys = create_secp256k1_key_pair()
+    stranger = new_host(key_pair=keys, sec_opt={NOISE_ID: Transport(keys, noise_privkey=create_x25519_key_pair().private_key)})
+    async with stranger.run(listen_addrs=[]):
+        with trio.move_on_after(5), contextlib.suppress(BaseLibp2pError):
+            await stranger.connect(info_from_p2p_addr(Multiaddr(victim.addrs[0])))
+        assert victim.connected_peers() == []
+        await hosts.check_alive(victim)
+
+
+async def test_a_peer_that_never_reads_its_answers_is_given_up(hosts, victim: Host) -> None:
+    deaf = Protocol("/deaf/1.0.0", limits=FrameLimits(header=64 * 1024, payload=0), frame_timeout_s=0.2)
+    over = trio.Event()
+
+    async def answer_for_ever(stream: Stream) -> None:
+        try:
+            while True:
+                await stream.send(Store((), bytes(8000)))
+        except PeerLost as error:
+            assert "took nothing" in str(error)
+            over.set()
+
+    victim.serve(deaf, answer_for_ever)
+    mallory = await hosts.start()
+    async with await mallory.open_stream(victim.peer_id, deaf, addrs=victim.addrs):
+        with trio.fail_after(10):
+            await over.wait()
     await hosts.check_alive(victim)
