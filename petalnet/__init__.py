@@ -9,6 +9,7 @@ composes them, `cli` is the command line, `config` every setting, `errors` what 
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,14 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(home), name)
+    # Looking for garbage takes a seventh of the time of importing torch and transformers, which leave none.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        value = globals()[name] = getattr(importlib.import_module(home), name)
+    finally:
+        if collecting:
+            gc.enable()
     return value
 
 

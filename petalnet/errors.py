@@ -103,11 +103,13 @@ class MissingBlocksError(PetalnetError, RuntimeError):
     Attributes:
         blocks: the block numbers, ascending.
         peers_asked: ids of the peers that were considered or tried.
+        hint: why, where that is known; empty otherwise.
     """
 
     def __init__(self, blocks: Iterable[int], peers_asked: Iterable[str] = (), *, hint: str = "") -> None:
         self.blocks = sorted(set(blocks))
         self.peers_asked = sorted(set(peers_asked))
+        self.hint = hint
         asked = f"asked {len(self.peers_asked)} peers: {', '.join(self.peers_asked)}" if self.peers_asked else "no server is known"
         super().__init__(f"no server holds {describe_blocks(self.blocks)} ({asked}){': ' + hint if hint else ''}")
 

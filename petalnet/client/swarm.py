@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import threading
 import time
 import weakref
@@ -53,6 +54,7 @@ class Membership:
         self._look_ups: dict[str, trio.Event] = {}
         self._watched: set[str] = set()
         self._warming: set[str] = set()
+        self._random = random.Random()
 
     @property
     def host(self) -> Host:
@@ -138,11 +140,13 @@ class Membership:
             now = time.time()
             records = view.servers(model, now=now, allowed=allowed, blocked=blocked)
             try:
-                return find_route(records, first, end, round_trip=self.host.round_trip_s, now=now, work=work, tokens=tokens)
+                # Passes without a session spread over servers that are about as good; sessions take the best route.
+                spread = self._random if work == "forward" else None
+                return find_route(records, first, end, round_trip=self.host.round_trip_s, now=now, work=work, tokens=tokens, rng=spread)
             except MissingBlocksError as error:
                 if looked and trio.current_time() > self._joined_at + SETTLE_S:
                     known = view.servers(model, now=now, include_failed=True)
-                    raise MissingBlocksError(error.blocks, (record.peer_id for record in known)) from None
+                    raise MissingBlocksError(error.blocks, (record.peer_id for record in known), hint=error.hint) from None
             if looked:
                 await trio.sleep(RETRY_LOOKUP_S)
             await self.look_up(model)
