@@ -269,7 +269,6 @@ async def test_a_stream_cut_in_the_middle_of_a_frame(hosts, victim: Host) -> Non
 
 
 async def test_a_handler_that_fails_ends_its_stream_only(hosts, victim: Host) -> None:
-
     faulty = Protocol("/petalnet/faulty/1.0.0")
 
     async def fail(stream: Stream) -> None:
