@@ -100,11 +100,13 @@ class Announcer:
 
     async def run(self) -> None:
         """Announce at every beat and when the load has changed, until cancelled."""
-        capacity = max(self.load().free_kv_tokens, 1)
+        capacity = 1
         while True:
             await trio.sleep(LOAD_CHECK_S)
+            load = self.load()
+            capacity = max(capacity, load.free_kv_tokens)
             since = trio.current_time() - self._told_at
-            if since >= BEAT_S or (since >= LOAD_GAP_S and self.load().differs(self._told, capacity)):
+            if since >= BEAT_S or (since >= LOAD_GAP_S and load.differs(self._told, capacity)):
                 try:
                     await self.tell()
                 except PetalnetError as error:

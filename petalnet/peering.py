@@ -54,6 +54,7 @@ class Peering:
         self.discovery = Discovery(host, server=server, on_record=self._take)
         self._gossip = Gossip(host)
         host.on_peer_lost(self._on_peer_lost)
+        host.on_peer_found(self._on_peer_found)
 
     async def run(self, initial_peers: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Be a member until cancelled; started once the first attempt to join is over."""
@@ -85,11 +86,13 @@ class Peering:
         await self._gossip.publish(GOSSIP_TOPIC, data)
         return await self.discovery.announce([discovery_key(record.model), SWARM_KEY], data)
 
-    def _take(self, data: bytes) -> bool:
-        """A signed record from wherever. One that does not hold is dropped."""
+    def _take(self, data: bytes, author: str | None = None) -> bool:
+        """A signed record from wherever, or from its `author` only. One that does not hold is dropped."""
         now = time.time()
         try:
             record = read_record(data, now=now)
+            if author not in (None, record.peer_id):
+                raise RecordRejected(f"it came from {author}, not from {record.peer_id}")
         except RecordRejected as error:
             logger.debug("a server record was dropped: %s", error)
             return False
@@ -98,8 +101,14 @@ class Peering:
         return True
 
     def _accept(self, peer_id: str, data: bytes) -> bool:
-        """Gossip's validator: what does not hold is not passed on, what does is taken in here."""
-        return self._take(data)
+        """Gossip's validator: what does not hold is not passed on, what does is taken in here.
+
+        A server speaks for itself: with records of others, a peer could fill everybody's view with servers that do not exist.
+        """
+        return self._take(data, author=peer_id)
+
+    def _on_peer_found(self, peer_id: str) -> None:
+        self.view.mark_ok(peer_id)
 
     def _on_peer_lost(self, peer_id: str) -> None:
         record = self.view.record(peer_id)

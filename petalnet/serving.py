@@ -105,12 +105,13 @@ class Server:
         logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, name, self._model.num_blocks)
         self._announcer = self._make_announcer()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._announcer.tell)  # "joining": others then choose other blocks meanwhile
+            # "joining", renewed for as long as loading takes: others then choose other blocks meanwhile.
+            nursery.start_soon(self._announcer.tell)
+            nursery.start_soon(self._announcer.run)
             await self._load(nursery)
             self._online = True
             stored = await self._say("online")
             logger.info("online: blocks %d:%d of %s; the record is stored on %d peers", *self.span, name, stored)
-            nursery.start_soon(self._announcer.run)
             task_status.started()
             await trio.sleep_forever()
 

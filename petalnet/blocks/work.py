@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,12 @@ from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.p2p.messages import Backward, Blob, Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
+
+GRAPH_BYTES = 2 * 2**30
+"""Memory for the graph of one backward pass, so that no request takes a server's memory away from the others."""
+GRAPH_FLOATS_PER_FEATURE = 24
+"""Numbers that a block's graph keeps for each token and feature: 24 in BLOOM (its eager attention's scores aside, which
+`service.Limits` bounds), fewer in most families."""
 
 
 @dataclass
@@ -91,23 +98,48 @@ def run_forward(span: Span, request: Forward) -> Blob:
         return _encode_like(request.hidden, torch.stack(outputs) if request.all_hidden else outputs[-1])
 
 
-def run_backward(span: Span, request: Backward) -> tuple[Blob, Blob | None]:
-    """Run the pass again and take the gradients of its inputs and, where there are any, of its prompts."""
+def run_backward(span: Span, request: Backward, graph_bytes: int = GRAPH_BYTES) -> tuple[Blob, Blob | None]:
+    """Run the pass again and take the gradients of its inputs and, where there are any, of its prompts.
+
+    Args:
+        graph_bytes: about the memory that autograd's graph may take. Where all blocks would take more, a pass without gradients notes
+            the inputs of groups of blocks first, and the graph is made for one group after another.
+    """
     arrays = _Arrays.of(request)
-    inputs = [arrays.hidden.detach().requires_grad_()]
-    if arrays.prompts is not None:
-        inputs.append(arrays.prompts.detach().requires_grad_())
-    with torch.enable_grad():
+    first, end = request.first, request.end
+    tokens = math.prod(request.hidden.shape[:2])
+    per_block = tokens * GRAPH_FLOATS_PER_FEATURE * span.hidden_size * span.dtype.itemsize
+    group = max(1, min(end - first, graph_bytes // max(per_block, 1)))
+
+    def run(hidden: torch.Tensor, prompts: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
         (output,) = span.forward(
-            inputs[0],
-            attention_mask=arrays.mask,
-            position_ids=arrays.position_ids,
-            prompts=inputs[1] if len(inputs) > 1 else None,
-            first=request.first,
-            end=request.end,
+            hidden, attention_mask=arrays.mask, position_ids=arrays.position_ids, prompts=prompts, first=start, end=stop
         )
-    grads = torch.autograd.grad(output, inputs, decode_tensor(request.grad_output).to(output.device, output.dtype))
-    return _encode_like(request.hidden, grads[0]), None if request.prompts is None else _encode_like(request.prompts, grads[1])
+        return output
+
+    def prompts_of(start: int, stop: int) -> torch.Tensor | None:
+        return None if arrays.prompts is None else arrays.prompts[start - first : stop - first]
+
+    starts = range(first, end, group)
+    entering = [arrays.hidden]
+    with torch.no_grad():
+        for start in starts[:-1]:
+            entering.append(run(entering[-1], prompts_of(start, start + group), start, start + group))
+    gradient = decode_tensor(request.grad_output).to(span.device, span.dtype)
+    prompt_gradients: list[torch.Tensor] = []
+    for start, entered in zip(reversed(starts), reversed(entering), strict=True):
+        stop = min(start + group, end)
+        inputs = [entered.detach().requires_grad_()]
+        if arrays.prompts is not None:
+            inputs.append(arrays.prompts[start - first : stop - first].detach().requires_grad_())
+        with torch.enable_grad():
+            output = run(inputs[0], inputs[1] if len(inputs) > 1 else None, start, stop)
+        gradient, *others = torch.autograd.grad(output, inputs, gradient.to(output.dtype))
+        prompt_gradients += others
+    return (
+        _encode_like(request.hidden, gradient),
+        None if request.prompts is None else _encode_like(request.prompts, torch.cat(prompt_gradients[::-1])),
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from petalnet.blocks.engine import Engine
 from petalnet.blocks.service import BlockService, Limits
 from petalnet.blocks.sessions import SessionManager
 from petalnet.blocks.span import Span
+from petalnet.blocks.work import run_backward
 from petalnet.errors import PeerLost
 from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.host import Host, Stream, open_host
@@ -220,6 +221,18 @@ async def test_gradients(served: Served, with_prompts: bool) -> None:
     assert (answer.grad_prompts is not None) == with_prompts
     if with_prompts:
         torch.testing.assert_close(decode_tensor(answer.grad_prompts), expected[1], atol=1e-5, rtol=1e-4)
+
+
+async def test_a_backward_pass_in_groups_gives_the_same(served: Served) -> None:
+    prompts = torch.randn(2, 3, 4, HIDDEN, generator=torch.Generator().manual_seed(8))
+    weights = torch.randn(X.shape, generator=torch.Generator().manual_seed(9))
+    request = Backward(
+        MODEL, FIRST, END, encode_tensor(X), encode_tensor(weights), mask=encode_tensor(MASK), prompts=encode_tensor(prompts)
+    )
+    at_once, in_groups = run_backward(served.span, request), run_backward(served.span, request, graph_bytes=1)
+    for ours, theirs in zip(in_groups, at_once, strict=True):
+        assert ours is not None and theirs is not None
+        torch.testing.assert_close(decode_tensor(ours), decode_tensor(theirs), atol=1e-5, rtol=1e-4)
 
 
 OPEN = OpenSession("s", MODEL, FIRST, END, 40)
