@@ -73,14 +73,17 @@ class Node:
         try:
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch_signals, signals, nursery.cancel_scope)
-                    await self._run_role(task_status)
+                    # Only the role is cancelled by a first signal that comes early: the watcher has to live on to see a second one.
+                    role = trio.CancelScope()
+                    nursery.start_soon(self._watch_signals, signals, role)
+                    with role:
+                        await self._run_role(task_status)
                     nursery.cancel_scope.cancel()
         finally:
             self._remove_files()
         logger.info("stopped")
 
-    async def _watch_signals(self, signals: AsyncIterable[int], whole: trio.CancelScope) -> None:
+    async def _watch_signals(self, signals: AsyncIterable[int], role: trio.CancelScope) -> None:
         async for number in signals:
             if self._stopping.is_set():
                 self._remove_files()
@@ -89,7 +92,7 @@ class Node:
             self._stopping.set()
             logger.info("stopping (again to end at once)")
             if not self._usable:  # there is nothing to drain yet
-                whole.cancel()
+                role.cancel()
 
     async def _run_role(self, task_status: trio.TaskStatus[None]) -> None:
         from petalnet.p2p.addresses import read_peer_list
@@ -213,7 +216,8 @@ class Node:
                 "initial_peers": list(dict.fromkeys([*self._initial_peers, *servers[:MOST_STATE_PEERS]])),
                 "http": self._http_url,
             }
-            if state != written:
+            # A daemon that was started later took the file over, and took it away when it ended: then it is ours again.
+            if state != written or read_client_state() is None:
                 write_json(path, state, mode=0o600)
                 written = state
                 task_status.started()

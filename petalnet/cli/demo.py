@@ -20,7 +20,7 @@ PROMPT = "ROMEO:\nWhat light is"
 
 
 @click.command("demo")
-@click.option("--prompt", default=PROMPT, show_default=repr(PROMPT), help="how the text begins")
+@click.option("--prompt", default=PROMPT, help=f"how the text begins  [default: {PROMPT!r}]")
 @click.option("--servers", default=3, show_default=True, type=click.IntRange(1, BLOCKS), help="processes that share the model's 12 blocks")
 @click.option("--max-new-tokens", default=80, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--seed", default=7, show_default=True, help="of the sampling")

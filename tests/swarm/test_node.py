@@ -91,6 +91,15 @@ def test_client_daemon(nodes) -> None:
 
     done = petalnet(nodes, "status")  # finds the swarm through the daemon
     assert done.returncode == 0 and "complete" in done.stdout, done.stderr
+
+    later = nodes.start("--client", "--http", "none", "--initial-peers", *server.addrs)
+    assert json.loads(state_file.read_text())["pid"] == later.process.pid
+    assert later.stop() == 0
+    deadline = time.monotonic() + 15
+    while not state_file.exists():  # the first one takes it up again
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(state_file.read_text())["pid"] == client.process.pid
     assert client.stop() == 0
     assert not state_file.exists()
     done = petalnet(nodes, "status")
