@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from contextlib import AsyncExitStack
 
+import trio
+
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.signed import sign
 from petalnet.peering import Peering, open_peering
@@ -45,3 +47,14 @@ async def test_a_lost_peer_is_avoided_until_it_is_back() -> None:
         assert peering.view.servers("m", now=time.time()) == []
         peering._on_peer_found(other.peer_id)
         assert [server.peer_id for server in peering.view.servers("m", now=time.time())] == [other.peer_id]
+
+
+async def test_a_start_that_is_cancelled_ends_whenever_that_is() -> None:
+    """As by a signal to a node that is not ready yet: at none of the moments of a start may anything stay behind and be waited for."""
+    async with AsyncExitStack() as stack:
+        entry = await open_one(stack)
+        for moment in range(0, 120, 6):
+            with trio.fail_after(5), trio.move_on_after(moment / 1000) as scope:
+                async with open_peering(Identity.generate(), initial_peers=entry.host.addrs, listen=LISTEN, server=True):
+                    await trio.sleep_forever()
+            assert scope.cancelled_caught

@@ -310,7 +310,8 @@ async def open_host(identity: Identity, *, listen: Sequence[str] = (), announce:
     async with trio.open_nursery() as nursery:
         host = Host(identity, nursery, announced)
         try:
-            await nursery.start(_run_libp2p, host.libp2p, wanted, life)
+            with trio.CancelScope(shield=True):  # what is not started yet could be ended neither by its nursery nor by `life`
+                await nursery.start(_run_libp2p, host.libp2p, wanted, life)
             for addr, error in host.libp2p.transport.failures.items():
                 raise _listen_error(addr, error) from error
             host._set_addrs()
