@@ -9,7 +9,9 @@ public domain, both packages MIT. The last 5 % of every work is held out of toke
 
 Seeded; every batch is a function of the seed and the step number, so a run that was stopped goes on from its last checkpoint
 (in --work-dir) as if it had never stopped, up to the rounding that depends on the machine and on --threads. The model that ships is
-the result of the default settings with two threads, about an hour on two quiet cores. Needs `pip`, `apt-get` and `dpkg-deb`, unless --work-dir already holds the packages.
+the result of the default settings with two threads, about an hour on two quiet cores.
+
+Needs `pip`, `apt-get` and `dpkg-deb`, unless --work-dir already holds the packages.
 """
 
 from __future__ import annotations
