@@ -31,6 +31,23 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def require_device(device: str) -> None:
+    """Raises UsageError unless this machine, with this build of torch, has the device."""
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) < count:
+            return
+        has = f"there are {count} CUDA devices" if count else "there is no CUDA device, or this build of torch cannot use it"
+    elif kind == "mps":
+        if torch.backends.mps.is_available():
+            return
+        has = "there is no Metal device"
+    else:
+        return
+    raise UsageError(f"--device {device} is not to be had: {has}; leave --device out for the best there is")
+
+
 def usable_memory(device: str, most: int | None) -> int:
     """Bytes on a device that a node may take: `most` where it is given, else its share of what is free."""
     if device.startswith("cuda"):

@@ -249,7 +249,7 @@ def state_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def client_state_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where a running client daemon leaves how to reach its swarm, as JSON: pid, peer_id, addrs, initial_peers, model, http."""
+    """Where a running client daemon leaves how to reach its swarm, as JSON: pid, peer_id, addrs, initial_peers, http."""
     return state_dir(environ) / "client.json"
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from petalnet.config import DEFAULT_HTTP_PORT, Settings, client_state_path, read_client_state
-from petalnet.errors import UsageError
+from petalnet.config import DEFAULT_HTTP_PORT, Settings, client_state_path, config_path, read_client_state
+from petalnet.errors import NoSwarmError, UsageError
 from petalnet.overview import describe_swarm
 from petalnet.state import claim_identity_path, remove_own_json, write_json
 from petalnet.threads import in_thread
@@ -100,7 +100,10 @@ class Node:
         settings = self._settings
         self._initial_peers = read_peer_list(settings.initial_peers)
         if self.role == "client" and not self._initial_peers:
-            raise UsageError("a client daemon needs a swarm to join: say --initial-peers, or set PETALNET_INITIAL_PEERS")
+            raise NoSwarmError(
+                "a client daemon needs a swarm to join: say --initial-peers MADDR (or @FILE), set PETALNET_INITIAL_PEERS, or put "
+                f"initial_peers into {config_path()}"
+            )
         async with AsyncExitStack() as stack:
             opening = await stack.enter_async_context(trio.open_nursery())
             stack.callback(opening.cancel_scope.cancel)
@@ -120,6 +123,7 @@ class Node:
             await self._start_http(services)
             if self.role == "client":
                 await services.start(self._keep_state)
+                logger.info("joined the swarm; Python programs and `petalnet status` of this user find it without being told its peers")
             # Off since the program began, see `petalnet.cli.main`. What was imported and loaded stays: it need not be looked at again.
             gc.freeze()
             gc.enable()

@@ -56,13 +56,14 @@ def open_model(settings: Settings, name: str | None) -> Model:
 
     import_transformers()
     from petalnet.blocks.probe import require_splittable
-    from petalnet.capacity import best_device
+    from petalnet.capacity import best_device, require_device
     from petalnet.models.anatomy import text_config
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.identity import model_key
     from petalnet.models.loading import pick_dtype
 
     device = settings.device or best_device()
+    require_device(device)
     source = ModelSource.open(name, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
     count = text_config(source.config).num_hidden_layers
     if isinstance(settings.serve, tuple) and settings.serve[1] > count:
@@ -111,7 +112,8 @@ class Server:
             await self._load(nursery)
             self._online = True
             stored = await self._say("online")
-            logger.info("online: blocks %d:%d of %s; the record is stored on %d peers", *self.span, name, stored)
+            others = f"its record is stored on {stored - 1} other peer{'s' * (stored > 2)}" if stored > 1 else "no other peer knows it yet"
+            logger.info("online: blocks %d:%d of %s; %s", *self.span, name, others)
             task_status.started()
             await trio.sleep_forever()
 

@@ -5,6 +5,7 @@ Wrong use ends with status 2 and one line that says what to do, a failure at run
 
 from __future__ import annotations
 
+import difflib
 import gc
 import importlib
 import sys
@@ -12,12 +13,17 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from petalnet.version import __version__
+
 VERBS = {
     "node": "run a node: host blocks, be this machine's client daemon, or be a swarm's entry point",
     "status": "who serves which blocks of which model, and what is missing",
     "demo": "a whole swarm on this machine: starts servers and generates text through them",
     "version": "the versions of petalnet and of what it stands on",
 }
+
+NOT_YET = ("--quantization", "--load-in-8bit", "--quant-type", "--adapters", "--swarm-key", "--max-disk-space")
+"""Flags that people know from Petals or from petalnet's description, and that are still to come."""
 
 
 class _Verbs(click.Group):
@@ -28,7 +34,9 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
-            return None
+            near = difflib.get_close_matches(cmd_name, VERBS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}; see petalnet --help"
+            raise click.UsageError(f"no such verb: {cmd_name}; {hint}")
         command: click.Command = importlib.import_module(f"petalnet.cli.{cmd_name}").command
         return command
 
@@ -38,6 +46,7 @@ class _Verbs(click.Group):
 
 
 @click.group(cls=_Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="petalnet %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Run and fine-tune large language models together: every machine of a swarm holds a few transformer blocks."""
@@ -51,6 +60,10 @@ def run(arguments: Sequence[str]) -> int:
 
     try:
         status = cli.main(list(arguments), prog_name="petalnet", standalone_mode=False)
+    except click.NoSuchOption as error:
+        if error.option_name.replace("_", "-") in NOT_YET:
+            return _fail(f"this version of petalnet does not have {error.option_name} yet: leave it out", 2)
+        return _fail(error.format_message(), 2)
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):

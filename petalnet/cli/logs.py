@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 
@@ -29,6 +30,8 @@ class _Json(logging.Formatter):
 
 def set_up(level: str, form: str) -> None:
     """Send the log of petalnet to standard error; other libraries are heard only where it is serious, or with `level` "debug"."""
+    # Read when the hub's library is imported: it has a handler of its own, which would say everything twice.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "debug" if level == "debug" else "error")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Pretty())
     root = logging.getLogger()

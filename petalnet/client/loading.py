@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,22 @@ IGNORED_ARGUMENTS = {
 """Arguments of the library's `from_pretrained` that say what is done here anyway, and the values for which that is so."""
 
 
+class _Console(logging.Handler):
+    """Lines on standard error, for as long as the program has set up no logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            print(f"petalnet: {self.format(record)}", file=sys.stderr)
+
+
+def show_log() -> None:
+    """Let routes, retries and warnings reach the terminal of a program that has set up no logging of its own."""
+    package = logging.getLogger("petalnet")
+    if not package.handlers and package.level == logging.NOTSET:
+        package.addHandler(_Console())
+        package.setLevel(logging.INFO)
+
+
 def join(settings: ClientSettings) -> Swarm:
     """The swarm that the settings name, or that is found without; see `resolve_initial_peers`."""
     return Swarm(resolve_initial_peers(settings.initial_peers))
@@ -45,6 +62,8 @@ def load_model(model_class: Any, name_or_path: Any, *, config: Any = None, **kwa
         model_class: a class or an Auto class of the library.
     """
     settings = take_settings(kwargs, config)
+    if settings.show_route:
+        show_log()
     swarm = join(settings)
     try:
         return _load(swarm, settings, model_class, name_or_path, config, kwargs)

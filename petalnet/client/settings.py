@@ -19,7 +19,8 @@ class ClientSettings:
         request_timeout: seconds that one request to one server may take.
         connect_timeout: seconds that a connection to a server may take.
         max_retries: how often a failed request is tried again on another route before its error is raised; None for without end.
-        show_route: "inference" logs each session's route, True also those of single requests, False none.
+        show_route: whether each session's route is logged (on standard error, where the program has set up no logging); "inference" and
+            True mean the same.
         active_adapter: name of a LoRA adapter that servers apply, or None.
         tuning_mode, pre_seq_len: of trainable prompts.
         swarm_key: file of a private swarm's key.

@@ -68,9 +68,10 @@ def read_peer_list(values: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for value in values:
         for text in re.split(r"[,\s]+", value.strip()):
-            for entry in _read_file(Path(text[1:]).expanduser()) if text.startswith("@") else [text]:
-                if entry:
-                    found[str(parse_peer(entry))] = None
+            if text.startswith("@"):
+                found |= dict.fromkeys(_read_file(Path(text[1:]).expanduser()))
+            elif text:
+                found[str(parse_peer(text))] = None
     return list(found)
 
 
@@ -80,7 +81,14 @@ def _read_file(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UsageError(f"cannot read the list of peers {path}: {reason}") from error
-    return [line.split("#", 1)[0].strip() for line in lines]
+    peers = []
+    for number, line in enumerate(lines, 1):
+        if entry := line.split("#", 1)[0].strip():
+            try:
+                peers.append(str(parse_peer(entry)))
+            except UsageError as error:
+                raise UsageError(f"{path}, line {number}: {error}") from error
+    return peers
 
 
 def _shown(text: str) -> str:

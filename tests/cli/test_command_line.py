@@ -49,6 +49,8 @@ def test_the_same_thing_said_twice() -> None:
     ("arguments", "says"),
     [
         (["bogus"], "bogus"),
+        (["nod"], "did you mean node?"),
+        (["node", "--serve", "0:3", "--load_in_8bit"], "does not have --load-in-8bit yet"),
         (["node"], "--serve A:B, --client or --bootstrap"),
         (["node", "--serve", "0:3", "--client"], "--serve and --client"),
         (["node", "--serve", "3:0"], "--serve needs"),

@@ -65,7 +65,7 @@ def test_lists_of_peers_come_from_values_and_files(tmp_path) -> None:
 def test_a_list_of_rubbish_is_refused(tmp_path) -> None:
     path = tmp_path / "peers.txt"
     path.write_text("not a peer at all\n")
-    with pytest.raises(UsageError, match="not a peer at all"):
+    with pytest.raises(UsageError, match=r"peers.txt, line 1: .*not a peer at all"):
         read_peer_list([f"@{path}"])
     with pytest.raises(UsageError, match=r"cannot read the list of peers .*missing\.txt"):
         read_peer_list([f"@{tmp_path / 'missing.txt'}"])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from petalnet import AutoDistributedModelForCausalLM
-from petalnet.errors import MissingBlocksError
+from petalnet.errors import MissingBlocksError, PeerLost
 from petalnet.models.checkpoint import DEMO_MODEL
 
 MODEL = Path(DEMO_MODEL)
@@ -48,6 +48,37 @@ def test_a_killed_server_leaves_the_routes_at_once(nodes) -> None:
             assert victim.peer_id not in {hop.peer_id for hop in model.transformer.h.route()}
             nodes.serve(MODEL, [(6, 12)], peers=servers[0].addrs)
             assert others
+    finally:
+        model.close()
+
+
+def test_a_server_killed_in_mid_answer_is_named(nodes) -> None:
+    """This version cannot go on with such an answer: the error says whose fault it was, and the next answer takes another way."""
+    servers = nodes.serve(MODEL, [(0, 6), (6, 12), (6, 12)])
+    model = connect(servers[0].addrs)
+    victims = []
+
+    class Killer:
+        """A streamer that kills the second server of the route after three tokens."""
+
+        count = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.count += 1
+            if self.count == 4:
+                route = [hop.peer_id for hop in model.transformer.h.route()]
+                victims.extend(server for server in servers[1:] if server.peer_id in route)
+                victims[0].kill()
+
+        def end(self) -> None:
+            pass
+
+    try:
+        with pytest.raises(PeerLost, match="blocks 6-11") as caught:
+            model.generate(IDS, max_new_tokens=30, min_new_tokens=30, do_sample=False, streamer=Killer())
+        assert caught.value.peer_id == victims[0].peer_id
+        assert victims[0].peer_id in str(caught.value)
+        assert torch.equal(generate(model, 6), expected(6))
     finally:
         model.close()
 
