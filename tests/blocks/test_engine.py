@@ -148,7 +148,7 @@ async def test_the_end() -> None:
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
         release.set()
-    assert outcomes == ["under way", "waiting refused"]
+    assert sorted(outcomes) == ["under way", "waiting refused"]  # both are told in the same turn of the loop, in any order
     assert sys.getswitchinterval() == interval
     assert not any(thread.name == "petalnet-engine" for thread in threading.enumerate())
     with pytest.raises(ServerError, match="shutting down"):
