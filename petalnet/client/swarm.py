@@ -15,6 +15,8 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterable
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -139,10 +141,18 @@ class Membership:
         while True:
             now = time.time()
             records = view.servers(model, now=now, allowed=allowed, blocked=blocked)
+            # Passes without a session spread over servers that are about as good; sessions take the best route.
+            spread = self._random if work == "forward" else None
+            find = partial(
+                find_route, first=first, end=end, round_trip=self.host.round_trip_s, now=now, work=work, tokens=tokens, rng=spread
+            )
+            # A server that failed lately has its second chance where nobody else holds its blocks.
+            proven = [record for record in records if not view.on_probation(record.peer_id)]
+            if len(proven) < len(records):
+                with suppress(MissingBlocksError):
+                    return find(proven)
             try:
-                # Passes without a session spread over servers that are about as good; sessions take the best route.
-                spread = self._random if work == "forward" else None
-                return find_route(records, first, end, round_trip=self.host.round_trip_s, now=now, work=work, tokens=tokens, rng=spread)
+                return find(records)
             except MissingBlocksError as error:
                 if looked and trio.current_time() > self._joined_at + SETTLE_S:
                     known = view.servers(model, now=now, include_failed=True)

@@ -114,6 +114,10 @@ class SwarmView:
         failure = self._failures.get(peer_id)
         return failure.until if failure is not None and now < failure.until else None
 
+    def on_probation(self, peer_id: str) -> bool:
+        """Whether the server has failed and not been seen to work since: its penalty may be over, but it may as well still be dead."""
+        return peer_id in self._failures
+
     def record(self, peer_id: str) -> ServerRecord | None:
         """The newest record of a server, expired or not."""
         return self._records.get(peer_id)

@@ -101,6 +101,16 @@ def test_a_server_that_starts_anew_is_used_again_but_its_failures_count(record: 
     assert view.mark_failed("A", now=now + 2) - (now + 2) == 2 * FIRST_PENALTY
 
 
+def test_a_server_whose_penalty_is_over_is_on_probation_until_it_works(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A"), now=now)
+    assert not view.on_probation("A")
+    until = view.mark_failed("A", now=now)
+    assert peers(view.servers(MODEL, now=until)) == ["A"] and view.on_probation("A")
+    view.mark_ok("A")
+    assert not view.on_probation("A")
+
+
 def test_forget_drops_the_record_and_the_failures(record: Build, now: float) -> None:
     view = SwarmView()
     view.add(record("A"), now=now)
