@@ -7,7 +7,6 @@ typed error and harms nobody else; the stream lives on where it makes sense.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,7 +84,6 @@ class BlockService:
         self.model = model
         self.limits = limits or Limits()
         self.draining = False
-        self.tokens_served = 0
         self._scopes: dict[str, set[trio.CancelScope]] = {}
 
     def drain(self) -> None:
@@ -182,7 +180,6 @@ class BlockService:
                 pieces.append(part.value)
                 queue_s, compute_s = queue_s + part.queue_s, compute_s + part.compute_s
             blob = (await self.engine.submit(work.encode, pieces)).value
-        self.tokens_served += rows * new
         return StepDone(request.step, request.position + new, blob, compute_s, queue_s)
 
     async def _run_pass(self, request: Forward | Backward) -> Message:
@@ -193,7 +190,6 @@ class BlockService:
         else:
             backward = await self.engine.submit(run_backward, self.span, request)
             answer = BackwardDone(*backward.value, backward.compute_s, backward.queue_s)
-        self.tokens_served += math.prod(request.hidden.shape[:2])
         return answer
 
     def _check_step(self, stream: Stream, session: Session, request: Message) -> StepWork:

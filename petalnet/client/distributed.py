@@ -248,8 +248,6 @@ def check_ids(ids: torch.Tensor, embeddings: nn.Module) -> None:
         raise ValueError(f"token id {low if low < 0 else high} is outside of the vocabulary of {size} tokens")
 
 
-
-
 def check_embeds(embeds: torch.Tensor, embeddings: nn.Module) -> None:
     """Raises ValueError where embeddings are not [rows, length, size]."""
     size = getattr(embeddings, "embedding_dim", None)
