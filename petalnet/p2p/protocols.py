@@ -1,6 +1,7 @@
-"""The table of petalnet's own protocols: their ids on the wire, and the limits within which a node serves them.
+"""The table of petalnet's own protocols and of every limit on what peers may take of a node, each with its reason.
 
-Limits are per node. A peer that exceeds one is refused with a *busy* error; the others are not touched.
+`Limits` bounds the connections and what holds for all protocols together; a `Protocol` bounds its own messages and streams. A peer that
+exceeds a limit is refused or slowed down; the others are not touched. What no honest peer would ever do is an offence besides.
 """
 
 from __future__ import annotations
@@ -8,6 +9,65 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from petalnet.p2p.frames import FrameLimits
+
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What all protocols together may take. Sizes are bytes, times seconds."""
+
+    # -- connections
+    max_connections: int = 1000
+    """A connection costs about 60 KB and a heartbeat; a client needs a dozen, a server one for each user."""
+    max_connections_per_peer: int = 4
+    """Two that crossed, one that is dying, and one that replaces a relayed one."""
+    max_connections_per_address: int = 128
+    """From one IP address: a university behind one router fits, one machine that makes up identities does not fill the table."""
+    max_handshakes: int = 256
+    """Connections that have not proved who they are yet; each costs a task and, at most once, about 0.5 ms of arithmetic."""
+    max_handshakes_per_address: int = 32
+    """A quarter second of honest dials at full speed; one address does not take all places."""
+    handshake_timeout: float = 10.0
+    """For TCP accept to a working muxer. The slowest honest handshake is five round trips of a second."""
+    max_dials: int = 32
+    """Dials under way at once: a fresh node with a long list of stale addresses must not look like a port scan."""
+
+    # -- streams
+    max_streams_per_peer: int = 256
+    """Opened by one peer, of all protocols, those still in negotiation included."""
+    max_streams: int = 4096
+    """Opened by all peers. A stream that waits costs about 10 KB with its task."""
+    negotiation_timeout: float = 10.0
+    """For a peer to say which protocol a stream is for."""
+    linger: float = 5.0
+    """For a peer to close its side of a stream that this side has closed; then it is reset."""
+    write_timeout: float = 15.0
+    """Without a byte taken by the peer's side of the socket, after which the connection is given up."""
+
+    # -- bytes held for peers
+    stream_window: int = 256 * KIB
+    """Bytes that a peer may send ahead on a stream that nobody reads yet. A decode step of a big model is 32 KB."""
+    busy_window: int = 2 * MIB
+    """The same on a stream in use: what is under way at 1 Gbit/s and 16 ms, or 100 Mbit/s and 160 ms."""
+    max_held_per_peer: int = 1024 * MIB
+    """Windows above the first and long messages under way of one peer: two of the longest messages that a protocol allows."""
+    max_held: int = 4096 * MIB
+    """The same of all peers; a host with little memory holds a quarter of it at most (see `budget`)."""
+    slowest_rate: int = 16 * KIB
+    """Bytes a second, on average over a message, below which it is given up: a modem's rate, so that nobody keeps a message under way
+    for days by a byte now and then."""
+
+    # -- offences (see `offences`)
+    offence_threshold: float = 10.0
+    """Weights summed up to which a peer is dropped: ten messages that nobody sends by accident."""
+    offence_half_life: float = 300.0
+    """After which an offence counts half: a buggy but harmless peer is never dropped."""
+    ban: float = 900.0
+    """For which a dropped peer is refused; doubled by each further ban, up to a day. Then it is forgotten."""
+    max_offenders: int = 4096
+    """Peers whose offences are remembered, 100 bytes each; the mildest are forgotten first."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +81,7 @@ class Protocol:
         max_streams: streams that all peers together may have open to this node.
         idle_timeout_s: seconds without a message after which a served stream is closed.
         frame_timeout_s: seconds without a byte in the middle of a frame after which a stream is given up, on both sides.
+        max_rate: requests a second that are read from one peer, over all its streams; above that it waits. A burst of two seconds is free.
     """
 
     id: str
@@ -29,6 +90,7 @@ class Protocol:
     max_streams: int = 1024
     idle_timeout_s: float = 60.0
     frame_timeout_s: float = 30.0
+    max_rate: float = 1000.0
 
 
 INFERENCE = Protocol(
@@ -62,6 +124,8 @@ RECORDS = Protocol(
     max_streams=512,
     idle_timeout_s=120.0,
     frame_timeout_s=5.0,
+    # A server stores its record under two keys once in 15 s, a client looks up once in 10 s: this is a hundred times as much.
+    max_rate=20.0,
 )
 
 PING = Protocol(
@@ -73,6 +137,8 @@ PING = Protocol(
     # Well over the interval of heartbeats in a crowded node.
     idle_timeout_s=120.0,
     frame_timeout_s=10.0,
+    # Each side pings every 2 s.
+    max_rate=5.0,
 )
 
 PROTOCOLS = (INFERENCE, FORWARD, RECORDS, PING)
