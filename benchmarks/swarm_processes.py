@@ -60,15 +60,18 @@ class Bench:
             time.sleep(0.005)
         return process, json.loads(ready_file.read_text()), time.perf_counter() - start
 
-    def start(self, command: Sequence[str], *, stdout: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-        """Starts a process that ends with the benchmark."""
-        process = subprocess.Popen(
-            command,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT if stdout not in (None, subprocess.PIPE) else None,
-        )
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | IO[bytes] | None = None,
+        stderr: int | IO[bytes] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Starts a process that ends with the benchmark. A file for its output is one for its errors too, unless another is given."""
+        if stderr is None and stdout not in (None, subprocess.PIPE):
+            stderr = subprocess.STDOUT
+        process = subprocess.Popen(command, env=self.environment, stdin=stdin, stdout=stdout, stderr=stderr)
         self._processes.append(process)
         return process
 
