@@ -47,10 +47,9 @@ class Limits:
     """Without a byte taken by the peer's side of the socket, after which the connection is given up."""
 
     # -- bytes held for peers
-    stream_window: int = 256 * KIB
-    """Bytes that a peer may send ahead on a stream that nobody reads yet. A decode step of a big model is 32 KB."""
     busy_window: int = 2 * MIB
-    """The same on a stream in use: what is under way at 1 Gbit/s and 16 ms, or 100 Mbit/s and 160 ms."""
+    """Bytes that a peer may send ahead of the reading on a stream in use (on a new one: `mux_protocol.INITIAL_WINDOW`): what is
+    under way at 1 Gbit/s and 16 ms, or 100 Mbit/s and 160 ms."""
     max_held_per_peer: int = 1024 * MIB
     """Windows above the first and long messages under way of one peer: two of the longest messages that a protocol allows."""
     max_held: int = 4096 * MIB
