@@ -79,6 +79,10 @@ class PeerUnreachable(ServerError, ConnectionError):
     """None of a peer's addresses answered as that peer within the deadline."""
 
 
+class NotAdmitted(PeerUnreachable):
+    """One side of a connection does not admit the other: the swarm is private, or a list names the peer. One line for a person."""
+
+
 class ProtocolError(ServerError):
     """A peer sent something that the protocol does not allow."""
 
