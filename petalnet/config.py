@@ -20,6 +20,8 @@ from typing import Any, Literal
 import platformdirs
 
 from petalnet.errors import NoSwarmError, UsageError
+from petalnet.p2p.access import Access, read_peer_ids
+from petalnet.p2p.swarm_key import SwarmKey
 
 DEFAULT_PORT = 31330
 DEFAULT_HTTP_PORT = 31331
@@ -105,6 +107,16 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _swarm_key(text: str) -> Path | SwarmKey | Literal["none"]:
+    """A key's text is taken as well, since that is how containers are handed secrets; from here on nothing shows it."""
+    if text == "none":
+        return "none"
+    try:
+        return SwarmKey.parse(text.strip())
+    except UsageError:
+        return Path(text).expanduser()
+
+
 def _text(text: str) -> str:
     if not text.strip():
         raise ValueError("needs a text that is not empty")
@@ -158,6 +170,17 @@ class Settings:
         "addresses to tell others instead of those listened on", default=(), metavar="MADDR...", many=True
     )
     identity_path: Path | None = _setting("the node's key; made there if absent  [in the state folder]", _path, metavar="FILE")
+    swarm_key: Path | SwarmKey | Literal["none"] | None = _setting(
+        "a private swarm's key, made by `petalnet key new FILE`, or none  [none: an open swarm]", _swarm_key, metavar="FILE"
+    )
+    allow_peers: tuple[str, ...] = _setting(
+        "connect with these peer ids only; @FILE with one a line  [no restriction]", default=(), metavar="PEER_ID...", many=True
+    )
+    block_peers: tuple[str, ...] = _setting(
+        "never connect with these peer ids; @FILE with one a line", default=(), metavar="PEER_ID...", many=True
+    )
+    max_connections: int | None = _setting("connections with other peers at once  [1000]", _count, metavar="N")
+    relay: bool = _setting("relay connections for servers that cannot be reached", _flag, default=False)
     dtype: str = _setting(
         "auto, float32, bfloat16 or float16; auto: the checkpoint's, float32 where a CPU has no fast bfloat16  [auto]",
         _choice("auto", "float32", "bfloat16", "float16"), default="auto", metavar="DTYPE", aliases=("--torch-dtype",),
@@ -249,7 +272,7 @@ def state_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def client_state_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where a running client daemon leaves how to reach its swarm, as JSON: pid, peer_id, addrs, initial_peers, http."""
+    """Where a running client daemon leaves how to reach its swarm, as JSON: pid, peer_id, addrs, initial_peers, swarm_key, http."""
     return state_dir(environ) / "client.json"
 
 
@@ -303,3 +326,40 @@ def resolve_initial_peers(given: str | Sequence[str] | None, *, environ: Mapping
             f"{config_path(environ)}, or run `petalnet node --client` on this machine"
         )
     return peers
+
+
+def access_of(settings: Settings) -> Access:
+    """How the settings let a node into its swarm, and whom they let in. Key files and lists of peers are read here.
+
+    Raises:
+        UsageError: a file cannot be read or is none of its kind, or an entry is not a peer id.
+    """
+    key = settings.swarm_key
+    return Access(
+        swarm_key=None if key in (None, "none") else SwarmKey.of(key),
+        allowed=read_peer_ids(settings.allow_peers) if settings.allow_peers else None,
+        blocked=read_peer_ids(settings.block_peers),
+    )
+
+
+def resolve_access(
+    swarm_key: str | os.PathLike[str] | SwarmKey | None = None, *, environ: Mapping[str, str] = os.environ, daemon: bool = True
+) -> Access:
+    """How a client on this machine gets into its swarm: by the key that was given, else the environment's, else the file's, else the
+    client daemon's.
+
+    Args:
+        swarm_key: a key, its text, the path of its file, or "none" for an open swarm whatever the configuration says; None to look
+            elsewhere.
+        daemon: whether the daemon's key counts; as for `resolve_initial_peers`, it does where its peers are used.
+
+    Raises:
+        UsageError: the key cannot be read.
+    """
+    settings = load_settings({}, environ=environ)
+    if swarm_key is None and settings.swarm_key is None and daemon and not settings.initial_peers:
+        left = (read_client_state(environ) or {}).get("swarm_key")
+        swarm_key = str(left) if left is not None else None
+    if swarm_key is not None:
+        settings = dataclasses.replace(settings, swarm_key="none" if swarm_key == "none" else SwarmKey.of(swarm_key))
+    return access_of(settings)

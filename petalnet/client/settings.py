@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from petalnet.errors import UsageError
+from petalnet.p2p.swarm_key import SwarmKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class ClientSettings:
             True mean the same.
         active_adapter: name of a LoRA adapter that servers apply, or None.
         tuning_mode, pre_seq_len: of trainable prompts.
-        swarm_key: file of a private swarm's key.
+        swarm_key: a private swarm's key: the path of its file, the file's text or a `SwarmKey`; "none" for an open swarm whatever the
+            configuration says; None to look for one where `initial_peers` are looked for.
     """
 
     initial_peers: tuple[str, ...] | None = None
@@ -36,7 +39,7 @@ class ClientSettings:
     active_adapter: str | None = None
     tuning_mode: str | None = None
     pre_seq_len: int = 0
-    swarm_key: str | None = None
+    swarm_key: SwarmKey | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "initial_peers", _strings("initial_peers", self.initial_peers, tuple))
@@ -48,7 +51,9 @@ class ClientSettings:
                 raise UsageError(f"{name} needs a number of seconds above 0; got {value!r}")
         if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
             raise UsageError(f"max_retries needs a number from 0, or None; got {self.max_retries!r}")
-        for name in ("active_adapter", "swarm_key", "tuning_mode"):
+        if self.swarm_key not in (None, "none"):  # read now: from here on nothing shows a key that was given as text
+            object.__setattr__(self, "swarm_key", SwarmKey.of(self.swarm_key))
+        for name in ("active_adapter", "tuning_mode"):
             if getattr(self, name) is not None:
                 raise UsageError(f"{name}={getattr(self, name)!r}: this version of petalnet does not have it yet; leave it out")
 
