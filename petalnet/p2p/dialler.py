@@ -1,7 +1,8 @@
 """Connections to peers: which are good, and how new ones are made.
 
 libp2p's own dialling tries one address, waits a quarter of a second for nothing, and remembers a failure for a minute. Here all
-addresses of a peer are tried, each a little after the one before, and the first that answers as that peer wins.
+addresses of a peer are tried, each a little after the one before, and the first that answers as that peer wins. Addresses that lead to
+the peer itself come before those that lead through a relay, and where there are connections of both kinds, the direct one is used.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network
 
 import trio
 from libp2p.abc import INetConn
@@ -19,9 +21,11 @@ from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
 from petalnet.errors import PeerUnreachable, UsageError
-from petalnet.p2p.addresses import parse_addr
+from petalnet.p2p.addresses import ip_of, own_interfaces, parse_addr, plain_addr, relay_of
+from petalnet.p2p.circuit import Circuits, is_relayed
 from petalnet.p2p.identity import public_key_bytes
 from petalnet.p2p.libp2p_host import Libp2pHost
+from petalnet.p2p.protocols import Limits
 from petalnet.p2p.security import NoiseSession
 
 STAGGER_S = 0.25
@@ -31,23 +35,50 @@ ADDRS_LIFETIME_S = 3600
 """Seconds for which an address at which a peer answered is remembered."""
 
 
-class Dialler:
-    """The connections of one host."""
+RELAY_TIMEOUT_S = 5.0
+"""Seconds in which a relay has to be connected, before the peer behind it is asked for."""
 
-    def __init__(self, libp2p: Libp2pHost) -> None:
+
+class Dialler:
+    """The connections of one host.
+
+    Attributes:
+        circuits: those that lead through relays.
+    """
+
+    def __init__(self, libp2p: Libp2pHost, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
+        self.circuits = Circuits(libp2p, limits)
         self._libp2p = libp2p
         self._under_way: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self._dials = trio.CapacityLimiter(limits.max_dials)
 
     def all(self, peer_id: str) -> list[INetConn]:
         """Every connection to a peer, those that are about to end included, the oldest first."""
         return list(self._libp2p.swarm.connections.get(_key(peer_id), []))
 
     def live(self, peer_id: str) -> SwarmConn | None:
-        """The newest good connection to a peer: where there are several, an older one may be left from its former life."""
+        """The newest good connection to a peer, a direct one if there is any; an older one may be left from the peer's former life."""
+        relayed: SwarmConn | None = None
         for connection in reversed(self.all(peer_id)):
             if isinstance(connection, SwarmConn) and is_good(connection):
-                return connection
-        return None
+                if not is_relayed(connection):
+                    return connection
+                relayed = relayed or connection
+        return relayed
+
+    def is_direct(self, peer_id: str) -> bool:
+        """Whether there is a good connection to a peer that leads through no relay."""
+        connection = self.live(peer_id)
+        return connection is not None and not is_relayed(connection)
+
+    def remote_ip(self, peer_id: str) -> str | None:
+        """The IP address at the other end of the direct connection to a peer; None where there is none."""
+        connection = self.live(peer_id)
+        if connection is None or is_relayed(connection):
+            return None
+        address = connection.muxed_conn.secured_conn.get_remote_address()  # type: ignore[attr-defined]
+        return None if address is None else str(address[0]).removeprefix("::ffff:")
 
     def known_addrs(self, peer_id: str) -> list[str]:
         """The addresses of a peer that are known, without /p2p/."""
@@ -55,10 +86,13 @@ class Dialler:
             found = self._libp2p.get_peerstore().addrs(_key(peer_id))
         except PeerStoreError:
             return []
-        return list(dict.fromkeys(_plain(str(addr)) for addr in found))
+        return list(dict.fromkeys(plain_addr(str(addr)) for addr in found))
 
-    async def connection(self, peer_id: str, addrs: Sequence[str], timeout_s: float) -> SwarmConn:
-        """A good connection to a peer, made where there is none; those who ask at once share it. Raises PeerUnreachable."""
+    async def connection(self, peer_id: str, addrs: Sequence[str], timeout_s: float, *, direct: bool = False) -> SwarmConn:
+        """A good connection to a peer, made where there is none; those who ask at once share it. Raises PeerUnreachable.
+
+        With `direct`, one that has to be made is not made through a relay: a relay behind a relay helps nobody.
+        """
         if peer_id == str(self._libp2p.get_id()):
             raise PeerUnreachable("this node does not connect to itself", peer_id)
         connection = self.live(peer_id)
@@ -68,20 +102,25 @@ class Dialler:
         try:
             with trio.fail_after(timeout_s):
                 async with lock:
-                    return self.live(peer_id) or await self._dial(peer_id, addrs)
+                    return self.live(peer_id) or await self._dial(peer_id, self._candidates(peer_id, addrs, direct))
         except trio.TooSlowError:
-            tried = ", ".join(self._candidates(peer_id, addrs)) or "no address"
+            tried = ", ".join(self._candidates(peer_id, addrs, direct)) or "no address"
             raise PeerUnreachable(f"peer {peer_id} did not answer within {timeout_s:g} s (tried {tried})", peer_id) from None
         finally:
             if not lock.locked():
                 self._under_way.pop(peer_id, None)
 
-    def _candidates(self, peer_id: str, addrs: Sequence[str]) -> list[str]:
-        found = dict.fromkeys((*map(_plain, addrs), *self.known_addrs(peer_id)))
-        return [addr for addr in found if _is_dialable(addr)][:MAX_ADDRS]
+    def _candidates(self, peer_id: str, addrs: Sequence[str], direct: bool) -> list[str]:
+        found = dict.fromkeys((*map(plain_addr, addrs), *self.known_addrs(peer_id)))
+        dialable = [addr for addr in found if _is_dialable(addr)]
+        if direct:
+            return [addr for addr in dialable if relay_of(addr) is None][:MAX_ADDRS]
+        if any(map(relay_of, dialable)):
+            networks = [interface.network for interface in own_interfaces()]
+            dialable.sort(key=lambda addr: _detour(addr, networks))
+        return dialable[:MAX_ADDRS]
 
-    async def _dial(self, peer_id: str, addrs: Sequence[str]) -> SwarmConn:
-        candidates = self._candidates(peer_id, addrs)
+    async def _dial(self, peer_id: str, candidates: Sequence[str]) -> SwarmConn:
         if not candidates:
             raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
         peer = _key(peer_id)
@@ -89,9 +128,15 @@ class Dialler:
         won: list[SwarmConn] = []
 
         async def dial(addr: str, over: trio.Event) -> None:
+            relay = relay_of(addr)
             try:
-                connection = await self._libp2p.swarm.dial_addr(Multiaddr(addr), peer)
-            except (BaseLibp2pError, OSError) as error:
+                if relay is None:
+                    async with self._dials:
+                        connection = await self._libp2p.swarm.dial_addr(Multiaddr(addr), peer)
+                else:
+                    await self.connection(relay.peer_id, [relay.addr], RELAY_TIMEOUT_S, direct=True)
+                    connection = await self.circuits.dial(relay.peer_id, peer, addr)
+            except (BaseLibp2pError, OSError, PeerUnreachable) as error:
                 failures[addr] = reason_of(error)
             else:
                 if isinstance(connection, SwarmConn):
@@ -143,8 +188,15 @@ def _key(peer_id: str) -> ID:
     return ID.from_string(peer_id)
 
 
-def _plain(addr: str) -> str:
-    return addr.partition("/p2p/")[0]
+def _detour(addr: str, networks: Sequence[IPv4Network | IPv6Network]) -> int:
+    """In which turn an address is tried where one of them leads through a relay: what will hardly lead to the peer waits longest.
+
+    A private address in none of our own `networks` is mostly one of a stranger's home; it may still work where networks are routed.
+    """
+    if relay_of(addr) is not None:
+        return 1
+    ip = ip_of(addr)
+    return 0 if ip is None or not ip.is_private or any(ip in network for network in networks) else 2
 
 
 def _is_dialable(addr: str) -> bool:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from petalnet.p2p.frames import FrameLimits
 
-
 KIB, MIB = 1024, 1024 * 1024
 
 
@@ -57,6 +56,28 @@ class Limits:
     slowest_rate: int = 16 * KIB
     """Bytes a second, on average over a message, below which it is given up: a modem's rate, so that nobody keeps a message under way
     for days by a byte now and then."""
+
+    # -- circuits through relays (see `relay`, which keeps most of these, and `circuit`)
+    relay_step: float = 10.0
+    """For each step of setting up a circuit: the far side of a relay may be two round trips of a second away."""
+    relay_reservation: float = 3600.0
+    """For which a relay keeps a reservation that is not renewed; it ends with the connection anyway."""
+    max_reservations: int = 256
+    """Servers that a relay stands in for. Each costs its connection and 200 bytes; what they carry is bounded below."""
+    max_reservations_per_address: int = 16
+    """From one IP address: several machines behind one router fit, one that makes up identities does not fill the table."""
+    max_circuits: int = 512
+    """Through a relay at once: two streams and two tasks each, 0.6 MB at most with what is under way."""
+    max_circuits_per_peer: int = 64
+    """That begin, or that end, at one peer: a server's users are many, and a user's servers are few."""
+    circuit_lifetime: float = 12 * 3600.0
+    """After which a relay ends a circuit; whoever still needs it dials again. Answers take minutes, so few are cut off."""
+    circuit_bytes: int = 64 * 1024 * MIB
+    """Both ways together, after which a relay ends a circuit: a week of decoding, or 500 of the longest prefills."""
+    max_dial_backs: int = 8
+    """Dials under way for peers that ask whether they can be reached (see `reachability`)."""
+    dial_back_timeout: float = 4.0
+    """For such a dial: what a firewall drops is never answered."""
 
     # -- offences (see `offences`)
     offence_threshold: float = 10.0
@@ -140,4 +161,16 @@ PING = Protocol(
     max_rate=5.0,
 )
 
-PROTOCOLS = (INFERENCE, FORWARD, RECORDS, PING)
+REACHABILITY = Protocol(
+    "/petalnet/reachability/1.0.0",
+    limits=FrameLimits(header=1024, payload=0),
+    # One question at a time, and each makes this node dial.
+    max_streams_per_peer=1,
+    max_streams=64,
+    idle_timeout_s=20.0,
+    frame_timeout_s=5.0,
+    # A node asks when it starts, when its addresses change, and once in minutes.
+    max_rate=0.5,
+)
+
+PROTOCOLS = (INFERENCE, FORWARD, RECORDS, PING, REACHABILITY)

@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnet.errors import UsageError
-from petalnet.p2p.addresses import PeerAddress, listen_target, parse_addr, parse_peer, reachable_addrs, read_peer_list
+from petalnet.p2p.addresses import (
+    PeerAddress,
+    circuit_addr,
+    listen_target,
+    parse_addr,
+    parse_peer,
+    plain_addr,
+    reachable_addrs,
+    read_peer_list,
+    relay_of,
+)
 from petalnet.p2p.identity import Identity
 
 PEER = Identity(bytes(32)).peer_id
@@ -16,6 +26,18 @@ OTHER = Identity(bytes([1]) * 32).peer_id
 def test_a_full_multiaddr_is_taken_apart(addr: str) -> None:
     assert parse_peer(f" {addr}/p2p/{PEER}\n") == PeerAddress(PEER, addr)
     assert str(parse_peer(f"{addr}/p2p/{PEER}")) == f"{addr}/p2p/{PEER}"
+
+
+def test_an_address_may_lead_through_one_relay() -> None:
+    relay = f"/ip4/203.0.113.2/tcp/31330/p2p/{OTHER}"
+    found = parse_peer(f"{relay}/p2p-circuit/p2p/{PEER}")
+    assert found == PeerAddress(PEER, f"{relay}/p2p-circuit")
+    assert relay_of(found.addr) == parse_peer(relay) and circuit_addr(parse_peer(relay)) == found.addr
+    assert relay_of("/ip4/203.0.113.2/tcp/31330") is None
+    assert plain_addr(str(found)) == plain_addr(found.addr) == found.addr
+    assert plain_addr(relay) == "/ip4/203.0.113.2/tcp/31330" == plain_addr("/ip4/203.0.113.2/tcp/31330")
+    with pytest.raises(UsageError):
+        listen_target(found.addr)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +51,9 @@ def test_a_full_multiaddr_is_taken_apart(addr: str) -> None:
         f"/ip4/10.0.0.1/udp/1/quic-v1/p2p/{PEER}",
         f"/ip4/10.0.0.999/tcp/1/p2p/{PEER}",
         f"/ip4/10.0.0.1/tcp/70000/p2p/{PEER}",
-        f"/ip4/10.0.0.1/tcp/1/p2p/{PEER}/p2p-circuit/p2p/{PEER}",
+        f"/ip4/10.0.0.1/tcp/1/p2p-circuit/p2p/{PEER}",
+        f"/p2p/{OTHER}/p2p-circuit/p2p/{PEER}",
+        f"/ip4/10.0.0.1/tcp/1/p2p/{OTHER}/p2p-circuit/p2p/{OTHER}/p2p-circuit/p2p/{PEER}",
         "/ip4/10.0.0.1/tcp/1/p2p/QmWrong",
         f"/ip4/10.0.0.1/tcp/1/p2p/{PEER}x",
         f"/p2p/{PEER}",
