@@ -328,13 +328,18 @@ def resolve_initial_peers(given: str | Sequence[str] | None, *, environ: Mapping
     return peers
 
 
-def access_of(settings: Settings) -> Access:
+def access_of(settings: Settings, *, environ: Mapping[str, str] = os.environ, daemon: bool = False) -> Access:
     """How the settings let a node into its swarm, and whom they let in. Key files and lists of peers are read here.
+
+    Args:
+        daemon: whether the key of this machine's client daemon counts where the settings name neither a key nor peers.
 
     Raises:
         UsageError: a file cannot be read or is none of its kind, or an entry is not a peer id.
     """
-    key = settings.swarm_key
+    key: str | Path | SwarmKey | None = settings.swarm_key
+    if key is None and daemon and not settings.initial_peers:
+        key = (read_client_state(environ) or {}).get("swarm_key")
     return Access(
         swarm_key=None if key in (None, "none") else SwarmKey.of(key),
         allowed=read_peer_ids(settings.allow_peers) if settings.allow_peers else None,
@@ -357,9 +362,6 @@ def resolve_access(
         UsageError: the key cannot be read.
     """
     settings = load_settings({}, environ=environ)
-    if swarm_key is None and settings.swarm_key is None and daemon and not settings.initial_peers:
-        left = (read_client_state(environ) or {}).get("swarm_key")
-        swarm_key = str(left) if left is not None else None
     if swarm_key is not None:
         settings = dataclasses.replace(settings, swarm_key="none" if swarm_key == "none" else SwarmKey.of(swarm_key))
-    return access_of(settings)
+    return access_of(settings, environ=environ, daemon=daemon)

@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "client": BASE | {"config", "models", "p2p", "peering", "routing"},
     "http": {"errors"},
     "state": {"config", "errors"},
+    "inspection": {"config"},
     "overview": {"errors", "routing"},
     "peering": BASE | {"config", "p2p", "routing"},
     "announcing": {"errors", "routing", "version"},
     "capacity": {"blocks", "errors", "models"},
     "serving": BASE | {"announcing", "blocks", "capacity", "config", "models", "p2p", "peering", "routing"},
-    "node": BASE | {"blocks", "client", "config", "http", "models", "overview", "p2p", "peering", "serving", "state"},
+    "node": BASE | {"blocks", "client", "config", "http", "inspection", "models", "overview", "p2p", "peering", "serving", "state"},
     "demo": {"errors"},
 }
 """What each part may import of the others. `cli` may import everything, and nothing imports `cli`."""

@@ -17,12 +17,14 @@ from petalnet.version import __version__
 
 VERBS = {
     "node": "run a node: host blocks, be this machine's client daemon, or be a swarm's entry point",
+    "peers": "who this machine's nodes are connected to, through what and how fast",
     "status": "who serves which blocks of which model, and what is missing",
     "demo": "a whole swarm on this machine: starts servers and generates text through them",
+    "key": "make the key of a private swarm",
     "version": "the versions of petalnet and of what it stands on",
 }
 
-NOT_YET = ("--quantization", "--load-in-8bit", "--quant-type", "--adapters", "--swarm-key", "--max-disk-space")
+NOT_YET = ("--quantization", "--load-in-8bit", "--quant-type", "--adapters", "--max-disk-space")
 """Flags that people know from Petals or from petalnet's description, and that are still to come."""
 
 

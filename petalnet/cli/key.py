@@ -1,0 +1,29 @@
+"""`petalnet key`: the key of a private swarm."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from petalnet.p2p.swarm_key import SwarmKey
+
+
+@click.group("key")
+def command() -> None:
+    """The key of a private swarm: who has it can join, nobody else can even talk to its nodes."""
+
+
+@command.command("new")
+@click.argument("file", type=click.Path(path_type=Path))
+def new(file: Path) -> None:
+    """Make a new key in FILE, which only you can read; a file that exists is left alone.
+
+    Bring it to each machine of the swarm by a way that you trust, such as scp, and start every node with --swarm-key FILE.
+    """
+    key = SwarmKey.generate()
+    key.save_new(file.expanduser())
+    click.echo(f"{file}: a new swarm key; its fingerprint is {key.fingerprint}")
+    click.echo("Copy the file to each machine of the swarm by a way that you trust. Every node needs it:")
+    click.echo(f"  petalnet node --serve 0:12 --swarm-key {shlex.quote(str(file))}")

@@ -1,0 +1,90 @@
+"""`petalnet peers`: who the nodes on this machine are connected to."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+
+
+@click.command("peers")
+@click.option("as_json", "--json", is_flag=True, help="as JSON")
+def command(as_json: bool) -> int:
+    """Who this machine's nodes are connected to: by whom and through what, round trip, bytes, streams, since when.
+
+    Asks the nodes that you run on this machine; nothing is sent over the network.
+    """
+    from petalnet.errors import PetalnetError
+    from petalnet.inspection import ask_nodes
+
+    nodes = ask_nodes()
+    if not nodes:
+        raise PetalnetError(
+            "you run no node on this machine: start one with `petalnet node` (`petalnet status` looks at a swarm from outside)"
+        )
+    if as_json:
+        click.echo(json.dumps({"nodes": nodes}, indent=1))
+    else:
+        _show(nodes, time.time())
+    return 0
+
+
+def _show(nodes: list[dict[str, Any]], now: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    for node in nodes:
+        peers = node["peers"]
+        name = f" {node['public_name']}" if node["public_name"] else ""
+        swarm = f", private swarm (key {node['swarm_key']})" if node["swarm_key"] else ""
+        count = f"{len(peers)} peer{'s' if len(peers) != 1 else ''}"
+        console.print(Text(f"{node['role']}{name} {node['peer_id']}, pid {node['pid']}{swarm}: {count}"))
+        if not peers:
+            continue
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("peer", "serves", "connection", "address"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("round trip", "in", "out", "streams", "since"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for peer in sorted(peers, key=lambda peer: peer["since"]):
+            table.add_row(
+                # As Text: a name that a stranger chose is no markup.
+                Text(f"{peer['public_name']} …{peer['peer_id'][-6:]}" if peer["public_name"] else f"…{peer['peer_id'][-6:]}"),
+                Text("{}:{} of {}".format(*peer["span"], peer["model"]) if peer["span"] else ""),
+                Text(describe_path(peer)),
+                Text(peer["addr"].partition("/p2p")[0]),
+                "" if peer["round_trip_s"] is None else f"{peer['round_trip_s'] * 1000:.1f} ms",
+                describe_bytes(peer["bytes_in"]),
+                describe_bytes(peer["bytes_out"]),
+                str(peer["streams"]),
+                describe_age(now - peer["since"]),
+            )
+        console.print(table)
+
+
+def describe_path(peer: dict[str, Any]) -> str:
+    """`direct, it dialled`, or through whom."""
+    who = "it dialled" if peer["direction"] == "in" else "we dialled"
+    return f"relay …{(peer['relay'] or '?')[-6:]}, {who}" if peer["path"] == "relay" else f"direct, {who}"
+
+
+def describe_bytes(count: int) -> str:
+    """`12.3 MB` of 12,345,678."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def describe_age(seconds: float) -> str:
+    """`3 min` of 200 s."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,123 @@
+"""What a running node tells programs of its own user: a Unix socket in the state folder, one a node, that nobody else can open.
+
+Whoever connects gets one JSON document and the end of the stream. Nothing can be asked for and nothing changed, and nothing listens on the
+network. `petalnet peers` reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from petalnet.config import state_dir
+
+logger = logging.getLogger(__name__)
+
+ANSWER_WITHIN_S = 3.0
+"""For both sides: a node whose loop hangs, and a reader that does not read."""
+MOST_BYTES = 64 * 1024 * 1024
+
+
+async def serve_inspection(report: Callable[[], dict[str, Any]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Answer everybody who connects with what `report` gives, until cancelled. A node that cannot have its socket goes on without."""
+    path = _folder() / f"{os.getpid()}.sock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        listening = _listen(path)
+    except OSError as error:
+        logger.warning("`petalnet peers` will not see this node: cannot make the socket %s: %s", path, error.strerror or error)
+        task_status.started()
+        return
+
+    async def answer(stream: trio.SocketStream) -> None:
+        try:
+            with trio.move_on_after(ANSWER_WITHIN_S):
+                async with stream:
+                    await stream.send_all(json.dumps(report()).encode())
+        except trio.BrokenResourceError:
+            logger.debug("a program that asked about this node went away")
+        except Exception:  # a defect in telling what the node does must not end what it does
+            logger.exception("the report on this node failed")
+
+    try:
+        await trio.serve_listeners(answer, [trio.SocketListener(trio.socket.from_stdlib_socket(listening))], task_status=task_status)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def ask_nodes() -> list[dict[str, Any]]:
+    """What the nodes of this user on this machine tell, those that answer in time, the longest running first."""
+    found = []
+    for path in sorted(_folder().glob("*.sock"), key=_made_at):
+        try:
+            found.append(_ask(path))
+        except ConnectionRefusedError:
+            with contextlib.suppress(OSError):
+                path.unlink()  # its node was killed
+        except (OSError, ValueError) as error:
+            logger.warning("the node of %s does not answer: %s", path, error)
+    return found
+
+
+def _folder() -> Path:
+    return state_dir() / "nodes"
+
+
+def _made_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _listen(path: Path) -> socket.socket:
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    unready = path.with_suffix(".new")
+    try:
+        unready.unlink(missing_ok=True)  # of a process that had our number and was killed
+        with _short(unready) as name:
+            opened.bind(name)
+        unready.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        opened.listen()
+        opened.setblocking(False)
+        unready.replace(path)  # found only now: a socket that nobody listens on is taken for one of a killed node
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+def _ask(path: Path) -> dict[str, Any]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(ANSWER_WITHIN_S)
+        with _short(path) as name:
+            asking.connect(name)
+        data = bytearray()
+        while len(data) < MOST_BYTES and (more := asking.recv(256 * 1024)):
+            data += more
+    report = json.loads(data)
+    if not isinstance(report, dict):
+        raise ValueError("it answers something else than a report")
+    return report
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name for `path` that fits into a socket's address, whose length is bounded by about a hundred bytes."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        short = f"/proc/self/fd/{folder}/{path.name}"
+        yield short if os.path.isdir(f"/proc/self/fd/{folder}") else str(path)
+    finally:
+        os.close(folder)

@@ -1,0 +1,92 @@
+"""`petalnet peers`, against nodes that are only a socket."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import trio
+
+from petalnet.cli import run
+from petalnet.cli.peers import describe_age, describe_bytes, describe_path
+from petalnet.inspection import serve_inspection
+
+PEER = {
+    "peer_id": "12D3KooWRyoDGGEaWkXLRD5VMkEaMrxCqNQw9fbWxwVa9R3oWBVy", "public_name": "[red]box", "model": "demo", "span": [0, 6],
+    "addr": "/ip4/203.0.113.7/tcp/31330", "direction": "out", "path": "direct", "relay": None, "round_trip_s": 0.0423,
+    "bytes_in": 12_345_678, "bytes_out": 999, "streams": 3, "muxer": "/petalnet/mux/1.0.0", "since": 0.0,
+}  # fmt: skip
+STRANGER = PEER | {
+    "peer_id": "12D3KooWStranger", "public_name": None, "model": None, "span": None, "direction": "in", "path": "relay",
+    "relay": "12D3KooWRelay123456", "round_trip_s": None,
+}  # fmt: skip
+NODE = {"role": "server", "peer_id": "12D3KooWMe", "pid": 4711, "public_name": "cellar", "swarm_key": "0a1b2c3d", "peers": [PEER, STRANGER]}
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """`node(report)` runs a node's socket on another thread until the test is over."""
+    monkeypatch.setenv("PETALNET_STATE_DIR", str(tmp_path))
+    ended: list[Callable[[], None]] = []
+
+    def start(report: dict[str, Any]) -> None:
+        running = threading.Event()
+
+        async def serve() -> None:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_inspection, lambda: report)
+                token = trio.lowlevel.current_trio_token()
+                ended.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
+                running.set()
+
+        thread = threading.Thread(target=trio.run, args=(serve,))
+        thread.start()
+        ended.append(thread.join)
+        running.wait(10)
+
+    try:
+        yield start
+    finally:
+        for end in sorted(ended, key=lambda end: getattr(end, "__name__", "") == "join"):
+            end()
+
+
+def test_without_a_node_it_says_so_in_one_line(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PETALNET_STATE_DIR", str(tmp_path))
+    for arguments in (["peers"], ["peers", "--json"]):
+        assert run(arguments) == 1
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and "you run no node on this machine" in said.err and not said.out
+
+
+def test_a_table_for_a_person(node, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    node(NODE)
+    assert run(["peers"]) == 0
+    said = capsys.readouterr().out
+    assert "server cellar 12D3KooWMe, pid 4711, private swarm (key 0a1b2c3d): 2 peers" in said
+    for text in ("[red]box …3oWBVy", "0:6 of demo", "direct, we dialled", "203.0.113.7", "42.3 ms", "12.3 MB", "999 B"):
+        assert text in said
+    assert "relay …123456, it dialled" in said
+    assert len(said.splitlines()) == 4
+
+
+def test_the_same_as_json(node, capsys: pytest.CaptureFixture[str]) -> None:
+    node(NODE)
+    assert run(["peers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": [NODE]}
+
+
+def test_a_node_without_peers(node, capsys: pytest.CaptureFixture[str]) -> None:
+    node(NODE | {"peers": [], "swarm_key": None, "public_name": None})
+    assert run(["peers"]) == 0
+    assert capsys.readouterr().out == "server 12D3KooWMe, pid 4711: 0 peers\n"
+
+
+def test_words() -> None:
+    assert [describe_bytes(count) for count in (0, 999, 1000, 12_345_678, 5 * 10**12)] == ["0 B", "999 B", "1.0 kB", "12.3 MB", "5000.0 GB"]
+    assert [describe_age(seconds) for seconds in (-1, 59.4, 200, 7200, 200_000)] == ["0 s", "59 s", "3 min", "2 h", "2 d"]
+    assert describe_path(STRANGER | {"relay": None}) == "relay …?, it dialled"
