@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from petalnet.cli import cli
@@ -25,6 +26,8 @@ def test_a_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.
     verb, *arguments = shlex.split(line)[1:]
     with cli.make_context("petalnet", [verb]) as outer:
         command = cli.get_command(outer, verb)
+        while isinstance(command, click.Group):  # as in `petalnet key new`
+            command = command.get_command(outer, arguments.pop(0))
         assert command is not None
         seen: list[object] = []
         monkeypatch.setattr(command, "callback", lambda **given: seen.append(given))
