@@ -7,6 +7,7 @@ the peer itself come before those that lead through a relay, and where there are
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,13 +21,16 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
-from petalnet.errors import PeerUnreachable, UsageError
+from petalnet.errors import NotAdmitted, PeerUnreachable, UsageError
 from petalnet.p2p.addresses import ip_of, own_interfaces, parse_addr, plain_addr, relay_of
+from petalnet.p2p.admission import Admission
 from petalnet.p2p.circuit import Circuits, is_relayed
 from petalnet.p2p.identity import public_key_bytes
 from petalnet.p2p.libp2p_host import Libp2pHost
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.security import NoiseSession
+
+logger = logging.getLogger(__name__)
 
 STAGGER_S = 0.25
 """Seconds after which the next address of a peer is tried beside the ones that have not answered yet (RFC 8305)."""
@@ -46,8 +50,9 @@ class Dialler:
         circuits: those that lead through relays.
     """
 
-    def __init__(self, libp2p: Libp2pHost, limits: Limits | None = None) -> None:
+    def __init__(self, libp2p: Libp2pHost, limits: Limits | None = None, admission: Admission | None = None) -> None:
         limits = limits or Limits()
+        self._admission = admission or Admission()
         self.circuits = Circuits(libp2p, limits)
         self._libp2p = libp2p
         self._under_way: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
@@ -89,7 +94,9 @@ class Dialler:
         return list(dict.fromkeys(plain_addr(str(addr)) for addr in found))
 
     async def connection(self, peer_id: str, addrs: Sequence[str], timeout_s: float, *, direct: bool = False) -> SwarmConn:
-        """A good connection to a peer, made where there is none; those who ask at once share it. Raises PeerUnreachable.
+        """A good connection to a peer, made where there is none; those who ask at once share it.
+
+        Raises PeerUnreachable: NotAdmitted where one side does not admit the other.
 
         With `direct`, one that has to be made is not made through a relay: a relay behind a relay helps nobody.
         """
@@ -98,6 +105,7 @@ class Dialler:
         connection = self.live(peer_id)
         if connection is not None:
             return connection
+        self._admission.check(peer_id)
         lock = self._under_way[peer_id]
         try:
             with trio.fail_after(timeout_s):
@@ -125,6 +133,7 @@ class Dialler:
             raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
         peer = _key(peer_id)
         failures: dict[str, str] = {}
+        refusals: list[NotAdmitted] = []
         won: list[SwarmConn] = []
 
         async def dial(addr: str, over: trio.Event) -> None:
@@ -138,6 +147,9 @@ class Dialler:
                     connection = await self.circuits.dial(relay.peer_id, peer, addr)
             except (BaseLibp2pError, OSError, PeerUnreachable) as error:
                 failures[addr] = reason_of(error)
+                if (refusal := self._admission.explain(peer_id, error)) is not None:
+                    refusals.append(refusal)
+                logger.debug("dialling peer %s at %s failed: %s", peer_id, addr, refusal or failures[addr])
             else:
                 if isinstance(connection, SwarmConn):
                     won.append(connection)
@@ -154,6 +166,8 @@ class Dialler:
                     await over.wait()
         # The peer may have dialled us meanwhile.
         connection = won[0] if won else self.live(peer_id)
+        if connection is None and refusals:
+            raise refusals[0]
         if connection is None:
             reasons = "; ".join(f"{addr}: {why}" for addr, why in failures.items())
             raise PeerUnreachable(f"cannot reach peer {peer_id}: {reasons}", peer_id)
