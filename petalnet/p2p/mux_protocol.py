@@ -211,6 +211,8 @@ class Mux:
         if stream is not None:
             stream.queue.clear()
             stream.queued = 0
+            if stream.ending and not stream.ended:  # the bytes that it waited for will not come
+                self._send_end(stream, self._control)
 
     def end(self, number: int) -> None:
         """Send no more on a stream, after what is queued; nothing where that was said before, or the stream is over."""
@@ -238,8 +240,10 @@ class Mux:
     def grant(self, number: int, size: int) -> None:
         """Let the peer send `size` bytes more on a stream; nothing where it will send no more anyway."""
         stream = self._streams.get(number)
-        if stream is not None and not stream.remote_ended and size > 0:
-            size = min(size, MAX_WINDOW - stream.window)
+        if stream is None or stream.remote_ended:
+            return
+        size = min(size, MAX_WINDOW - stream.window)
+        if size > 0:
             stream.window += size
             self._control.append(HEADER.pack(GRANT, 0, 0, number, size))
 
