@@ -21,10 +21,11 @@ from typing import Protocol
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
-from libp2p.transport.exceptions import SecurityUpgradeFailure
+from libp2p.transport.exceptions import MuxerUpgradeFailure, SecurityUpgradeFailure
 
 from petalnet.errors import NotAdmitted
 from petalnet.p2p.offences import Offences
@@ -136,11 +137,15 @@ class Admission:
         return found
 
     def _reason(self, peer_id: str, error: BaseException) -> NotAdmitted | None:
-        securing = False
+        securing = secured = False
         for cause in _causes(error):
             if isinstance(cause, NotAdmitted):
                 return cause
             securing = securing or isinstance(cause, SecurityUpgradeFailure)
+            secured = secured or isinstance(cause, MuxerUpgradeFailure)
+            if secured and isinstance(cause, ConnectionClosedError):
+                why = "it does not admit this node, or has no room"
+                return NotAdmitted(f"peer {peer_id} ended the connection right after the handshake: {why}", peer_id)
             if securing and isinstance(cause, MultiselectClientError) and "not supported" in str(cause):
                 if self._key is None:
                     return NotAdmitted(f"peer {peer_id} is in a private swarm: give its key with --swarm-key FILE (swarm_key=)", peer_id)

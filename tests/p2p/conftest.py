@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import hypothesis
 import pytest
@@ -28,9 +29,10 @@ class Hosts:
         self._nursery = nursery
         self._running: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
 
-    async def start(self, *, identity: Identity | None = None, listen: bool = True, echo: bool = True) -> Host:
-        """A new host; it echoes what comes on `Hosts.echo`."""
-        host: Host = await self._nursery.start(self._run, identity or Identity.generate(), [LOOPBACK] if listen else [])
+    async def start(self, *, identity: Identity | None = None, listen: bool = True, echo: bool = True, **options: object) -> Host:
+        """A new host; it echoes what comes on `Hosts.echo`. The options are those of `open_host`."""
+        run = partial(self._run, listen=[LOOPBACK] if listen else [], **options)
+        host: Host = await self._nursery.start(run, identity or Identity.generate())
         if echo:
             host.serve(self.echo, serve_echo)
         return host
@@ -48,11 +50,11 @@ class Hosts:
             assert await round_trip(friend, host, self.echo)
         await self.stop(friend)
 
-    async def _run(self, identity: Identity, listen: list[str], *, task_status: trio.TaskStatus[Host]) -> None:
+    async def _run(self, identity: Identity, *, task_status: trio.TaskStatus[Host], **options: object) -> None:
         over = trio.Event()
         try:
             with trio.CancelScope() as scope:
-                async with open_host(identity, listen=listen) as host:
+                async with open_host(identity, **options) as host:  # type: ignore[arg-type]
                     self._running[host.peer_id] = scope, over
                     task_status.started(host)
                     await trio.sleep_forever()

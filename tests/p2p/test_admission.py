@@ -261,6 +261,9 @@ def test_a_failed_dial_is_explained() -> None:
     assert without.refusals == {PEER: found}
     found = with_key.explain(PEER, error)
     assert found is not None and "is in no private swarm" in str(found)
+    closed = chain(OSError("dial"), MuxerUpgradeFailure(), MultiselectClientError("read failed"), ConnectionClosedError("gone"))
+    found = without.explain(PEER, closed)
+    assert found is not None and "right after the handshake: it does not admit this node" in str(found)
     own = NotAdmitted("because", PEER)
     assert without.explain(PEER, chain(OSError(), SecurityUpgradeFailure(), own)) is own
 
