@@ -38,17 +38,17 @@ class FrameLimits:
     payload: int = 256 * 1024 * 1024
 
 
-def encode_frame(header: bytes, parts: Sequence[Buffer] = ()) -> bytes:
-    """One frame whose payload is `parts` in sequence, ready for a single write."""
+def encode_frame(header: bytes, parts: Sequence[Buffer] = ()) -> list[Buffer]:
+    """One frame whose payload is `parts` in sequence: itself in parts, to be sent one after the other. The payload is not copied."""
     size = sum(len(part) for part in parts)
-    return b"".join((PREFIX.pack(VERSION, 0, 0, len(header), size), header, *parts))
+    return [PREFIX.pack(VERSION, 0, 0, len(header), size) + header, *parts]
 
 
 class FrameDecoder:
     """Cuts a byte stream into frames.
 
     `feed` takes bytes as they come, `next_frame` gives each complete frame once, `wanted` says how many more bytes the frame
-    under way needs, and `at_boundary` whether the stream may end here.
+    under way needs, `size` how long it is altogether, and `at_boundary` whether the stream may end here.
     """
 
     def __init__(self, limits: FrameLimits) -> None:
@@ -68,6 +68,11 @@ class FrameDecoder:
         """Bytes that are still missing for the prefix, or for the whole of the frame under way; at least 1 while nothing is complete."""
         needed = PREFIX.size if self._lengths is None else sum(self._lengths)
         return max(needed - self._available, 0)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the header and payload of the frame under way; None while its prefix is not complete."""
+        return None if self._lengths is None else sum(self._lengths)
 
     @property
     def at_boundary(self) -> bool:
@@ -102,13 +107,13 @@ class FrameDecoder:
 
     def _take(self, size: int) -> bytearray:
         self._available -= size
-        taken = bytearray()
+        parts = []
         while size:
             chunk = self._chunks[0]
             if len(chunk) <= size:
                 self._chunks.popleft()
             else:
                 self._chunks[0], chunk = chunk[size:], chunk[:size]
-            taken += chunk
+            parts.append(chunk)
             size -= len(chunk)
-        return taken
+        return bytearray().join(parts)

@@ -10,33 +10,41 @@ What lies beneath is libp2p. No peer can end a node by what it sends: whatever g
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht.common import PROTOCOL_ID as KADEMLIA_ID
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from multiaddr import Multiaddr
 
 from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, PetalnetError, ServerError, UnsupportedError, UsageError
 from petalnet.p2p.addresses import parse_addr, reachable_addrs
+from petalnet.p2p.admission import Admission
+from petalnet.p2p.budget import Budget
 from petalnet.p2p.dialler import Dialler, abort, is_good, reason_of
 from petalnet.p2p.heartbeat import Heartbeat, serve_ping
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.libp2p_host import NEGOTIATION_TIMEOUT_S, Libp2pHost, finish_stream
+from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream
 from petalnet.p2p.messages import Error
-from petalnet.p2p.protocols import PING, Protocol
+from petalnet.p2p.mux import MuxConnection, MuxStream
+from petalnet.p2p.protocols import PING, Limits, Protocol
 from petalnet.p2p.quiet import tame_logging
+from petalnet.p2p.rates import Rates
 from petalnet.p2p.security import NoiseSession
-from petalnet.p2p.streams import Stream
+from petalnet.p2p.stock_streams import StockStream
+from petalnet.p2p.streams import ByteStream, Served, Stream
 from petalnet.p2p.transport import is_address_in_use
 
 __all__ = ["Host", "Stream", "open_host"]
@@ -48,8 +56,59 @@ CONNECT_TIMEOUT_S = 10.0
 LIBP2P_CONNECT_TIMEOUT_S = 3.0
 """Seconds for what libp2p dials by itself: peers that it heard of, many of which are long gone."""
 CLOSE_TIMEOUT_S = 0.5
+RATE_BURST_S = 2.0
+"""Seconds' worth of requests that a peer may send at once."""
 
 Handler = Callable[[Stream], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class PeerStatus:
+    """One connection to a peer.
+
+    Attributes:
+        peer_id: the peer, base58.
+        addr: the multiaddr of its other end; "" where that is not known.
+        direction: "in" where the peer dialled, "out" where this node did.
+        path: "direct" or "relay".
+        relay: the id of the relay that carries it, or None.
+        round_trip_s: seconds, or None where it is not known yet.
+        bytes_in, bytes_out: on the wire since the handshake.
+        streams: streams that are open on it.
+        muxer: the protocol id of the multiplexer.
+        since: when it was made, unix seconds.
+    """
+
+    peer_id: str
+    addr: str
+    direction: str
+    path: str
+    relay: str | None
+    round_trip_s: float | None
+    bytes_in: int
+    bytes_out: int
+    streams: int
+    muxer: str
+    since: float
+
+    @classmethod
+    def of(cls, connection: SwarmConn, session: NoiseSession, round_trip_s: float | None) -> PeerStatus:
+        muxed = connection.muxed_conn
+        addr = next(map(str, session.get_transport_addresses()), "")
+        head, relayed, _ = addr.partition("/p2p-circuit")
+        return cls(
+            peer_id=str(muxed.peer_id),
+            addr=addr,
+            direction="out" if session.is_initiator else "in",
+            path="relay" if relayed else "direct",
+            relay=head.rpartition("/p2p/")[2] if relayed else None,
+            round_trip_s=round_trip_s,
+            bytes_in=session.bytes_in,
+            bytes_out=session.bytes_out,
+            streams=len(muxed.streams) if isinstance(muxed, MuxConnection) else len(connection.streams),
+            muxer=str(getattr(muxed, "negotiated_muxer_protocol", "")),
+            since=connection._created_at,
+        )
 
 
 class Host:
@@ -59,20 +118,32 @@ class Host:
         identity: who this node is.
         peer_id: its peer id, base58.
         addrs: full multiaddrs (ending in /p2p/…) at which others reach it, those that reach farthest first; empty where it only dials.
+        admission: who may connect.
+        limits: what peers may take.
         libp2p: the host beneath; for the other modules of this package only.
     """
 
-    def __init__(self, identity: Identity, nursery: trio.Nursery, announce: Sequence[str]) -> None:
+    def __init__(self, identity: Identity, nursery: trio.Nursery, announce: Sequence[str], admission: Admission, limits: Limits) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
+        self.admission = admission
+        self.limits = limits
         self._announce = list(announce)
         self._plain_addrs: list[str] = []
-        self.libp2p = Libp2pHost(identity, opener=self._open_for_libp2p, addrs=lambda: self._plain_addrs)
+        self.libp2p = Libp2pHost(
+            identity,
+            opener=self._open_for_libp2p,
+            addrs=lambda: self._plain_addrs,
+            admission=admission,
+            limits=limits,
+            on_offence=self.offence,
+        )
+        self._budget = Budget(limits)
         self._nursery = nursery
         self._heartbeats: dict[str, Heartbeat] = {}
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._found_callbacks: list[Callable[[str], None]] = []
-        self._dialler = Dialler(self.libp2p)
+        self._dialler = Dialler(self.libp2p, limits, admission)
         self.libp2p.swarm.register_notifee(_Notifee(self))
         self.serve(PING, serve_ping)
 
@@ -86,14 +157,23 @@ class Host:
         The stream is closed when the handler returns. A PetalnetError that it raises is told to the peer; any other exception is
         logged, and the peer learns only that there was one.
         """
-        counts: defaultdict[str, int] = defaultdict(int)
+        counts: Counter[str] = Counter()
+        rates = Rates(protocol.max_rate, protocol.max_rate * RATE_BURST_S, capacity=self.limits.max_connections)
 
         async def run(raw: INetStream) -> None:
             if not isinstance(raw, NetStream):
                 raise TypeError(f"libp2p gave a {type(raw).__name__} for a stream")
             peer_id = str(raw.muxed_conn.peer_id)
-            stream = Stream(raw, peer_id, protocol, served=True, on_lost=lambda: self._check_peer(peer_id), on_done=_leave)
-            if counts[peer_id] >= protocol.max_streams_per_peer or sum(counts.values()) >= protocol.max_streams:
+
+            async def pace() -> None:
+                if wait := rates.wait(peer_id, trio.current_time()):
+                    await trio.sleep(wait)
+                rates.charge(peer_id, trio.current_time(), 1.0)
+
+            served = Served(self._budget, pace, offence=lambda reason: self.offence(peer_id, reason))
+            stream = self._stream(self._byte_stream(raw), peer_id, protocol, served)
+            if counts[peer_id] >= protocol.max_streams_per_peer or counts.total() >= protocol.max_streams:
+                logger.debug("%s: a stream of peer %s was refused: too many are open", protocol.id, peer_id)
                 await _tell(stream, BusyError(f"too many streams of {protocol.id} are open"))
                 return
             counts[peer_id] += 1
@@ -123,19 +203,36 @@ class Host:
     ) -> Stream:
         """A new stream to a peer, which is connected to where it is not yet; arguments as in `connect`.
 
+        On a connection that stands this takes no round trip: whether the peer serves the protocol shows with its first answer.
+
         Raises:
             PeerUnreachable: there is no connection and none can be made, or the peer does not answer in time.
-            UnsupportedError: the peer does not serve the protocol.
+            UnsupportedError: the peer, which is no petalnet node, does not serve the protocol.
         """
+        for again in (True, False):
+            connection = await self._dialler.connection(peer_id, addrs, timeout_s)
+            if not isinstance(connection.muxed_conn, MuxConnection):
+                break
+            try:
+                return self._stream(connection.muxed_conn.open(protocol.id), peer_id, protocol)
+            except MuxedConnUnavailable as error:  # it has ended this moment
+                self._check_peer(peer_id)
+                if not again:
+                    raise PeerUnreachable(f"the connection to peer {peer_id} broke", peer_id) from error
         try:
             with trio.fail_after(timeout_s):
                 raw = await self._new_stream(peer_id, [TProtocol(protocol.id)], addrs, timeout_s)
         except trio.TooSlowError:
             raise PeerUnreachable(f"peer {peer_id} did not open a stream of {protocol.id} within {timeout_s:g} s", peer_id) from None
-        return self._stream(raw, peer_id, protocol)
+        return self._stream(self._byte_stream(raw), peer_id, protocol)
 
-    def _stream(self, raw: NetStream, peer_id: str, protocol: Protocol) -> Stream:
-        return Stream(raw, peer_id, protocol, served=False, on_lost=lambda: self._check_peer(peer_id), on_done=self._finish)
+    def _stream(self, raw: ByteStream, peer_id: str, protocol: Protocol, served: Served | None = None) -> Stream:
+        return Stream(raw, peer_id, protocol, limits=self.limits, on_lost=lambda: self._check_peer(peer_id), served=served)
+
+    def _byte_stream(self, raw: NetStream) -> ByteStream:
+        if isinstance(raw.muxed_stream, MuxStream):
+            return raw.muxed_stream
+        return StockStream(raw, self._nursery.start_soon, lambda stream: finish_stream(stream, self.limits.linger))
 
     def connected_peers(self) -> list[str]:
         """Ids of the peers to which there is a live connection."""
@@ -155,6 +252,27 @@ class Host:
         for connection in list(self._dialler.all(peer_id)):
             await abort(connection)
         self._check_peer(peer_id)
+
+    def offence(self, peer_id: str, reason: str, weight: float = 1.0) -> None:
+        """Note that a peer broke a rule that no honest peer of any version would break; one that goes on so is dropped and kept away.
+
+        Args:
+            weight: how much it counts towards `Limits.offence_threshold`.
+        """
+        logger.debug("peer %s broke a rule (weight %g): %s", peer_id, weight, reason)
+        if self.admission.offend(peer_id, weight):
+            logger.info("peer %s is dropped and kept away for a while: %s", peer_id, reason)
+            self._nursery.start_soon(self.disconnect, peer_id)
+
+    def peers(self) -> list[PeerStatus]:
+        """The connections that stand, the oldest first."""
+        found = []
+        for peer_id in self.connected_peers():
+            for connection in self._dialler.all(peer_id):
+                session = connection.muxed_conn.secured_conn  # type: ignore[attr-defined]  # of both muxers, not of their interface
+                if isinstance(connection, SwarmConn) and isinstance(session, NoiseSession) and is_good(connection):
+                    found.append(PeerStatus.of(connection, session, self.round_trip_s(peer_id)))
+        return sorted(found, key=lambda peer: peer.since)
 
     def known_addrs(self, peer_id: str) -> list[str]:
         """Addresses of a peer (without /p2p/) that are known from being given, from dialling or from what other peers say."""
@@ -181,7 +299,9 @@ class Host:
             try:
                 raw = await connection.new_stream()
                 negotiation = MultiselectCommunicator(raw)
-                raw.set_protocol(await self.libp2p.multiselect_client.select_one_of(protocols, negotiation, int(NEGOTIATION_TIMEOUT_S)))
+                raw.set_protocol(
+                    await self.libp2p.multiselect_client.select_one_of(protocols, negotiation, int(self.limits.negotiation_timeout))
+                )
                 return raw
             except (BaseLibp2pError, OSError, UnicodeDecodeError) as error:
                 if raw is not None:
@@ -233,7 +353,9 @@ class Host:
         peer_id = heartbeat.peer_id
 
         async def open_ping() -> Stream:
-            return self._stream(await self._new_stream(peer_id, [TProtocol(PING.id)], (), CONNECT_TIMEOUT_S, dial=False), peer_id, PING)
+            if not self.is_connected(peer_id):
+                raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
+            return await self.open_stream(peer_id, PING)
 
         await heartbeat.run(open_ping, last_heard=lambda: self._last_heard(peer_id), peers=lambda: len(self._heartbeats))
         if heartbeat.dead:
@@ -244,9 +366,6 @@ class Host:
         """Trio time at which any byte last came from the peer."""
         sessions = [connection.muxed_conn.secured_conn for connection in self._dialler.all(peer_id)]  # type: ignore[attr-defined]
         return max((session.last_heard for session in sessions if isinstance(session, NoiseSession)), default=float("-inf"))
-
-    def _finish(self, raw: NetStream) -> None:
-        self._nursery.start_soon(finish_stream, raw)
 
     async def _close(self) -> None:
         """Say goodbye to all peers, at once."""
@@ -291,13 +410,22 @@ class _Notifee(INotifee):
 
 
 @asynccontextmanager
-async def open_host(identity: Identity, *, listen: Sequence[str] = (), announce: Sequence[str] = ()) -> AsyncIterator[Host]:
+async def open_host(
+    identity: Identity,
+    *,
+    listen: Sequence[str] = (),
+    announce: Sequence[str] = (),
+    admission: Admission | None = None,
+    limits: Limits | None = None,
+) -> AsyncIterator[Host]:
     """A host that runs as long as the context is open.
 
     Args:
         identity: who it is.
         listen: multiaddrs to listen on; port 0 means any free one. None at all: it only dials.
         announce: multiaddrs to tell others, in place of those that are listened on.
+        admission: who may connect; None for anybody.
+        limits: what peers may take; None for what the table says.
     Raises:
         AddressInUse: another program listens on one of the addresses.
         UsageError: one of the addresses is malformed or is none of this machine's.
@@ -308,7 +436,7 @@ async def open_host(identity: Identity, *, listen: Sequence[str] = (), announce:
     # Whoever cancels the context cancels what runs in it; libp2p has to live a little longer, to say goodbye.
     life = trio.CancelScope(shield=True)
     async with trio.open_nursery() as nursery:
-        host = Host(identity, nursery, announced)
+        host = Host(identity, nursery, announced, admission or Admission(), limits or Limits())
         try:
             with trio.CancelScope(shield=True):  # what is not started yet could be ended neither by its nursery nor by `life`
                 await nursery.start(_run_libp2p, host.libp2p, wanted, life)
@@ -370,7 +498,3 @@ async def _tell(stream: Stream, error: PetalnetError) -> None:
         except PeerLost as lost:
             logger.debug("%s", lost)
     await stream.close()
-
-
-def _leave(raw: NetStream) -> None:
-    """A served stream is finished by the guard, once its handler has returned."""

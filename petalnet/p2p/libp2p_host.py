@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p import new_swarm
-from libp2p.abc import INetStream
+from libp2p.abc import INetStream, ISecureConn
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
@@ -23,22 +23,18 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
+from petalnet.p2p.admission import Admission
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.security import NOISE_ID, Noise
+from petalnet.p2p.mux import MUX_ID, MuxConnection, MuxStream
+from petalnet.p2p.mux_protocol import Reason
+from petalnet.p2p.protocols import Limits
+from petalnet.p2p.security import Noise
+from petalnet.p2p.stock_streams import GuardedYamux
 from petalnet.p2p.transport import Tcp
 
 logger = logging.getLogger(__name__)
-
-MAX_CONNECTIONS = 1000
-MAX_CONNECTIONS_PER_PEER = 4
-MAX_INBOUND_STREAMS_PER_PEER = 256
-"""Of all protocols together, those still in negotiation included."""
-NEGOTIATION_TIMEOUT_S = 10.0
-LINGER_S = 5.0
-"""Seconds for which a closed stream waits for the peer to close its side, before it is reset."""
 
 StreamOpener = Callable[[ID, Sequence[TProtocol]], Awaitable[NetStream]]
 AddrsSource = Callable[[], Sequence[str]]
@@ -47,29 +43,54 @@ AddrsSource = Callable[[], Sequence[str]]
 class Libp2pHost(BasicHost):
     """A libp2p host whose outbound streams are opened by `opener`, so that libp2p's own protocols dial as petalnet does.
 
+    Args:
+        identity: who it is.
+        opener: opens streams.
+        addrs: the addresses to tell others.
+        admission: who may connect.
+        limits: what peers may take.
+        on_offence: is told of a peer that broke the multiplexer's rules, and how.
+
     Attributes:
         swarm: the network beneath.
         transport: the TCP transport, with what could not be listened on.
     """
 
-    def __init__(self, identity: Identity, *, opener: StreamOpener, addrs: AddrsSource) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        opener: StreamOpener,
+        addrs: AddrsSource,
+        admission: Admission,
+        limits: Limits,
+        on_offence: Callable[[str, str], None],
+    ) -> None:
         private = Ed25519PrivateKey.from_bytes(identity.private_bytes)
         key_pair = KeyPair(private, private.get_public_key())
-        self.transport = Tcp()
+        self.transport = Tcp(limits)
+        self._limits = limits
+
+        def mux(secured_conn: ISecureConn, peer_id: ID) -> MuxConnection:
+            return MuxConnection(secured_conn, peer_id, limits=limits, on_offence=lambda peer, reason: on_offence(str(peer), reason))
+
         network = new_swarm(
             key_pair=key_pair,
-            sec_opt={NOISE_ID: Noise(key_pair)},  # nothing else: the default list ends in plaintext
-            muxer_opt={TProtocol(YAMUX_ID): Yamux},
+            # Nothing else: the default list ends in plaintext.
+            sec_opt={TProtocol(admission.security_id): Noise(key_pair, admission, limits)},
+            muxer_opt={TProtocol(MUX_ID): mux, TProtocol(YAMUX_ID): GuardedYamux},  # type: ignore[dict-item]  # called like a class
             transports=[self.transport],
             retry_config=RetryConfig(max_retries=0),
             connection_config=ConnectionConfig(
-                max_connections=MAX_CONNECTIONS,
-                high_watermark=MAX_CONNECTIONS,
+                max_connections=limits.max_connections,
+                high_watermark=limits.max_connections,
                 min_connections=0,
                 low_watermark=0,
-                max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
-                outbound_stream_protocol_negotiation_timeout=NEGOTIATION_TIMEOUT_S,
-                inbound_stream_protocol_negotiation_timeout=NEGOTIATION_TIMEOUT_S,
+                max_connections_per_peer=limits.max_connections_per_peer,
+                inbound_upgrade_timeout=limits.handshake_timeout,
+                outbound_upgrade_timeout=limits.handshake_timeout,
+                outbound_stream_protocol_negotiation_timeout=limits.negotiation_timeout,
+                inbound_stream_protocol_negotiation_timeout=limits.negotiation_timeout,
             ),
         )
         if not isinstance(network, Swarm):
@@ -97,21 +118,36 @@ class Libp2pHost(BasicHost):
         if not isinstance(stream, NetStream):
             raise TypeError(f"libp2p gave a {type(stream).__name__} for a stream")
         peer_id = stream.muxed_conn.peer_id
-        if self._inbound[peer_id] >= MAX_INBOUND_STREAMS_PER_PEER:
+        if self._inbound[peer_id] >= self._limits.max_streams_per_peer or self._inbound.total() >= self._limits.max_streams:
+            logger.debug("a stream of peer %s was refused: there are too many", peer_id)
             await stream.reset()
             return
         self._inbound[peer_id] += 1
         try:
-            await self._serve_stream(stream)
+            if isinstance(stream.muxed_stream, MuxStream) and stream.muxed_stream.protocol:
+                await self._serve_named(stream, stream.muxed_stream)
+            else:
+                await self._serve_stream(stream)
         except Exception as error:
             logger.debug("a stream of %s with peer %s failed: %r", stream.get_protocol(), peer_id, error)
             await stream.reset()
         else:
-            await finish_stream(stream)
+            await finish_stream(stream, self._limits.linger)
         finally:
             self._inbound[peer_id] -= 1
             if not self._inbound[peer_id]:
                 del self._inbound[peer_id]
+
+    async def _serve_named(self, stream: NetStream, muxed: MuxStream) -> None:
+        """Serve a stream whose protocol the peer named when it opened it."""
+        protocol = TProtocol(muxed.protocol)
+        handler = self.multiselect.handlers.get(protocol)
+        if handler is None:
+            logger.debug("peer %s asked for %r, which is not served", muxed.muxed_conn.peer_id, muxed.protocol[:80])
+            muxed.abandon(Reason.UNSUPPORTED)
+            return
+        stream.set_protocol(protocol)
+        await handler(stream)
 
 
 class _NoAutoConnector(AutoConnector):
@@ -121,14 +157,17 @@ class _NoAutoConnector(AutoConnector):
         """Neighbours are discovery's business, and servers their users'."""
 
 
-async def finish_stream(stream: NetStream) -> None:
+async def finish_stream(stream: NetStream, linger_s: float = Limits.linger) -> None:
     """Close a stream for good: say so, wait for the peer to do the same, and reset it where it does not. Never fails.
 
     A reset right away would make the peer lose what it has not read yet; without any, the muxer would keep the stream for ever.
     """
     muxed = stream.muxed_stream
+    if isinstance(muxed, MuxStream):
+        muxed.finish()  # it waits by itself
+        return
     try:
-        with trio.move_on_after(LINGER_S):
+        with trio.move_on_after(linger_s):
             await stream.close()
             while not muxed.closed:  # type: ignore[attr-defined]  # an attribute of yamux's streams, not of the interface
                 await muxed.read(64 * 1024)

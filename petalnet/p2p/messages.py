@@ -188,7 +188,15 @@ class Store(Message):
 @_message("stored")
 @dataclass(frozen=True)
 class Stored(Message):
-    pass
+    """The record is kept, or a newer one of the same server is.
+
+    Attributes:
+        newest: the highest sequence number that is remembered of the server: above the record's own, the record was not taken in.
+        counts: how many records are kept under each of the keys.
+    """
+
+    newest: int = _is(integer(0, 2**63 - 1), 0)
+    counts: tuple[int, ...] = _is(many(integer(0, 2**53), 64), ())
 
 
 @_message("find")
@@ -202,7 +210,16 @@ class Find(Message):
 @_message("records")
 @dataclass(frozen=True)
 class Records(Message):
+    """Records under a key: all of them, or a sample where they are many.
+
+    Attributes:
+        ages: for each record the seconds since it came from its server, or none at all where they are not known.
+        count: records that are kept under the key.
+    """
+
     records: tuple[bytes, ...] = _is(many(octets(8192), 1024))
+    ages: tuple[float, ...] = _is(many(number(0, 1e9), 1024), ())
+    count: int = _is(integer(0, 2**53), 0)
 
 
 @_message("open_session")
@@ -313,8 +330,8 @@ class BackwardDone(Message):
     queue_s: float = _is(number(0, 1e6), 0.0)
 
 
-def encode_message(message: Message) -> bytes:
-    """The frame of a message."""
+def encode_message(message: Message) -> list[Buffer]:
+    """The frame of a message, in parts; arrays in it are not copied."""
     scalars: dict[str, Any] = {}
     blobs: dict[str, Any] = {}
     parts: list[Buffer] = []

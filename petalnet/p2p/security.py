@@ -1,15 +1,20 @@
 """The secured channel under every connection: libp2p's Noise handshake, then a session of our own.
 
-The session is the standard one on the wire (protocol id /noise). It differs from the stock session in three ways, and peers whose
-identity is not an ed25519 key are turned away:
+The session is the standard one on the wire. It differs from the stock session in these ways, and peers whose identity is not an ed25519
+key are turned away:
 
-- the write of a frame, once begun, is shielded from cancellation: a frame that was encrypted but not sent would use up a nonce and
-  kill the whole connection, with everybody's streams in it. The shield has a deadline, after which the connection is given up;
-- it reads from the socket in large pieces, instead of twice for each message;
-- it notes when the peer was last heard, which the heartbeats use.
+- encrypting is apart from sending: what was encrypted is sent, whoever is cancelled meanwhile. (A frame that was encrypted but not sent
+  would use up a nonce and kill the whole connection, with everybody's streams in it.)
+- it reads from the socket in large pieces, instead of twice for each message, and writes several messages at once;
+- it notes when the peer was last heard, which the heartbeats use, and counts bytes.
+
+Right after the handshake, before anything else is read or said, `Admission` decides whether the peer may stay.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import trio
 from cryptography.exceptions import InvalidTag
@@ -22,31 +27,69 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.base_session import BaseSession
-from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
+from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID, Transport
 from libp2p.security.secure_session import SecureSession
 from libp2p.transport.exceptions import SecurityUpgradeFailure
 from multiaddr import Multiaddr
 
+from petalnet.p2p.admission import Admission
 from petalnet.p2p.identity import public_key_bytes
+from petalnet.p2p.protocols import Limits
+from petalnet.p2p.transport import TcpStream
 
 NOISE_ID = PROTOCOL_ID
-WRITE_TIMEOUT_S = 15.0
-"""Seconds in which the peer's side of the socket has to take one frame of at most 64 KB; the slowest useful uplink does."""
-_READ_SIZE = 256 * 1024
+MAX_PLAIN = 65519
+"""Bytes in one message of a Noise channel: 65535 less the tag."""
+TAG = 16
+_BUFFER = 4 * (2 + MAX_PLAIN + TAG)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class _Wire(Protocol):
+    """What a session needs of the connection beneath: a TcpStream has it."""
+
+    def established(self) -> None: ...
+    def try_send(self, data: Buffer) -> int: ...
+    async def send_some(self, data: Buffer) -> int: ...
+    async def receive_into(self, buffer: memoryview) -> int: ...
+
+
+class _Circuit:
+    """A connection that is no socket of ours (one through a relay), as a session needs it."""
+
+    def __init__(self, raw: RawConnection) -> None:
+        self._raw = raw
+
+    def established(self) -> None:
+        """A relay has admitted the connection long ago."""
+
+    def try_send(self, data: Buffer) -> int:
+        return 0
+
+    async def send_some(self, data: Buffer) -> int:
+        await self._raw.write(bytes(data))
+        return len(data)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        data = await self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class NoiseSession(BaseSession):
-    """A Noise session after its handshake.
-
-    One reader and one writer at a time, as the muxer above guarantees.
+    """A Noise session after its handshake. One task receives at a time.
 
     Attributes:
+        handshake_hash: of the whole handshake, the same on both sides and on no other connection.
         last_heard: trio time at which bytes last came from the peer.
+        bytes_in, bytes_out: bytes on the wire since the handshake.
+        on_received: is told how many bytes came; False ends the connection.
         broken: True once the connection has failed or was given up, which the layers above learn a little later.
     """
 
-    def __init__(self, handshaken: SecureSession) -> None:
+    def __init__(self, handshaken: SecureSession, limits: Limits) -> None:
         super().__init__(
             local_peer=handshaken.local_peer,
             local_private_key=handshaken.local_private_key,
@@ -60,13 +103,18 @@ class NoiseSession(BaseSession):
         raw = channel.read_writer.read_write_closer
         if not isinstance(raw, RawConnection):
             raise TypeError(f"a session over a {type(raw).__name__} is not supported")
+        noise = channel.noise_state.noise_protocol
         self._raw = raw
-        sending = channel.noise_state.noise_protocol.cipher_state_encrypt
-        receiving = channel.noise_state.noise_protocol.cipher_state_decrypt
-        self._encrypt, self._send_nonce = ChaCha20Poly1305(sending.k).encrypt, sending.n
-        self._decrypt, self._receive_nonce = ChaCha20Poly1305(receiving.k).decrypt, receiving.n
-        self._sealed = bytearray()
+        self._wire: _Wire = raw.stream if isinstance(raw.stream, TcpStream) else _Circuit(raw)
+        self._write_timeout = limits.write_timeout
+        self._cipher_out, self._send_nonce = ChaCha20Poly1305(noise.cipher_state_encrypt.k), noise.cipher_state_encrypt.n
+        self._cipher_in, self._receive_nonce = ChaCha20Poly1305(noise.cipher_state_decrypt.k), noise.cipher_state_decrypt.n
+        self._sealed = bytearray(_BUFFER)
+        self._sealed_size = 0
         self._plain = bytearray()
+        self.handshake_hash: bytes = noise.handshake_hash
+        self.bytes_in = self.bytes_out = 0
+        self.on_received: Callable[[int], bool] = lambda size: True
         self.broken = False
         self.last_heard = trio.current_time()
 
@@ -79,77 +127,133 @@ class NoiseSession(BaseSession):
     def get_connection_type(self) -> ConnectionType:
         return self._raw.get_connection_type()
 
-    async def read(self, n: int | None = None) -> bytes:
-        """Exactly `n` bytes, or fewer where the connection ends before; with None whatever comes next.
+    def established(self) -> None:
+        """Say that the connection is through with its handshakes."""
+        self._wire.established()
+
+    # ---- receiving
+
+    async def receive(self) -> list[bytes]:
+        """The next decrypted bytes, in pieces; waits for one at least.
 
         Raises ConnectionClosedError where the connection has ended or what came was not encrypted by the peer.
         """
-        plain = self._plain
-        if n is None:
-            while not plain:
-                await self._fill()
-            n = len(plain)
-        while len(plain) < n:
+        if self._plain:
+            plain, self._plain = self._plain, bytearray()
+            return [bytes(plain)]
+        while True:
+            if self.broken:
+                raise ConnectionClosedError("the connection was given up")
             try:
-                await self._fill()
-            except ConnectionClosedError:
-                if not plain:
-                    raise
-                n = len(plain)
-        data = bytes(memoryview(plain)[:n])
-        del plain[:n]
-        return data
-
-    async def _fill(self) -> None:
-        """Add at least one decrypted message to `_plain`."""
-        if self.broken:
-            raise ConnectionClosedError("the connection was given up")
-        sealed = self._sealed
-        while len(sealed) < 2 or len(sealed) < 2 + int.from_bytes(sealed[:2], "big"):
-            try:
-                data = await self._raw.read(_READ_SIZE)
+                with memoryview(self._sealed) as view, view[self._sealed_size :] as free:
+                    size = await self._wire.receive_into(free)
             except ConnectionClosedError:
                 self.broken = True
                 raise
-            if not data:
+            if not size:
                 self.broken = True
                 raise ConnectionClosedError("the peer closed the connection")
             self.last_heard = trio.current_time()
-            sealed += data
-        start, view = 0, memoryview(sealed)
-        try:
-            while len(sealed) - start >= 2:
-                end = start + 2 + int.from_bytes(view[start : start + 2], "big")
-                if end > len(sealed):
+            self.bytes_in += size
+            self._sealed_size += size
+            if not self.on_received(size):
+                await self.abort()
+                raise ConnectionClosedError("the peer sent more than it was granted")
+            if pieces := self._unseal():
+                return pieces
+
+    def _unseal(self) -> list[bytes]:
+        """Decrypt the messages that are complete."""
+        sealed, size, start = self._sealed, self._sealed_size, 0
+        pieces = []
+        with memoryview(sealed) as view:
+            while size - start >= 2:
+                end = start + 2 + (sealed[start] << 8 | sealed[start + 1])
+                if end > size:
                     break
-                self._plain += self._decrypt(_nonce(self._receive_nonce), view[start + 2 : end], None)
+                try:
+                    pieces.append(self._cipher_in.decrypt(_nonce(self._receive_nonce), view[start + 2 : end], None))
+                except InvalidTag:
+                    self.broken = True
+                    raise ConnectionClosedError("a message was not encrypted by the peer") from None
                 self._receive_nonce += 1
                 start = end
-        except InvalidTag:
-            self.broken = True
-            raise ConnectionClosedError("a message was not encrypted by the peer") from None
-        finally:
-            view.release()
-            del sealed[:start]
+            if start:
+                view[: size - start] = view[start:size]
+                self._sealed_size = size - start
+        return pieces
 
-    async def write(self, data: bytes) -> None:
-        """Send `data`, all of it even when cancelled. Raises ConnectionClosedError where the connection is gone or too slow."""
+    async def read(self, n: int | None = None) -> bytes:
+        """Exactly `n` bytes, or fewer where the connection ends before; with None whatever comes next. For the negotiation of a muxer.
+
+        Raises ConnectionClosedError as `receive` does.
+        """
+        if n is None:
+            return b"".join(await self.receive())
+        plain = bytearray()
+        while len(plain) < n:
+            try:
+                plain += b"".join(await self.receive())
+            except ConnectionClosedError:
+                if not plain:
+                    raise
+                return bytes(plain)
+        self._plain = plain[n:]
+        return bytes(plain[:n])
+
+    # ---- sending
+
+    def seal(self, pieces: Sequence[Buffer]) -> bytearray:
+        """Encrypt bytes, given in pieces. The result has to be sent before that of the next call."""
+        plain = memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        size = len(plain)
+        count = -(-size // MAX_PLAIN)
+        sealed = bytearray(size + count * (2 + TAG))
+        with memoryview(sealed) as view:
+            position = 0
+            for start in range(0, size, MAX_PLAIN):
+                piece = plain[start : start + MAX_PLAIN]
+                end = position + 2 + len(piece) + TAG
+                view[position : position + 2] = (len(piece) + TAG).to_bytes(2, "big")
+                self._cipher_out.encrypt_into(_nonce(self._send_nonce), piece, None, view[position + 2 : end])
+                self._send_nonce += 1
+                position = end
+        return sealed
+
+    def try_send(self, sealed: Buffer) -> int:
+        """Send as many encrypted bytes as go out at once, and return how many. Raises ConnectionClosedError."""
         if self.broken:
             raise ConnectionClosedError("the connection was given up")
-        parts = []
-        for start in range(0, len(data), MAX_PLAINTEXT_LENGTH):
-            sealed = self._encrypt(_nonce(self._send_nonce), memoryview(data)[start : start + MAX_PLAINTEXT_LENGTH], None)
-            self._send_nonce += 1
-            parts += [len(sealed).to_bytes(2, "big"), sealed]
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_TIMEOUT_S) as scope:
+        try:
+            sent = self._wire.try_send(sealed)
+        except ConnectionClosedError:
+            self.broken = True
+            raise
+        self.bytes_out += sent
+        return sent
+
+    async def send_some(self, sealed: Buffer) -> int:
+        """Send encrypted bytes, one at least, and return how many. Raises ConnectionClosedError, also where the peer takes nothing."""
+        if self.broken:
+            raise ConnectionClosedError("the connection was given up")
+        with trio.move_on_after(self._write_timeout):
             try:
-                await self._raw.write(b"".join(parts))
+                sent = await self._wire.send_some(sealed)
             except ConnectionClosedError:
                 self.broken = True
                 raise
-        if scope.cancelled_caught:
-            await self.abort()
-            raise ConnectionClosedError(f"the peer took nothing for {WRITE_TIMEOUT_S:g} s")
+            self.bytes_out += sent
+            return sent
+        await self.abort()
+        raise ConnectionClosedError(f"the peer took nothing for {self._write_timeout:g} s")
+
+    async def write(self, data: bytes) -> None:
+        """Send `data`, all of it even when cancelled. For the negotiation of a muxer. Raises ConnectionClosedError."""
+        with trio.CancelScope(shield=True):  # send_some has a deadline
+            sealed = memoryview(self.seal([data]))
+            sent = self.try_send(sealed)
+            while sent < len(sealed):
+                sent += await self.send_some(sealed[sent:])
 
     async def abort(self) -> None:
         """End the connection at once, without a word to the peer; reads and writes under way fail."""
@@ -157,8 +261,7 @@ class NoiseSession(BaseSession):
         await self._raw.close()
 
     async def close(self) -> None:
-        self.broken = True
-        await self._raw.close()
+        await self.abort()
 
 
 def _nonce(counter: int) -> bytes:
@@ -166,21 +269,27 @@ def _nonce(counter: int) -> bytes:
 
 
 class Noise(Transport):
-    """libp2p's Noise handshake that yields sessions of ours."""
+    """libp2p's Noise handshake that yields sessions of ours, with peers that are admitted."""
 
-    def __init__(self, key_pair: KeyPair) -> None:
+    def __init__(self, key_pair: KeyPair, admission: Admission, limits: Limits) -> None:
         super().__init__(key_pair, noise_privkey=create_x25519_key_pair().private_key)
+        self._admission = admission
+        self._limits = limits
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        return _session_of(await super().secure_inbound(conn))
+        return await self._admit(await super().secure_inbound(conn))
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
-        return _session_of(await super().secure_outbound(conn, peer_id))
+        secured = await super().secure_outbound(conn, peer_id)
+        return await self._admit(secured)
 
-
-def _session_of(secured: ISecureConn) -> NoiseSession:
-    if not isinstance(secured, SecureSession):
-        raise TypeError(f"a Noise handshake gave a {type(secured).__name__}")
-    if public_key_bytes(str(secured.remote_peer)) is None:  # nothing above could name such a peer, or check what it signs
-        raise SecurityUpgradeFailure(f"peer {secured.remote_peer} has no ed25519 key")
-    return NoiseSession(secured)
+    async def _admit(self, secured: ISecureConn) -> NoiseSession:
+        if not isinstance(secured, SecureSession):
+            raise TypeError(f"a Noise handshake gave a {type(secured).__name__}")
+        peer_id = str(secured.remote_peer)
+        if public_key_bytes(peer_id) is None:  # nothing above could name such a peer, or check what it signs
+            raise SecurityUpgradeFailure(f"peer {peer_id} has no ed25519 key")
+        self._admission.check(peer_id)
+        session = NoiseSession(secured, self._limits)
+        await self._admission.prove(session, session.handshake_hash, initiator=session.is_initiator)
+        return session

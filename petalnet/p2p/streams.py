@@ -5,33 +5,65 @@
         await stream.send(request)
         answer = await stream.receive()
 
-Both directions are safe to cancel. `receive` takes bytes off the muxer only when they are there, so that a cancelled call loses
-nothing. `send` is atomic for frames of up to 64 KB; a longer one that is cancelled half-way resets the stream, since the peer could
-not make sense of what follows.
+Both directions are safe to cancel. A `receive` that is cancelled loses nothing. A `send` that is cancelled has sent the message, or
+nothing of it; where it is cancelled in the middle of one, the stream is reset, since the peer could not make sense of what follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
+from typing import Protocol as Interface
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.network.stream.net_stream import NetStream
-from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, MAX_MESSAGE_SIZE, MAX_WINDOW_SIZE, YamuxStream
 
-from petalnet.errors import PeerLost, PetalnetError, ProtocolError, UnsupportedError
+from petalnet.errors import BusyError, PeerLost, PetalnetError, ProtocolError, UnsupportedError
+from petalnet.p2p.budget import Budget
 from petalnet.p2p.frames import FrameDecoder
 from petalnet.p2p.messages import Error, Message, decode_message, encode_message
-from petalnet.p2p.protocols import Protocol
+from petalnet.p2p.mux import TookNothing
+from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Buffer, Reason
+from petalnet.p2p.protocols import Limits, Protocol
 
-_CHUNK = MAX_MESSAGE_SIZE - HEADER_SIZE
-"""Bytes that the muxer sends as one frame of its own."""
-_MIN_WINDOW = 2 * 1024 * 1024
-"""Bytes that a peer may send ahead of our reading once a stream is in use; half of it is always left, so that most messages never wait."""
-_MAX_WINDOW = MAX_WINDOW_SIZE
 _REFUSAL_TIMEOUT_S = 1.0
-_WINDOW_POLL_S = 0.001
+
+
+class ByteStream(Interface):
+    """What a Stream needs of the stream beneath; `MuxStream` tells what each does."""
+
+    reset_reason: Reason | None
+
+    @property
+    def held(self) -> int: ...
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def is_lost(self) -> bool: ...
+    async def wait(self, count: int) -> None: ...
+    def take(self) -> list[Buffer]: ...
+    def window(self) -> int: ...
+    def grant(self, size: int) -> None: ...
+    async def send(self, parts: Sequence[Buffer], patience: float = ...) -> None: ...
+    def abandon(self, reason: Reason = ...) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Served:
+    """What a host that serves a stream adds to it: bounds on memory and pace, and somebody to tell of offences.
+
+    Args:
+        budget: memory for long messages and wide windows.
+        pace: waits until one more request of the peer may be read.
+        offence: is told what rule the peer broke.
+    """
+
+    def __init__(self, budget: Budget, pace: Callable[[], Awaitable[None]], offence: Callable[[str], None]) -> None:
+        self.budget = budget
+        self.pace = pace
+        self.offence = offence
 
 
 class Stream:
@@ -39,35 +71,46 @@ class Stream:
 
     One task may send while another receives; sends of several tasks go one after the other.
 
-    Attributes:
+    Args:
+        raw: the stream beneath.
         peer_id: the peer, base58.
-        protocol: the protocol that was agreed on.
-        served: True where the peer opened the stream.
+        protocol: the protocol that is spoken.
+        limits: of the host.
+        on_lost: called where the connection turns out to have ended.
+        served: where the peer opened the stream, what its host bounds it by.
+
+    Attributes:
+        peer_id, protocol: as given.
     """
 
     def __init__(
         self,
-        raw: NetStream,
+        raw: ByteStream,
         peer_id: str,
         protocol: Protocol,
         *,
-        served: bool,
+        limits: Limits,
         on_lost: Callable[[], None],
-        on_done: Callable[[NetStream], None],
+        served: Served | None = None,
     ) -> None:
-        muxed = raw.muxed_stream
-        if not isinstance(muxed, YamuxStream):
-            raise TypeError(f"streams of {type(muxed).__name__} are not supported")
         self.peer_id = peer_id
         self.protocol = protocol
-        self.served = served
         self._raw = raw
-        self._muxed = muxed
+        self._limits = limits
+        self._served = served
+        self._on_lost = on_lost
         self._decoder = FrameDecoder(protocol.limits)
         self._send_lock = trio.Lock()
         self._closed = False
-        self._on_lost = on_lost
-        self._on_done = on_done
+        self._window = INITIAL_WINDOW  # what the peer may send ahead between two messages
+        self._taken = 0  # of the budget
+        self._kept = 0  # the part of it that lasts as long as the stream
+        self._deadline = float("inf")  # for the message under way, whole
+
+    @property
+    def served(self) -> bool:
+        """Whether the peer opened the stream."""
+        return self._served is not None
 
     async def __aenter__(self) -> Stream:
         return self
@@ -78,58 +121,40 @@ class Stream:
         else:
             await self.reset()
 
+    # ---- sending
+
     async def send(self, message: Message) -> None:
-        """Send one message.
+        """Send one message. Arrays in it must not change until this returns.
 
         Raises:
             PeerLost: the connection or the stream has ended, or the peer takes nothing.
+            UnsupportedError, BusyError: the peer has refused the stream.
             ValueError: the message exceeds the protocol's limits; nothing was sent.
         """
-        data = encode_message(message)
-        limits = self.protocol.limits
-        if len(data) > limits.header + limits.payload:
-            raise ValueError(f"a message of {len(data)} bytes is too long for {self.protocol.id}")
-        async with self._send_lock:
+        parts = encode_message(message)
+        size, limits = sum(map(len, parts)), self.protocol.limits
+        if size > limits.header + limits.payload:
+            raise ValueError(f"a message of {size} bytes is too long for {self.protocol.id}")
+        try:
+            self._send_lock.acquire_nowait()  # `acquire` would give up the turn
+        except trio.WouldBlock:
+            await self._send_lock.acquire()
+        try:
             if self._closed:
                 raise PeerLost(f"the stream to {self.peer_id} is closed", self.peer_id)
             try:
-                await self._write(memoryview(data))
-            except PeerLost:
+                await self._raw.send(parts, self.protocol.frame_timeout_s)
+            except TookNothing as error:
                 await self.reset()
-                raise
+                raise PeerLost(f"peer {self.peer_id}: {error}", self.peer_id) from error
             except (BaseLibp2pError, OSError) as error:
+                lost = self._lost("while sending")
                 await self.reset()
-                raise self._lost("while sending") from error
+                raise lost from error
+        finally:
+            self._send_lock.release()
 
-    async def _write(self, data: memoryview) -> None:
-        sent = 0
-        try:
-            while sent < len(data):
-                if self._muxed.send_window <= 0:
-                    await self._wait_for_window()
-                size = min(_CHUNK, len(data) - sent, max(self._muxed.send_window, 1))
-                # The deadline of the shield is that of the session's write (security.WRITE_TIMEOUT_S).
-                with trio.CancelScope(shield=True):
-                    await self._muxed.write(data[sent : sent + size])  # type: ignore[arg-type]  # takes any buffer
-                sent += size
-                if sent < len(data):
-                    await trio.lowlevel.checkpoint_if_cancelled()
-        except trio.Cancelled:
-            if sent:
-                await self.reset()
-            raise
-
-    async def _wait_for_window(self) -> None:
-        """Until the peer has read some of what it was sent; the muxer's own wait would reset the stream after 5 s."""
-        began = trio.current_time()
-        while self._muxed.send_window <= 0:
-            if self._ended():
-                raise PeerLost(f"peer {self.peer_id} is gone", self.peer_id)
-            waited = trio.current_time() - began
-            if waited >= self.protocol.frame_timeout_s:
-                raise PeerLost(f"peer {self.peer_id} took nothing for {self.protocol.frame_timeout_s:g} s", self.peer_id)
-            # Looking less and less often, so that peers that never read do not keep this node busy.
-            await trio.sleep(max(_WINDOW_POLL_S, waited / 50))
+    # ---- receiving
 
     async def receive(self) -> Message | None:
         """The next message, or None where the peer closed the stream between two messages.
@@ -138,83 +163,111 @@ class Stream:
 
         Raises:
             PeerLost: the connection or the stream ended or stopped in the middle of a message; a served stream was idle for too long.
-            ProtocolError, UnsupportedError: what came is no message, or one that is not known; the stream is of no use any more.
+            ProtocolError, UnsupportedError: what came is no message, or one that is not known, or the peer does not serve the protocol;
+                the stream is of no use any more.
+            BusyError: the peer has refused the stream; or, served, this node has no memory for the message.
         """
         if self._closed:
             raise PeerLost(f"the stream to {self.peer_id} is closed", self.peer_id)
+        self._give_back(self._taken - self._kept)
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             while (frame := self._decoder.next_frame()) is None:
                 if not await self._read():
                     self._check_clean_end()
                     return None
-            return decode_message(frame)
-        except (ProtocolError, UnsupportedError) as error:
-            error.peer_id = self.peer_id
-            await self._refuse(error)
+            self._deadline = float("inf")
+            message = decode_message(frame)
+        except (ProtocolError, UnsupportedError, BusyError) as error:
+            if not isinstance(error, BusyError):
+                error.peer_id = self.peer_id
+            if self._served is not None and isinstance(error, ProtocolError):
+                self._served.offence(f"{self.protocol.id}: {error}")
+            if not self._closed:
+                await self._refuse(error)
             raise
+        if self._served is not None:
+            if not self._kept and self._served.budget.take(self.peer_id, self._limits.busy_window):
+                self._taken = self._kept = self._window = self._limits.busy_window
+            await self._served.pace()
+        else:
+            self._window = self._limits.busy_window
+        return message
 
     async def _read(self) -> bool:
-        """Feed the decoder; False at the end of the stream."""
-        inside = not self._decoder.at_boundary
-        patience = self.protocol.frame_timeout_s if inside else self.protocol.idle_timeout_s if self.served else float("inf")
-        with trio.move_on_after(patience) as scope:
-            await self._wait_for_bytes()
-        if scope.cancelled_caught:
-            await self.reset()
-            what = "in the middle of a message" if inside else "and no request came"
-            raise PeerLost(f"peer {self.peer_id} was silent for {patience:g} s {what}", self.peer_id)
-        # The muxer's own read would answer each small message with a window update, a good part of a hop's cost.
-        buffer = self._muxed.conn.stream_buffers.get(self._muxed.stream_id)
-        if not buffer:
-            if self._muxed.reset_received:
-                raise self._lost("while receiving")
+        """Feed the decoder with what comes next; False at the end of the stream."""
+        raw, decoder = self._raw, self._decoder
+        if decoder.at_boundary:
+            await self._await_bytes(1, self.protocol.idle_timeout_s if self.served else float("inf"), "and no request came")
+        elif decoder.size is None:
+            await self._await_bytes(decoder.wanted, self.protocol.frame_timeout_s, "in the middle of a message")
+        else:
+            await self._await_rest(decoder.wanted)
+        if not raw.held:
             return False
-        self._decoder.feed(bytes(buffer))
-        buffer.clear()
-        await self._grant()
+        if self._deadline == float("inf"):
+            self._deadline = trio.current_time() + self.protocol.frame_timeout_s
+        for chunk in raw.take():
+            decoder.feed(chunk)
+        self._grant(0)
         return True
 
-    async def _grant(self) -> None:
-        """Let the peer send on: the rest of a long message without waiting for us, and a fair piece of what may follow."""
-        muxed = self._muxed
-        window = min(max(self._decoder.wanted, _MIN_WINDOW), _MAX_WINDOW)
-        increment = window - muxed.recv_window
-        if increment < window // 2 or self._ended():
+    async def _await_rest(self, wanted: int) -> None:
+        """Wait for the rest of the message under way, whose size is known."""
+        size = self._decoder.size or 0
+        if self._served is not None and wanted > self._window:
+            with trio.move_on_after(self.protocol.frame_timeout_s) as scope:
+                await self._served.budget.take_when_free(self.peer_id, size)
+                self._taken += size
+            if scope.cancelled_caught:
+                raise BusyError("this node has no memory for the message now", retry_after_s=self.protocol.frame_timeout_s)
+        self._deadline = trio.current_time() + self.protocol.frame_timeout_s + wanted / self._limits.slowest_rate
+        self._grant(wanted)
+        await self._await_bytes(wanted, self.protocol.frame_timeout_s, "in the middle of a message")
+
+    async def _await_bytes(self, count: int, patience: float, what: str) -> None:
+        """Wait until `count` bytes are held or the stream has ended; gives it up where it is silent for too long, or too slow."""
+        raw = self._raw
+        if patience == self._deadline == float("inf"):
+            await raw.wait(count)
             return
-        muxed.recv_window += increment
-        try:
-            with trio.CancelScope(shield=True):
-                await muxed.send_window_update(increment)
-        except (BaseLibp2pError, OSError) as error:
-            raise self._lost("while receiving") from error
-
-    async def _wait_for_bytes(self) -> None:
-        """Until a read will not wait: there are bytes, or the stream has ended."""
-        connection, number = self._muxed.conn, self._muxed.stream_id
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while not connection.stream_buffers.get(number) and not self._ended():
-            event = connection.stream_events.get(number)
-            if event is None:
+        while raw.held < count:
+            before, now = raw.held, trio.current_time()
+            with trio.move_on_at(min(now + patience, self._deadline)) as scope:
+                await raw.wait(count)
+            if not scope.cancelled_caught:
                 return
-            await event.wait()
-            if number in connection.stream_events:
-                connection.stream_events[number] = trio.Event()
+            slow = trio.current_time() >= self._deadline
+            if slow or raw.held == before:
+                await self.reset()
+                how = "was too slow" if slow and raw.held != before else f"was silent for {patience:g} s"
+                raise PeerLost(f"peer {self.peer_id} {how} {what}", self.peer_id)
 
-    def _ended(self) -> bool:
-        muxed = self._muxed
-        return muxed.closed or muxed.recv_closed or muxed.reset_received or muxed.conn.event_shutting_down.is_set()
+    def _grant(self, wanted: int) -> None:
+        """Let the peer send on: the rest of a long message without waiting for us, and a fair piece of what may follow."""
+        open_window = self._raw.window() + self._raw.held
+        target = max(wanted, self._window)
+        if open_window < wanted or open_window < target // 2:
+            self._raw.grant(target - open_window)
 
     def _check_clean_end(self) -> None:
         if not self._decoder.at_boundary:
             raise self._lost("in the middle of a message")
-        if self._muxed.conn.event_shutting_down.is_set():  # a peer that dies looks the same as one that closes the stream
+        # A peer that dies looks the same as one that closes the stream, but for the connection.
+        if not self._raw.ended or self._raw.is_lost or self._raw.reset_reason is not None:
             raise self._lost("between two messages")
 
-    def _lost(self, when: str) -> PeerLost:
-        if self._muxed.conn.event_shutting_down.is_set():
+    def _lost(self, when: str) -> PetalnetError:
+        if self._raw.is_lost:
             self._on_lost()
             return PeerLost(f"the connection to peer {self.peer_id} ended {when}", self.peer_id)
+        if self._raw.reset_reason is Reason.UNSUPPORTED:
+            return UnsupportedError(f"peer {self.peer_id} does not serve {self.protocol.id}", self.peer_id)
+        if self._raw.reset_reason is Reason.REFUSED:
+            return BusyError(f"peer {self.peer_id} has too many streams open")
         return PeerLost(f"peer {self.peer_id} ended the stream {when}", self.peer_id)
+
+    # ---- the end
 
     async def _refuse(self, error: PetalnetError) -> None:
         """Tell the peer what is wrong, where it is the one that asks, and end the stream."""
@@ -222,7 +275,7 @@ class Stream:
             with trio.move_on_after(_REFUSAL_TIMEOUT_S):
                 try:
                     await self.send(Error.of(error))
-                except PeerLost:
+                except PetalnetError:
                     return
             await self.close()
         else:
@@ -230,20 +283,19 @@ class Stream:
 
     async def close(self) -> None:
         """Say that nothing more will be sent, and let go of the stream; what the peer still sends is dropped. Never fails."""
-        if self._closed:
-            return
-        self._closed = True
-        with trio.CancelScope(shield=True):
-            try:
-                await self._raw.close()
-            except (BaseLibp2pError, OSError):
-                await self._raw.reset()
-        self._on_done(self._raw)
+        if not self._closed:
+            self._closed = True
+            self._raw.finish()
+            self._give_back(self._taken)
 
     async def reset(self) -> None:
         """End the stream at once in both directions; the peer sees that it did not end well. Never fails."""
-        if self._closed:
-            return
-        self._closed = True
-        with trio.CancelScope(shield=True):
-            await self._raw.reset()
+        if not self._closed:
+            self._closed = True
+            self._raw.abandon()
+            self._give_back(self._taken)
+
+    def _give_back(self, size: int) -> None:
+        if size and self._served is not None:
+            self._taken -= size
+            self._served.budget.give_back(self.peer_id, size)

@@ -2,8 +2,9 @@
 
 Differences from the stock transport: a listening port belongs to one process (stock shares it by SO_REUSEPORT, so that a second node
 on a taken port would silently get half of the first one's callers); the place that an inbound connection takes among those allowed is
-given back when it closes (stock gives none back, and refuses everybody after 250 in a lifetime); a write to a closed socket is an
-error; small messages are not held back by Nagle's algorithm or paced by the congestion control.
+given back when it closes (stock gives none back, and refuses everybody after 250 in a lifetime); callers that have not proved who they
+are yet are counted, in all and by address; a write to a closed socket is an error; small messages are not held back by Nagle's
+algorithm, paced by the congestion control, or stuck behind megabytes in the kernel.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p.abc import IListener, IRawConnection
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
@@ -24,55 +26,165 @@ from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from petalnet.p2p.addresses import listen_target
+from petalnet.p2p.protocols import Limits
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[TrioTCPStream], Awaitable[None]]
+UNSENT_BYTES = 128 * 1024
+"""Bytes that the kernel takes beyond what is under way: whatever lies there goes out before a short message that comes later."""
+
+Handler = Callable[["TcpStream"], Awaitable[None]]
 
 
-class TcpStream(TrioTCPStream):
-    """A connected socket. `on_close` is called when this side closes it."""
-
-    def __init__(self, stream: trio.SocketStream, on_close: Callable[[], None] | None = None) -> None:
-        super().__init__(stream)  # trio has set TCP_NODELAY
-        self._on_close = on_close
-        if hasattr(socket, "TCP_CONGESTION"):
-            # BBR, the default of some machines, paces the small messages of an idle connection: up to 18 ms for a step's activations.
-            try:
-                stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
-            except OSError as error:
-                logger.debug("congestion control stays as it is: %s", error)
-
-    # The stock methods take a lock each; the Noise session above has one reader and one writer already.
-    async def write(self, data: bytes) -> None:
+def tune(sock: socket.socket | trio.socket.SocketType) -> None:
+    """Set a TCP socket up for messages that should arrive soon."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    if hasattr(socket, "TCP_CONGESTION"):
+        # BBR, the default of some machines, paces the small messages of an idle connection: up to 18 ms for a step's activations.
         try:
-            await self.stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(f"the connection is gone: {error}", transport="tcp") from error
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        except OSError as error:
+            logger.debug("congestion control stays as it is: %s", error)
+
+
+class TcpStream(ReadWriteCloser):
+    """A connected socket.
+
+    Reads and writes go to the socket itself instead of through trio's wrapper, which yields to the scheduler at each: a message that the
+    kernel takes at once is sent without giving up the turn.
+
+    Args:
+        connected: trio's socket, which this object takes over.
+        on_close: called when this side closes it.
+        on_established: called once the peer has proved who it is and a multiplexer runs.
+    """
+
+    def __init__(
+        self,
+        connected: trio.socket.SocketType,
+        on_close: Callable[[], None] | None = None,
+        on_established: Callable[[], None] | None = None,
+    ) -> None:
+        try:
+            host, port, *_ = connected.getpeername()
+            self._remote: tuple[str, int] | None = (host, port)
+        except OSError:
+            self._remote = None  # it is gone already, as the first read will tell
+        self._socket = socket.socket(fileno=connected.detach())
+        self._socket.setblocking(False)
+        self._on_close = on_close
+        self._on_established = on_established
+        self._closed = False
+
+    def established(self) -> None:
+        """Say that the connection is through with its handshakes."""
+        if self._on_established is not None:
+            self._on_established()
+            self._on_established = None
+
+    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+        """How many bytes the kernel took at once, maybe 0. Raises ConnectionClosedError."""
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _gone(error) from error
+
+    async def send_some(self, data: bytes | bytearray | memoryview) -> int:
+        """Send at least one byte and return how many were sent. Raises ConnectionClosedError."""
+        while True:
+            await self._wait(trio.lowlevel.wait_writable)
+            if sent := self.try_send(data):
+                return sent
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """Wait for bytes and return how many came, 0 at the end of the connection. Raises ConnectionClosedError."""
+        while True:
+            await self._wait(trio.lowlevel.wait_readable)
+            try:
+                return self._socket.recv_into(buffer)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _gone(error) from error
+
+    async def _wait(self, ready: Callable[[socket.socket], Awaitable[None]]) -> None:
+        if self._closed:
+            raise ConnectionClosedError("the connection was closed", transport="tcp")
+        try:
+            await ready(self._socket)
+        except (trio.ClosedResourceError, OSError) as error:
+            raise _gone(error) from error
+
+    # The interface of libp2p, which the handshakes use.
+
+    async def write(self, data: bytes) -> None:
+        sent = self.try_send(data)
+        while sent < len(data):
+            sent += await self.send_some(memoryview(data)[sent:])
 
     async def read(self, n: int | None = None) -> bytes:
         if n == 0:
             return b""
-        try:
-            return bytes(await self.stream.receive_some(n))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(f"the connection is gone: {error}", transport="tcp") from error
+        buffer = bytearray(65536 if n is None else n)
+        return bytes(buffer[: await self.receive_into(memoryview(buffer))])
 
     async def close(self) -> None:
-        try:
-            await trio.aclose_forcefully(self.stream)  # a TCP socket's close never waits
-        finally:
-            if self._on_close is not None:
-                self._on_close()
+        if self._closed:
+            return
+        self._closed = True
+        trio.lowlevel.notify_closing(self._socket)
+        self._socket.close()
+        if self._on_close is not None:
+            self._on_close()
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        if self._cached_remote_address is None:
-            try:
-                host, port, *_ = self.stream.socket.getpeername()  # IPv6 has two more entries, which the stock method trips over
-            except OSError:
-                return None
-            self._cached_remote_address = (host, port)
-        return self._cached_remote_address
+        return self._remote
+
+
+def _gone(error: Exception) -> ConnectionClosedError:
+    return ConnectionClosedError(f"the connection is gone: {error}", transport="tcp")
+
+
+class Callers:
+    """Inbound connections by address, and which of them have not proved who they are yet."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._connections: Counter[str] = Counter()
+        self._handshakes: Counter[str] = Counter()
+
+    def refusal(self, address: str) -> str | None:
+        """Why another connection from an address is not taken; None where it is."""
+        limits = self._limits
+        if self._connections[address] >= limits.max_connections_per_address:
+            return f"{limits.max_connections_per_address} connections from that address"
+        if self._handshakes[address] >= limits.max_handshakes_per_address:
+            return f"{limits.max_handshakes_per_address} handshakes under way from that address"
+        if self._handshakes.total() >= limits.max_handshakes:
+            return f"{limits.max_handshakes} handshakes under way"
+        return None
+
+    def arrived(self, address: str) -> None:
+        self._connections[address] += 1
+        self._handshakes[address] += 1
+
+    def established(self, address: str) -> None:
+        _less(self._handshakes, address)
+
+    def left(self, address: str, *, established: bool) -> None:
+        _less(self._connections, address)
+        if not established:
+            _less(self._handshakes, address)
+
+
+def _less(counter: Counter[str], address: str) -> None:
+    counter[address] -= 1
+    if not counter[address]:
+        del counter[address]
 
 
 class TcpListener(IListener):
@@ -80,9 +192,10 @@ class TcpListener(IListener):
 
     background_nursery: trio.Nursery  # set by the swarm before it calls `listen`
 
-    def __init__(self, handler: Handler, failures: dict[str, OSError]) -> None:
+    def __init__(self, handler: Handler, failures: dict[str, OSError], callers: Callers) -> None:
         self._handler = handler
         self._failures = failures
+        self._callers = callers
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
         self._listeners: Sequence[trio.SocketListener] = ()
@@ -94,6 +207,8 @@ class TcpListener(IListener):
         except OSError as error:
             self._failures[str(maddr)] = error
             raise OpenConnectionError(f"cannot listen on {maddr}: {error}") from error
+        for listener in self._listeners:
+            tune(listener.socket)  # what is accepted inherits it
         self.background_nursery.start_soon(self._serve)
 
     def get_addrs(self) -> tuple[Multiaddr, ...]:
@@ -112,15 +227,31 @@ class TcpListener(IListener):
             self._stopped.set()
 
     async def _accept(self, stream: trio.SocketStream) -> None:
+        established = False
+
+        def on_established() -> None:
+            nonlocal established
+            established = True
+            self._callers.established(address)
+
         with trio.CancelScope() as scope:
             # The swarm's handler would hold the connection's place until the swarm ends; the scope ends it with the connection.
-            accepted = TcpStream(stream, on_close=scope.cancel)
+            accepted = TcpStream(stream.socket, on_close=scope.cancel, on_established=on_established)
+            remote = accepted.get_remote_address()
+            address = remote[0] if remote is not None else ""
+            refusal = self._callers.refusal(address)
+            if refusal is not None:
+                logger.debug("a connection from %s was refused: %s", address, refusal)
+                await accepted.close()
+                return
+            self._callers.arrived(address)
             try:
                 await self._handler(accepted)
             except Exception as error:
                 # Whatever a stranger does in a handshake concerns that stranger's connection only.
-                logger.debug("an inbound connection from %s failed: %r", accepted.get_remote_address(), error)
+                logger.debug("an inbound connection from %s failed: %r", remote, error)
             finally:
+                self._callers.left(address, established=established)
                 await accepted.close()
 
 
@@ -131,18 +262,38 @@ class Tcp(TCP):
         failures: for each address that could not be listened on, why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         super().__init__()
         self.failures: dict[str, OSError] = {}
+        self._callers = Callers(limits)
 
     def create_listener(self, handler_function: Handler) -> TcpListener:  # type: ignore[override]  # stock names its own class
-        return TcpListener(handler_function, self.failures)
+        return TcpListener(handler_function, self.failures, self._callers)
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
-        connection = await super().dial(maddr)
-        if not isinstance(connection, RawConnection) or not isinstance(connection.stream, TrioTCPStream):
-            raise OpenConnectionError(f"dialling {maddr} gave a {type(connection).__name__}")
-        return RawConnection(TcpStream(connection.stream.stream), True)
+        _, _, host, _, port, *_ = str(maddr).split("/")
+        try:
+            return RawConnection(TcpStream(await _connect(host, int(port))), True)
+        except OSError as error:
+            raise OpenConnectionError(f"cannot connect to {maddr}: {error.strerror or error}") from error
+
+
+async def _connect(host: str, port: int) -> trio.socket.SocketType:
+    """A socket connected to the first address of a host that answers. Raises OSError."""
+    failure: OSError | None = None
+    for family, kind, protocol, _, target in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = trio.socket.socket(family, kind, protocol)
+        try:
+            tune(sock)  # before it connects: the congestion control begins with the first packet
+            await sock.connect(target)
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = error
+        else:
+            return sock
+    raise failure or OSError(f"{host} has no address")
 
 
 def is_address_in_use(error: OSError) -> bool:

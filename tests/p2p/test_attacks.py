@@ -34,9 +34,8 @@ from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.frames import PREFIX, FrameDecoder, FrameLimits, encode_frame
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, Stream
-from petalnet.p2p.libp2p_host import MAX_INBOUND_STREAMS_PER_PEER
 from petalnet.p2p.messages import Error, Ping, Store, decode_message, encode_message
-from petalnet.p2p.protocols import PING, RECORDS, Protocol
+from petalnet.p2p.protocols import PING, RECORDS, Limits, Protocol
 
 MESHSUB = "/meshsub/1.1.0"
 KADEMLIA = "/ipfs/kad/1.0.0"
@@ -222,10 +221,10 @@ async def test_messages_that_gossip_cannot_take(hosts, victim: Host) -> None:
         (PREFIX.pack(1, 7, 7, 0, 0), "server"),
         (PREFIX.pack(1, 0, 0, 2**32 - 1, 0), "server"),
         (PREFIX.pack(1, 0, 0, 10, 2**32 - 1), "server"),
-        (encode_frame(b"\xc1 no msgpack"), "server"),
-        (encode_frame(msgpack.packb(["later", {}, {}])), "unsupported"),
-        (encode_frame(msgpack.packb(["ping", {"nonce": "one"}, {}])), "server"),
-        (encode_frame(msgpack.packb(["ping", {"nonce": 1}, {}]), [b"more"]), "server"),
+        (b"".join(encode_frame(b"\xc1 no msgpack")), "server"),
+        (b"".join(encode_frame(msgpack.packb(["later", {}, {}]))), "unsupported"),
+        (b"".join(encode_frame(msgpack.packb(["ping", {"nonce": "one"}, {}]))), "server"),
+        (b"".join(encode_frame(msgpack.packb(["ping", {"nonce": 1}, {}]), [b"more"])), "server"),
     ],
 )
 async def test_bad_frames_are_answered_by_an_error_frame(hosts, victim: Host, frame: bytes, code: str) -> None:
@@ -245,7 +244,7 @@ async def test_bad_frames_are_answered_by_an_error_frame(hosts, victim: Host, fr
 
 async def test_half_a_frame_does_not_hold_a_stream_for_ever(hosts, victim: Host) -> None:
     mallory = await hosts.start()
-    whole = encode_message(Ping(1))
+    whole = b"".join(encode_message(Ping(1)))
     for size in (1, PREFIX.size, len(whole) - 1):
         stream = await raw_stream(mallory, victim, hosts.echo.id)
         await stream.write(whole[:size])
@@ -260,10 +259,10 @@ async def test_a_stream_cut_in_the_middle_of_a_frame(hosts, victim: Host) -> Non
     mallory = await hosts.start()
     for end in ("close", "reset"):
         stream = await raw_stream(mallory, victim, hosts.echo.id)
-        await stream.write(encode_message(Ping(1))[:-1])
+        await stream.write(b"".join(encode_message(Ping(1)))[:-1])
         await getattr(stream, end)()
     stream = await raw_stream(mallory, victim, hosts.echo.id)
-    await stream.write(encode_message(Ping(1))[:-1])
+    await stream.write(b"".join(encode_message(Ping(1)))[:-1])
     await mallory.disconnect(victim.peer_id)
     await hosts.check_alive(victim)
 
@@ -297,7 +296,7 @@ async def test_a_peer_that_opens_all_streams_it_can_hinders_itself_only(hosts, v
     mallory = await hosts.start()
     streams = []
     with trio.move_on_after(3):
-        for _ in range(MAX_INBOUND_STREAMS_PER_PEER + 50):
+        for _ in range(Limits.max_streams_per_peer + 50):
             streams.append(await raw_stream(mallory, victim, None))  # and never says what they are for
     assert len(streams) >= 250
     await hosts.check_alive(victim)

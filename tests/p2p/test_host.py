@@ -410,8 +410,10 @@ async def test_errors_of_a_handler_are_told_by_class(hosts) -> None:
 
 async def test_what_a_peer_does_not_serve_is_told(hosts) -> None:
     a, b = await hosts.start(), await hosts.start()
-    with pytest.raises(UnsupportedError, match=SOME.id):
-        await a.open_stream(b.peer_id, SOME, addrs=b.addrs)
+    async with await a.open_stream(b.peer_id, SOME, addrs=b.addrs) as stream:
+        await stream.send(Ping(1))
+        with pytest.raises(UnsupportedError, match=SOME.id):
+            await stream.receive()
 
 
 async def test_streams_beyond_the_limit_are_refused_as_busy(hosts, until) -> None:

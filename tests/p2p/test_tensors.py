@@ -18,7 +18,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 def over_the_wire(blob: Blob) -> Blob:
     decoder = FrameDecoder(FrameLimits())
-    decoder.feed(encode_message(StepDone(0, 0, blob)))
+    decoder.feed(b"".join(encode_message(StepDone(0, 0, blob))))
     frame = decoder.next_frame()
     assert frame is not None
     back = decode_message(frame)
