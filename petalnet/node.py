@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import AsyncIterable
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from petalnet.config import DEFAULT_HTTP_PORT, Settings, client_state_path, config_path, read_client_state
+from petalnet.config import DEFAULT_HTTP_PORT, Settings, access_of, client_state_path, config_path, read_client_state
 from petalnet.errors import NoSwarmError, UsageError
+from petalnet.inspection import serve_inspection
 from petalnet.overview import describe_swarm
+from petalnet.p2p.access import Access
 from petalnet.state import claim_identity_path, remove_own_json, write_json
 from petalnet.threads import in_thread
 from petalnet.version import __version__
@@ -61,6 +64,7 @@ class Node:
         self._settings = settings
         self.role = "server" if settings.serve is not None else "client" if settings.client else "bootstrap"
         self._initial_peers: list[str] = []
+        self._access = Access()
         self._files: list[Path] = []
         self._http_url: str | None = None
         self._usable = False
@@ -99,6 +103,7 @@ class Node:
 
         settings = self._settings
         self._initial_peers = read_peer_list(settings.initial_peers)
+        self._access = access_of(settings)
         if self.role == "client" and not self._initial_peers:
             raise NoSwarmError(
                 "a client daemon needs a swarm to join: say --initial-peers MADDR (or @FILE), set PETALNET_INITIAL_PEERS, or put "
@@ -121,6 +126,7 @@ class Node:
                 await self._peering.look_up()
                 services.start_soon(self._peering.keep_fresh)
             await self._start_http(services)
+            await services.start(serve_inspection, self._describe_peers)
             if self.role == "client":
                 await services.start(self._keep_state)
                 logger.info("joined the swarm; Python programs and `petalnet status` of this user find it without being told its peers")
@@ -138,9 +144,12 @@ class Node:
 
     async def _join(self, stack: AsyncExitStack) -> None:
         from petalnet.p2p.identity import Identity
+        from petalnet.p2p.protocols import Limits
         from petalnet.peering import open_peering
 
         settings = self._settings
+        if self._access.swarm_key is not None:
+            logger.info("private swarm, key %s: only nodes with the same key can connect", self._access.swarm_key.fingerprint)
         path = settings.identity_path or stack.enter_context(claim_identity_path(settings.public_name or self.role))
         self._peering = await stack.enter_async_context(
             open_peering(
@@ -150,6 +159,8 @@ class Node:
                 announce=settings.announce_maddrs,
                 server=self.role != "client",
                 must_join=self.role != "bootstrap",
+                access=self._access,
+                limits=Limits() if settings.max_connections is None else Limits(max_connections=settings.max_connections),
             )
         )
 
@@ -202,6 +213,23 @@ class Node:
         node = self._health() | {"addrs": self._peering.host.addrs, "connected_peers": len(self._peering.host.connected_peers())}
         return {"node": node, **describe_swarm(self._peering.view, now=time.time())}
 
+    def _describe_peers(self) -> dict[str, Any]:
+        """What `petalnet peers` shows of this node."""
+        peers = []
+        for status in self._peering.host.peers():
+            record = self._peering.view.record(status.peer_id)
+            serves = {} if record is None else {"public_name": record.public_name, "model": record.model_name, "span": list(record.span)}
+            peers.append({"public_name": None, "model": None, "span": None, **serves, **asdict(status)})
+        key = self._access.swarm_key
+        return {
+            **self._health(),
+            "pid": os.getpid(),
+            "public_name": self._settings.public_name,
+            "addrs": self._peering.host.addrs,
+            "swarm_key": None if key is None else key.fingerprint,
+            "peers": peers,
+        }
+
     async def _keep_state(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the state file true by which clients on this machine find the swarm, until cancelled."""
         path = client_state_path()
@@ -210,6 +238,7 @@ class Node:
         if other is not None and other["pid"] != os.getpid():
             logger.warning("another client daemon runs on this machine (pid %s); programs here will use this one's swarm", other["pid"])
         written: dict[str, Any] = {}
+        key = self._access.swarm_key
         while True:
             host, view = self._peering.host, self._peering.view
             servers = [f"{addr}/p2p/{record.peer_id}" for record in view.servers(now=time.time()) for addr in record.addrs[:1]]
@@ -218,6 +247,7 @@ class Node:
                 "peer_id": host.peer_id,
                 "addrs": host.addrs,
                 "initial_peers": list(dict.fromkeys([*self._initial_peers, *servers[:MOST_STATE_PEERS]])),
+                "swarm_key": None if key is None or key.path is None else str(key.path),  # never the key itself
                 "http": self._http_url,
             }
             # A daemon that was started later took the file over, and took it away when it ended: then it is ours again.
@@ -252,7 +282,8 @@ class Node:
         if self.role != "client" and host.addrs:
             serve = "auto" if span is None else str(span[1] - span[0])
             model = [settings.model] if settings.model is not None else ["MODEL"] if server is None else []
-            print("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, "--initial-peers", host.addrs[0]]))
+            key = [] if self._access.swarm_key is None else ["--swarm-key", str(self._access.swarm_key.path or "FILE")]
+            print("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, *key, "--initial-peers", host.addrs[0]]))
         sys.stdout.flush()
 
     def _remove_files(self) -> None:

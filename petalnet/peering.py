@@ -8,17 +8,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import trio
 
 from petalnet.config import DEFAULT_HTTP_PORT, DEFAULT_PORT
-from petalnet.errors import AddressInUse, PeerUnreachable, PetalnetError, RecordRejected
+from petalnet.errors import AddressInUse, NotAdmitted, PeerUnreachable, PetalnetError, RecordRejected
+from petalnet.p2p.access import Access
+from petalnet.p2p.admission import Admission
 from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.identity import Identity
+from petalnet.p2p.offences import Offences
+from petalnet.p2p.protocols import Limits
 from petalnet.p2p.signed import open_signed, sign
 from petalnet.routing.records import SWARM_KEY, ServerRecord, discovery_key
 from petalnet.routing.swarm import SwarmView
@@ -125,6 +130,8 @@ async def open_peering(
     announce: Sequence[str] = (),
     server: bool,
     must_join: bool = True,
+    access: Access = Access(),  # noqa: B008  # a value that never changes
+    limits: Limits = Limits(),  # noqa: B008  # likewise
 ) -> AsyncIterator[Peering]:
     """A membership that has tried to join.
 
@@ -133,34 +140,39 @@ async def open_peering(
         announce: addresses to tell others instead of those listened on.
         server: whether this node routes for others (Kademlia server mode).
         must_join: give up where initial peers were given and none of them answers; otherwise go on trying.
+        access: the swarm's key, and who may be connected.
+        limits: what peers may take of this node.
 
     Raises:
         AddressInUse: an address is taken.
+        NotAdmitted: initial peers refused this node, or it refuses them, and none of the others answered.
         PeerUnreachable: none of the initial peers answered.
     """
+    admission = Admission(swarm_key=access.swarm_key, allowed=access.allowed, blocked=access.blocked, offences=Offences(limits))
+    open_at = partial(open_host, identity, announce=announce, admission=admission, limits=limits)
     async with AsyncExitStack() as stack:
-        if listen is None:
-            host = await _open_on_free_port(stack, identity, announce)
-        else:
-            host = await stack.enter_async_context(open_host(identity, listen=listen, announce=announce))
+        host = await (_open_on_free_port(stack, open_at) if listen is None else stack.enter_async_context(open_at(listen=listen)))
         peering = Peering(host, server=server)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(peering.run, initial_peers)
         if initial_peers and not peering.discovery.joined:
             named = ", ".join(initial_peers[:3]) + (", …" if initial_peers[3:] else "")
+            refusal = next(iter(admission.refusals.values()), None)
+            if must_join and refusal is not None:
+                raise NotAdmitted(f"no swarm was joined: {refusal}", refusal.peer_id)
             if must_join:
                 raise PeerUnreachable(f"no swarm was reached: none of the initial peers answered ({named})")
-            logger.warning("none of the initial peers answers yet (%s); trying on", named)
+            logger.warning("none of the initial peers answers yet (%s); trying on", named if refusal is None else refusal)
         try:
             yield peering
         finally:
             nursery.cancel_scope.cancel()
 
 
-async def _open_on_free_port(stack: AsyncExitStack, identity: Identity, announce: Sequence[str]) -> Host:
+async def _open_on_free_port(stack: AsyncExitStack, open_at: Callable[..., AbstractAsyncContextManager[Host]]) -> Host:
     for port in (port for port in range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port != DEFAULT_HTTP_PORT):
         with contextlib.suppress(AddressInUse):
-            host = await stack.enter_async_context(open_host(identity, listen=[f"/ip4/0.0.0.0/tcp/{port}"], announce=announce))
+            host = await stack.enter_async_context(open_at(listen=[f"/ip4/0.0.0.0/tcp/{port}"]))
             if port != DEFAULT_PORT:
                 logger.info("port %d is taken; listening on %d", DEFAULT_PORT, port)
             return host

@@ -13,7 +13,7 @@ from petalnet.client.distributed import distribute
 from petalnet.client.remote import RemoteSequential, make_target
 from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.swarm import Swarm
-from petalnet.config import resolve_initial_peers
+from petalnet.config import resolve_access, resolve_initial_peers
 from petalnet.errors import ModelError
 from petalnet.models.checkpoint import ModelSource
 
@@ -51,8 +51,9 @@ def show_log() -> None:
 
 
 def join(settings: ClientSettings) -> Swarm:
-    """The swarm that the settings name, or that is found without; see `resolve_initial_peers`."""
-    return Swarm(resolve_initial_peers(settings.initial_peers))
+    """The swarm that the settings name, or that is found without; see `resolve_initial_peers` and `resolve_access`."""
+    access = resolve_access(settings.swarm_key, daemon=settings.initial_peers is None)
+    return Swarm(resolve_initial_peers(settings.initial_peers), access)
 
 
 def load_model(model_class: Any, name_or_path: Any, *, config: Any = None, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ import trio
 from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
+from petalnet.p2p.access import Access
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.routes import Hop, Work, find_route
 
@@ -45,8 +46,9 @@ WARM_WITHIN_S = 5.0
 class Membership:
     """The running part of a `Swarm`; all of it on the portal's thread."""
 
-    def __init__(self, initial_peers: Collection[str]) -> None:
+    def __init__(self, initial_peers: Collection[str], access: Access) -> None:
         self.initial_peers = list(initial_peers)
+        self.access = access
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
         self._peering: Peering
@@ -68,11 +70,9 @@ class Membership:
         from petalnet.p2p.identity import Identity
         from petalnet.peering import open_peering
 
+        peering = open_peering(Identity.generate(), initial_peers=self.initial_peers, listen=(), server=False, access=self.access)
         try:
-            async with (
-                open_peering(Identity.generate(), initial_peers=self.initial_peers, listen=(), server=False) as self._peering,
-                trio.open_nursery() as self._nursery,
-            ):
+            async with peering as self._peering, trio.open_nursery() as self._nursery:
                 self._joined_at = trio.current_time()
                 self._over.set()
                 for model in self._watched:
@@ -205,15 +205,16 @@ class Membership:
 class _Joined:
     """A membership and the handles that share it."""
 
-    def __init__(self, initial_peers: tuple[str, ...]) -> None:
+    def __init__(self, initial_peers: tuple[str, ...], access: Access) -> None:
         self.initial_peers = initial_peers
+        self.access = access
         self.users = 0
         self.start()
 
     def start(self) -> None:
         self.pid = os.getpid()
         self.portal = get_portal()
-        self.membership = Membership(self.initial_peers)
+        self.membership = Membership(self.initial_peers, self.access)
         self.job: Job[None] = self.portal.start(self.membership.run)
 
     @property
@@ -228,12 +229,14 @@ class Swarm:
     Making one starts to join and does not wait. The swarm is left when its last handle is closed or forgotten.
     """
 
-    def __init__(self, initial_peers: Collection[str]) -> None:
+    def __init__(self, initial_peers: Collection[str], access: Access = Access()) -> None:  # noqa: B008  # a value that never changes
         self.initial_peers = tuple(sorted(set(initial_peers)))
+        self.access = access
         with _lock:
-            if self.initial_peers not in _swarms:
-                _swarms[self.initial_peers] = _Joined(self.initial_peers)
-            self._joined = _swarms[self.initial_peers]
+            key = self.initial_peers, access
+            if key not in _swarms:
+                _swarms[key] = _Joined(*key)
+            self._joined = _swarms[key]
             self._joined.users += 1
         self._leave = weakref.finalize(self, _leave, self._joined)
         self._leave.atexit = False
@@ -266,19 +269,19 @@ class Swarm:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Swarm, (self.initial_peers,))
+        return (Swarm, (self.initial_peers, self.access))
 
 
 # Reentrant: a handle that is forgotten may be finalised by the garbage collector while this very thread holds the lock.
 _lock = threading.RLock()
-_swarms: dict[tuple[str, ...], _Joined] = {}
+_swarms: dict[tuple[tuple[str, ...], Access], _Joined] = {}
 
 
 def _leave(joined: _Joined) -> None:
     with _lock:
         joined.users -= 1
         if joined.users == 0:
-            _swarms.pop(joined.initial_peers, None)
+            _swarms.pop((joined.initial_peers, joined.access), None)
             if joined.pid == os.getpid():
                 joined.job.cancel()
 
