@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import trio
 
 from petalnet.errors import PetalnetError, RecordRejected
-from petalnet.routing.records import MAX_ROUND_TRIPS, ServerRecord
+from petalnet.routing.records import MAX_ADDRS, MAX_ROUND_TRIPS, ServerRecord
 from petalnet.routing.swarm import SwarmView
 from petalnet.version import __version__
 
@@ -67,12 +67,14 @@ class Announcer:
         record: what is announced; its state, times, load and round trips are filled in at each announcement.
         load: gives the present load.
         round_trip_s: seconds to a peer, None where it is not known.
+        addrs: gives the multiaddrs at which the server is reached, without its peer id; without it, the record's stay as they are.
     """
 
     swarm: Swarm
     record: ServerRecord
     load: Callable[[], Load]
     round_trip_s: Callable[[str], float | None]
+    addrs: Callable[[], Sequence[str]] | None = None
     _told: Load = field(default=Load(0, 0), init=False)
     _told_at: float = field(default=0.0, init=False)
 
@@ -87,6 +89,7 @@ class Announcer:
         self._told_at = trio.current_time()
         self.record = replace(
             self.record,
+            addrs=self._addrs_now(),
             free_kv_tokens=self._told.free_kv_tokens,
             queue=self._told.queue,
             next_round_trips=self._next_round_trips(now),
@@ -99,18 +102,22 @@ class Announcer:
         return await self.swarm.announce(_fitting(self.record))
 
     async def run(self) -> None:
-        """Announce at every beat and when the load has changed, until cancelled."""
+        """Announce at every beat and when the load or the addresses have changed, until cancelled."""
         capacity = 1
         while True:
             await trio.sleep(LOAD_CHECK_S)
             load = self.load()
             capacity = max(capacity, load.free_kv_tokens)
             since = trio.current_time() - self._told_at
-            if since >= BEAT_S or (since >= LOAD_GAP_S and load.differs(self._told, capacity)):
+            moved = self._addrs_now() != self.record.addrs
+            if moved or since >= BEAT_S or (since >= LOAD_GAP_S and load.differs(self._told, capacity)):
                 try:
                     await self.tell()
                 except PetalnetError as error:
                     logger.warning("the swarm could not be told (%s); trying again at the next beat", error)
+
+    def _addrs_now(self) -> tuple[str, ...]:
+        return self.record.addrs if self.addrs is None else tuple(self.addrs())[:MAX_ADDRS]
 
     def _next_round_trips(self, now: float) -> tuple[tuple[str, float], ...]:
         """Round trips to servers that hold the block after our last one, the quickest first."""

@@ -158,6 +158,7 @@ class Node:
                 listen=settings.host_maddrs or None,
                 announce=settings.announce_maddrs,
                 server=self.role != "client",
+                relay=self._settings.relay,
                 must_join=self.role != "bootstrap",
                 access=self._access,
                 limits=Limits() if settings.max_connections is None else Limits(max_connections=settings.max_connections),

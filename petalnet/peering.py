@@ -22,6 +22,8 @@ from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.identity import Identity
+from petalnet.p2p.reachability import Reachability
+from petalnet.p2p.relay import Relay
 from petalnet.p2p.offences import Offences
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.signed import open_signed, sign
@@ -51,12 +53,14 @@ class Peering:
         host: the libp2p host.
         view: what is known of the swarm's servers, itself included. Times in it are unix seconds.
         discovery: the records protocol over Kademlia.
+        reachability: whether others can reach this node; None where it does not listen.
     """
 
     def __init__(self, host: Host, *, server: bool) -> None:
         self.host = host
         self.view = SwarmView()
         self.discovery = Discovery(host, server=server, on_record=self._take)
+        self.reachability = Reachability(host) if host.addrs else None
         self._gossip = Gossip(host)
         host.on_peer_lost(self._on_peer_lost)
         host.on_peer_found(self._on_peer_found)
@@ -64,6 +68,8 @@ class Peering:
     async def run(self, initial_peers: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Be a member until cancelled; started once the first attempt to join is over."""
         async with trio.open_nursery() as nursery:
+            if self.reachability is not None:
+                nursery.start_soon(self.reachability.run)
             self._gossip.subscribe(GOSSIP_TOPIC, self._accept, lambda peer_id, data: None)
             await nursery.start(self._gossip.run)
             await nursery.start(self.discovery.run, initial_peers)
@@ -129,6 +135,7 @@ async def open_peering(
     listen: Sequence[str] | None,
     announce: Sequence[str] = (),
     server: bool,
+    relay: bool = False,
     must_join: bool = True,
     access: Access = Access(),  # noqa: B008  # a value that never changes
     limits: Limits = Limits(),  # noqa: B008  # likewise
@@ -139,6 +146,7 @@ async def open_peering(
         listen: multiaddrs to listen on, none if empty; None for every interface at the default port or the next free one.
         announce: addresses to tell others instead of those listened on.
         server: whether this node routes for others (Kademlia server mode).
+        relay: whether this node relays connections for others that cannot be reached.
         must_join: give up where initial peers were given and none of them answers; otherwise go on trying.
         access: the swarm's key, and who may be connected.
         limits: what peers may take of this node.
@@ -153,6 +161,8 @@ async def open_peering(
     async with AsyncExitStack() as stack:
         host = await (_open_on_free_port(stack, open_at) if listen is None else stack.enter_async_context(open_at(listen=listen)))
         peering = Peering(host, server=server)
+        if relay:
+            Relay(host)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(peering.run, initial_peers)
         if initial_peers and not peering.discovery.joined:

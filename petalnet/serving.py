@@ -166,7 +166,7 @@ class Server:
         host, model = self._peering.host, self._model
         record = ServerRecord(
             peer_id=host.peer_id,
-            addrs=tuple(addr.rpartition("/p2p/")[0] for addr in host.addrs[:MAX_ADDRS]),
+            addrs=tuple(host.plain_addrs[:MAX_ADDRS]),
             model=model.key,
             model_name=_label(model.source.name),
             span=self.span,
@@ -178,7 +178,7 @@ class Server:
             expires=now + LIFETIME_S,
             public_name=self._settings.public_name,
         )
-        return Announcer(self._peering, record, self._load_now, host.round_trip_s)
+        return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs)
 
     def _load_now(self) -> Load:
         if not self._online:

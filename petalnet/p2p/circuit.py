@@ -25,7 +25,7 @@ from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
-from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.network.stream.exceptions import StreamEOF, StreamReset
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Status, StopMessage
@@ -36,6 +36,7 @@ from petalnet.errors import PeerUnreachable, ProtocolError, UsageError
 from petalnet.p2p.addresses import PeerAddress, circuit_addr, parse_peer, relay_of
 from petalnet.p2p.identity import public_key_bytes
 from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream
+from petalnet.p2p.mux import MuxStream
 from petalnet.p2p.protocols import Limits
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ HOP = TProtocol("/libp2p/circuit/relay/0.2.0/hop")
 STOP = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
 MAX_MESSAGE_BYTES = 4096
 """Of the protocol's own messages: a peer id, a handful of addresses, numbers."""
+_PIECE = 64 * 1024
 MAX_RELAY_ADDRS = 3
 """Addresses of one relay that are told to others; they have to fit into records several times over."""
 
@@ -99,6 +101,42 @@ class Reservation:
     expires: float
 
 
+class Incoming:
+    """What comes on a stream of a circuit, with a window that fits: the muxer's own reading would let far less be under way.
+
+    Where the connection beneath has libp2p's stock muxer, that one's reading has to do.
+    """
+
+    def __init__(self, stream: NetStream, window: int) -> None:
+        self._stream = stream
+        self._window = window
+        self._rest = memoryview(b"")
+
+    async def read(self, n: int) -> bytes | memoryview:
+        """What has come, at most `n` bytes; empty at the end of the stream. Raises libp2p's errors where it broke."""
+        muxed = self._stream.muxed_stream
+        if not isinstance(muxed, MuxStream):
+            try:
+                return await self._stream.read(n)
+            except StreamEOF:
+                return b""
+        if not self._rest:
+            await muxed.wait(1)
+            if not muxed.held:
+                if muxed.ended and muxed.reset_reason is None and not muxed.is_lost:
+                    return b""
+                raise StreamReset("the stream was reset")
+            pieces = muxed.take()
+            self._rest = memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            connection = muxed.muxed_conn
+            room = self._window - connection.mux.window(muxed.number)
+            if room >= self._window // 4:
+                connection.mux.grant(muxed.number, room)
+                connection.pump()
+        data, self._rest = self._rest[:n], self._rest[n:]
+        return data
+
+
 class Circuit(ReadWriteCloser):
     """A stream to a relay, as the raw connection beneath a secured one.
 
@@ -106,9 +144,10 @@ class Circuit(ReadWriteCloser):
         relay_id: the relay, base58.
     """
 
-    def __init__(self, stream: NetStream, on_close: Callable[[NetStream], None] | None = None) -> None:
+    def __init__(self, stream: NetStream, window: int, on_close: Callable[[NetStream], None] | None = None) -> None:
         self.relay_id = str(stream.muxed_conn.peer_id)
         self._stream = stream
+        self._incoming = Incoming(stream, window)
         self._on_close = on_close
         self._reading: trio.CancelScope | None = None
         self.closed = trio.Event()
@@ -118,9 +157,7 @@ class Circuit(ReadWriteCloser):
         if not self.closed.is_set():
             with trio.CancelScope() as self._reading:
                 try:
-                    return await self._stream.read(n)
-                except StreamEOF:
-                    return b""
+                    return bytes(await self._incoming.read(_PIECE if n is None else n))
                 except (BaseLibp2pError, OSError) as error:
                     raise ConnectionClosedError(f"the circuit through {self.relay_id} is gone: {error}") from error
         raise ConnectionClosedError("the circuit was closed")
@@ -223,7 +260,7 @@ class Circuits:
             PeerUnreachable: the relay refuses or does not answer; libp2p's errors where the peer behind it is not the one.
         """
         stream, _ = await self._request(relay_id, HopMessage(type=HopMessage.CONNECT, peer=PeerId(id=peer.to_bytes())))
-        circuit = Circuit(stream, self._finish)
+        circuit = Circuit(stream, self._limits.circuit_window, self._finish)
         try:
             with trio.fail_after(self._limits.handshake_timeout):
                 return await self._libp2p.swarm.upgrade_outbound_raw_conn(_raw(circuit, addr, initiator=True), peer)
@@ -251,7 +288,7 @@ class Circuits:
             peer_id = str(peer_of(request.peer))
             await write_protobuf(stream, StopMessage(type=StopMessage.STATUS, status=Status.OK))
         logger.debug("peer %s comes through relay %s", peer_id, relay_id)
-        circuit = Circuit(stream)
+        circuit = Circuit(stream, self._limits.circuit_window)
         raw = _raw(circuit, circuit_addr(PeerAddress(relay_id, _relay_addr(reservation))), initiator=False)
         # The name in the request is only what the relay says; who it is, the handshake proves.
         await self._libp2p.swarm.upgrade_inbound_raw_conn(raw, raw.get_transport_addresses()[0])
@@ -259,7 +296,7 @@ class Circuits:
 
     def _finish(self, stream: NetStream) -> None:
         if self._nursery is not None:
-            self._nursery.start_soon(finish_stream, stream)
+            self._nursery.start_soon(finish_stream, stream, self._limits.linger)
 
     async def _end(self, stream: NetStream) -> None:
         await stream.close()

@@ -30,7 +30,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from multiaddr import Multiaddr
 
 from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, PetalnetError, ServerError, UnsupportedError, UsageError
-from petalnet.p2p.addresses import parse_addr, reachable_addrs
+from petalnet.p2p.addresses import parse_addr, plain_addr, reachable_addrs
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.budget import Budget
 from petalnet.p2p.dialler import Dialler, abort, is_good, reason_of
@@ -144,6 +144,8 @@ class Host:
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._found_callbacks: list[Callable[[str], None]] = []
         self._dialler = Dialler(self.libp2p, limits, admission)
+        self.circuits = self._dialler.circuits
+        self.circuits.finish_in(nursery)
         self.libp2p.swarm.register_notifee(_Notifee(self))
         self.serve(PING, serve_ping)
 
@@ -242,6 +244,14 @@ class Host:
         """Whether there is a live connection to the peer."""
         return self._dialler.live(peer_id) is not None
 
+    def is_direct(self, peer_id: str) -> bool:
+        """Whether there is a live connection to the peer that leads through no relay."""
+        return self._dialler.is_direct(peer_id)
+
+    def remote_ip(self, peer_id: str) -> str | None:
+        """The IP address from which a peer's direct connection comes, or to which it leads; None where there is no direct one."""
+        return self._dialler.remote_ip(peer_id)
+
     def round_trip_s(self, peer_id: str) -> float | None:
         """The round trip to a connected peer in seconds (the least of the last heartbeats), or None where it is not known yet."""
         heartbeat = self._heartbeats.get(peer_id)
@@ -277,6 +287,26 @@ class Host:
     def known_addrs(self, peer_id: str) -> list[str]:
         """Addresses of a peer (without /p2p/) that are known from being given, from dialling or from what other peers say."""
         return self._dialler.known_addrs(peer_id)
+
+    @property
+    def plain_addrs(self) -> list[str]:
+        """The announced addresses without the peer id at their end."""
+        return list(self._plain_addrs)
+
+    @property
+    def announces_fixed(self) -> bool:
+        """Whether the owner said what to announce."""
+        return bool(self._announce)
+
+    @property
+    def listened_addrs(self) -> list[str]:
+        """Where this host listens, by the addresses of this machine's interfaces now, or what its owner told to announce (plain)."""
+        listened = [parse_addr(str(addr)) for addr in self.libp2p.get_transport_addrs()]
+        return list(dict.fromkeys(self._announce or [known for addr in listened for known in reachable_addrs(addr)]))
+
+    def set_announced(self, addrs: Sequence[str]) -> None:
+        """Tell others these addresses (without /p2p/ at their end) from now on."""
+        self._plain_addrs = list(dict.fromkeys(addrs))
 
     def on_peer_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer_id)` whenever the last connection to a peer is gone, be it closed, broken or silent."""
@@ -380,8 +410,7 @@ class Host:
                 await abort(connection)
 
     def _set_addrs(self) -> None:
-        listened = [parse_addr(str(addr)) for addr in self.libp2p.get_transport_addrs()]
-        self._plain_addrs = list(dict.fromkeys(self._announce or [known for addr in listened for known in reachable_addrs(addr)]))
+        self._plain_addrs = self.listened_addrs
 
 
 class _Notifee(INotifee):
@@ -431,7 +460,7 @@ async def open_host(
         UsageError: one of the addresses is malformed or is none of this machine's.
     """
     wanted = [parse_addr(addr) for addr in listen]
-    announced = [parse_addr(addr.partition("/p2p/")[0], whole=addr) for addr in announce]
+    announced = [parse_addr(plain_addr(addr), whole=addr) for addr in announce]
     failure: Exception | None = None
     # Whoever cancels the context cancels what runs in it; libp2p has to live a little longer, to say goodbye.
     life = trio.CancelScope(shield=True)

@@ -69,6 +69,7 @@ class Libp2pHost(BasicHost):
         private = Ed25519PrivateKey.from_bytes(identity.private_bytes)
         key_pair = KeyPair(private, private.get_public_key())
         self.transport = Tcp(limits)
+        self._announced = addrs
         self._limits = limits
 
         def mux(secured_conn: ISecureConn, peer_id: ID) -> MuxConnection:
@@ -109,6 +110,10 @@ class Libp2pHost(BasicHost):
         self._inbound: Counter[ID] = Counter()
         self._serve_stream = network.common_stream_handler
         network.set_stream_handler(self._guarded)
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """The announced addresses with this host's id at their end (stock strips all after a relay's id)."""
+        return [Multiaddr(f"{addr}/p2p/{self.get_id()}") for addr in self._announced()]
 
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> NetStream:
         return await self._opener(peer_id, protocol_ids)

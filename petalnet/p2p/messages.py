@@ -176,6 +176,23 @@ class Pong(Message):
     nonce: int = _is(integer(0, 2**63 - 1))
 
 
+@_message("dial_back")
+@dataclass(frozen=True)
+class DialBack(Message):
+    """Can this node be reached, at the IP address where you see it, at these TCP ports? Answered by `DialBackDone`."""
+
+    ports: tuple[int, ...] = _is(many(integer(1, 65535), 4))
+
+
+@_message("dial_back_done")
+@dataclass(frozen=True)
+class DialBackDone(Message):
+    """The IP address at which the asker is seen, and those of the ports at which it answered there, as itself."""
+
+    observed: str = _is(text(64))
+    ports: tuple[int, ...] = _is(many(integer(1, 65535), 4))
+
+
 @_message("store")
 @dataclass(frozen=True)
 class Store(Message):

@@ -66,8 +66,10 @@ class Limits:
     """Servers that a relay stands in for. Each costs its connection and 200 bytes; what they carry is bounded below."""
     max_reservations_per_address: int = 16
     """From one IP address: several machines behind one router fit, one that makes up identities does not fill the table."""
-    max_circuits: int = 512
-    """Through a relay at once: two streams and two tasks each, 0.6 MB at most with what is under way."""
+    max_circuits: int = 256
+    """Through a relay at once: two streams and two tasks each, and two of the windows below where nobody reads: half a gigabyte at most."""
+    circuit_window: int = MIB
+    """Bytes that may be under way on each half of a circuit: 100 Mbit/s at a round trip of 80 ms."""
     max_circuits_per_peer: int = 64
     """That begin, or that end, at one peer: a server's users are many, and a user's servers are few."""
     circuit_lifetime: float = 12 * 3600.0

@@ -2,7 +2,7 @@
 
 It keeps reservations, joins two streams to a circuit where somebody asks for a server that has one, and copies bytes between them until
 either side ends, or the circuit has had its share (the numbers are in `protocols.Limits`). What it copies is encrypted between the two
-ends. At most one piece of `_CHUNK` bytes a direction is in its hands; a side that does not read holds up the other, not the relay.
+ends. A side that does not read holds up the other, not the relay: what is under way is bounded by the streams' windows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import trio
 from google.protobuf.message import Message as ProtobufMessage
 from libp2p.abc import INetStream
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, PeerId, Status, StopMessage
@@ -25,7 +24,7 @@ from multiaddr import Multiaddr
 
 from petalnet.errors import ProtocolError
 from petalnet.p2p.addresses import relay_of
-from petalnet.p2p.circuit import HOP, STOP, peer_of, read_protobuf, status_name, write_protobuf
+from petalnet.p2p.circuit import HOP, STOP, Incoming, peer_of, read_protobuf, status_name, write_protobuf
 from petalnet.p2p.host import Host
 from petalnet.p2p.libp2p_host import finish_stream
 from petalnet.p2p.protocols import Limits
@@ -60,7 +59,7 @@ class Relay:
 
     def __init__(self, host: Host, limits: Limits | None = None) -> None:
         self._host = host
-        self._limits = limits or Limits()
+        self._limits = limits or host.limits
         self._reservations: dict[str, _Place] = {}
         self._circuits: Counter[str] = Counter()  # by the peer at either end
         self._circuits_in_all = 0
@@ -194,12 +193,13 @@ class Relay:
         async def copy(source: NetStream, sink: NetStream) -> None:
             nonlocal left, broken
             try:
-                while data := await _read(source):
+                incoming = Incoming(source, self._limits.circuit_window)
+                while data := await incoming.read(_CHUNK):
                     left -= len(data)
                     if left < 0:
                         logger.debug("a circuit has carried all that it may")
                         break
-                    await sink.write(data)
+                    await sink.write(data)  # type: ignore[arg-type]  # takes any buffer
                     self.bytes_relayed += len(data)
                 else:
                     await sink.close_write()
@@ -217,12 +217,4 @@ class Relay:
             await one.reset()
             await other.reset()
         else:
-            await finish_stream(other)
-
-
-async def _read(stream: NetStream) -> bytes:
-    """What has come; empty at the end of the stream."""
-    try:
-        return await stream.read(_CHUNK)
-    except StreamEOF:
-        return b""
+            await finish_stream(other, self._limits.linger)
