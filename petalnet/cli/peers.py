@@ -9,11 +9,14 @@ from typing import Any
 
 import click
 
+WIDTH_OF_FILES = 160
+"""Columns where the output goes to no terminal."""
+
 
 @click.command("peers")
 @click.option("as_json", "--json", is_flag=True, help="as JSON")
 def command(as_json: bool) -> int:
-    """Who this machine's nodes are connected to: by whom and through what, round trip, bytes, streams, since when.
+    """Who this machine's nodes are connected to: from where or to where, round trip, bytes in and out, streams, since when.
 
     Asks the nodes that you run on this machine; nothing is sent over the network.
     """
@@ -37,7 +40,7 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
     for node in nodes:
         peers = node["peers"]
         name = f" {node['public_name']}" if node["public_name"] else ""
@@ -47,7 +50,7 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
         if not peers:
             continue
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("peer", "serves", "connection", "address"):
+        for heading in ("peer", "serves", "connected"):
             table.add_column(heading, overflow="fold")
         for heading in ("round trip", "in", "out", "streams", "since"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -57,7 +60,6 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
                 Text(f"{peer['public_name']} …{peer['peer_id'][-6:]}" if peer["public_name"] else f"…{peer['peer_id'][-6:]}"),
                 Text("{}:{} of {}".format(*peer["span"], peer["model"]) if peer["span"] else ""),
                 Text(describe_path(peer)),
-                Text(peer["addr"].partition("/p2p")[0]),
                 "" if peer["round_trip_s"] is None else f"{peer['round_trip_s'] * 1000:.1f} ms",
                 describe_bytes(peer["bytes_in"]),
                 describe_bytes(peer["bytes_out"]),
@@ -68,9 +70,12 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
 
 
 def describe_path(peer: dict[str, Any]) -> str:
-    """`direct, it dialled`, or through whom."""
-    who = "it dialled" if peer["direction"] == "in" else "we dialled"
-    return f"relay …{(peer['relay'] or '?')[-6:]}, {who}" if peer["path"] == "relay" else f"direct, {who}"
+    """`from` who dialled us or `to` whom we dialled: an address, or the relay in between."""
+    side = "from" if peer["direction"] == "in" else "to"
+    if peer["path"] == "relay":
+        return f"{side} relay …{(peer['relay'] or '?')[-6:]}"
+    kind, host, _, port = (peer["addr"].split("/") + [""] * 4)[1:5]
+    return f"{side} [{host}]:{port}" if kind == "ip6" else f"{side} {host}:{port}"
 
 
 def describe_bytes(count: int) -> str:

@@ -93,6 +93,14 @@ class Admission:
             left = banned_until - trio.current_time()
             raise NotAdmitted(f"peer {peer_id} broke the rules of the protocol and is kept away for another {left:.0f} s", peer_id)
 
+    def check_dial(self, peer_id: str) -> None:
+        """As `check`, for a peer that this node is about to dial: the refusal is remembered."""
+        try:
+            self.check(peer_id)
+        except NotAdmitted as refusal:
+            self._remember(peer_id, refusal)
+            raise
+
     def offend(self, peer_id: str, weight: float = 1.0) -> bool:
         """Note that a peer broke a rule; True where it is to be dropped now."""
         return self.offences.add(peer_id, trio.current_time(), weight)
@@ -130,11 +138,14 @@ class Admission:
         """Why a dial of ours failed, where admission is the reason; remembered in `refusals`."""
         found = self._reason(peer_id, error)
         if found is not None:
-            self.refusals.pop(peer_id, None)
-            self.refusals[peer_id] = found
-            while len(self.refusals) > MOST_REFUSALS:
-                del self.refusals[next(iter(self.refusals))]
+            self._remember(peer_id, found)
         return found
+
+    def _remember(self, peer_id: str, refusal: NotAdmitted) -> None:
+        self.refusals.pop(peer_id, None)
+        self.refusals[peer_id] = refusal
+        while len(self.refusals) > MOST_REFUSALS:
+            del self.refusals[next(iter(self.refusals))]
 
     def _reason(self, peer_id: str, error: BaseException) -> NotAdmitted | None:
         securing = secured = False

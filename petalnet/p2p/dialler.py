@@ -105,10 +105,7 @@ class Dialler:
         connection = self.live(peer_id)
         if connection is not None:
             return connection
-        try:
-            self._admission.check(peer_id)
-        except NotAdmitted as refusal:
-            raise self._admission.explain(peer_id, refusal) or refusal from None
+        self._admission.check_dial(peer_id)
         lock = self._under_way[peer_id]
         try:
             with trio.fail_after(timeout_s):

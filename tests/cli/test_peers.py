@@ -62,15 +62,14 @@ def test_without_a_node_it_says_so_in_one_line(tmp_path, monkeypatch: pytest.Mon
         assert said.err.count("\n") == 1 and "you run no node on this machine" in said.err and not said.out
 
 
-def test_a_table_for_a_person(node, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_a_table_for_a_person(node, capsys: pytest.CaptureFixture[str]) -> None:
     node(NODE)
     assert run(["peers"]) == 0
     said = capsys.readouterr().out
     assert "server cellar 12D3KooWMe, pid 4711, private swarm (key 0a1b2c3d): 2 peers" in said
-    for text in ("[red]box …3oWBVy", "0:6 of demo", "direct, we dialled", "203.0.113.7", "42.3 ms", "12.3 MB", "999 B"):
+    for text in ("[red]box …3oWBVy", "0:6 of demo", "to 203.0.113.7:31330", "42.3 ms", "12.3 MB", "999 B"):
         assert text in said
-    assert "relay …123456, it dialled" in said
+    assert "from relay …123456" in said
     assert len(said.splitlines()) == 4
 
 
@@ -89,4 +88,5 @@ def test_a_node_without_peers(node, capsys: pytest.CaptureFixture[str]) -> None:
 def test_words() -> None:
     assert [describe_bytes(count) for count in (0, 999, 1000, 12_345_678, 5 * 10**12)] == ["0 B", "999 B", "1.0 kB", "12.3 MB", "5000.0 GB"]
     assert [describe_age(seconds) for seconds in (-1, 59.4, 200, 7200, 200_000)] == ["0 s", "59 s", "3 min", "2 h", "2 d"]
-    assert describe_path(STRANGER | {"relay": None}) == "relay …?, it dialled"
+    assert describe_path(STRANGER | {"relay": None}) == "from relay …?"
+    assert describe_path(PEER | {"addr": "/ip6/::1/tcp/5"}) == "to [::1]:5"
