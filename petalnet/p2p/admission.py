@@ -1,16 +1,19 @@
 """Who may be connected to this node: holders of the swarm's key, and peers that no list and no ban keeps away.
 
-A connection passes three gates, each on both sides, before anything is served on it:
+A connection passes four gates, each on both sides, before anything is served on it:
 
 1. *The name of the secure channel.* In a private swarm it is negotiated under a name of its own, so a node without a key, or any other
    libp2p peer, is told "not available" before the handshake begins, and learns nothing else.
-2. *The peer's id*, as soon as the handshake has proved it: `Admission.check`. Before a dial too, where the id is known.
-3. *The key*, proved inside the channel: `Admission.prove`. The initiator sends HMAC(key, role, handshake hash); only if that holds does the
+2. *The handshake.* The key is mixed into it from the first message on (`handshake_key`, Noise's psk0), so somebody who knows the name but
+   not the key cannot even read the peer id of whom it has reached.
+3. *The peer's id*, as soon as the handshake has proved it: `Admission.check`. Before a dial too, where the id is known.
+4. *The key*, proved inside the channel: `Admission.prove`. The initiator sends HMAC(key, role, handshake hash); only if that holds does the
    responder answer with its own. The hash covers both sides' ephemeral and static keys, so a proof is worth nothing on any other
-   connection: it can be neither replayed nor passed on by somebody in the middle, and the role keeps it from being sent back. The key
-   itself never travels, and 32 random bytes cannot be guessed from a proof.
+   connection: it can be neither replayed nor passed on by somebody in the middle, and the role keeps it from being sent back. This is
+   where both sides know that the other one has the key, whatever a library made of the handshake.
 
-Whoever fails is disconnected without a word; what a person reads on either side is made here, from what that side knows.
+The key itself never travels, and 32 random bytes cannot be guessed from a proof. Whoever fails is disconnected without a word; what a
+person reads on either side is made here, from what that side knows.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ class Admission:
 
     Attributes:
         security_id: the name under which secure channels are negotiated.
+        handshake_key: what is mixed into the handshake, 32 bytes made from the swarm's key; None in an open swarm.
         offences: the peers that broke rules lately, on trio's clock.
         refusals: for peers that this node dialled, why they or it refused; the latest ones only.
     """
@@ -76,6 +80,7 @@ class Admission:
             offences: where offences are counted.
         """
         self.security_id = str(NOISE_ID) if swarm_key is None else PRIVATE_NOISE_ID
+        self.handshake_key = None if swarm_key is None else swarm_key.tag(b"petalnet swarm handshake 1", b"")
         self.offences = Offences() if offences is None else offences
         self.refusals: dict[str, NotAdmitted] = {}
         self._key = swarm_key
@@ -120,9 +125,7 @@ class Admission:
             return
         peer_id = str(session.get_remote_peer())
         proof, expected = (self._key.tag(_PURPOSE[role], handshake_hash) for role in (initiator, not initiator))
-        # A responder is silent where the proof does not hold, so whoever began cannot know why it was refused.
-        why = "it has another swarm key, or its lists of peers keep this node out" if initiator else "it did not prove the swarm's key"
-        refused = f"peer {peer_id} refused this node: {why}" if initiator else f"peer {peer_id} is refused: {why}"
+        refusal = self.refused_by(peer_id) if initiator else NotAdmitted(f"peer {peer_id} did not prove the swarm's key", peer_id)
         try:
             if initiator:
                 await session.write(proof)
@@ -130,9 +133,15 @@ class Admission:
             if hmac.compare_digest(answer, expected) and not initiator:
                 await session.write(proof)
         except (BaseLibp2pError, OSError) as error:
-            raise NotAdmitted(refused, peer_id) from error
+            raise refusal from error
         if not hmac.compare_digest(answer, expected):
-            raise NotAdmitted(refused, peer_id)
+            raise refusal
+
+    @staticmethod
+    def refused_by(peer_id: str) -> NotAdmitted:
+        """What is known where a peer of a private swarm goes away in the middle: it does not say why."""
+        why = "it has another swarm key, or its lists of peers keep this node out"
+        return NotAdmitted(f"peer {peer_id} refused this node: {why}", peer_id)
 
     def explain(self, peer_id: str, error: BaseException) -> NotAdmitted | None:
         """Why a dial of ours failed, where admission is the reason; remembered in `refusals`."""

@@ -8,13 +8,15 @@ key are turned away:
 - it reads from the socket in large pieces, instead of twice for each message, and writes several messages at once;
 - it notes when the peer was last heard, which the heartbeats use, and counts bytes.
 
-Right after the handshake, before anything else is read or said, `Admission` decides whether the peer may stay.
+Right after the handshake, before anything else is read or said, `Admission` decides whether the peer may stay. In a private swarm the
+swarm's key is mixed into the handshake itself (Noise's XXpsk0 in place of XX), so that who does not have it cannot even read whom it has
+reached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 from cryptography.exceptions import InvalidTag
@@ -23,11 +25,12 @@ from libp2p.abc import IRawConnection, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
-from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.base_session import BaseSession
 from libp2p.security.noise.io import NoiseTransportReadWriter
+from libp2p.security.noise.patterns import IPattern, PatternXX
 from libp2p.security.noise.transport import PROTOCOL_ID, Transport
 from libp2p.security.secure_session import SecureSession
 from libp2p.transport.exceptions import SecurityUpgradeFailure
@@ -268,6 +271,20 @@ def _nonce(counter: int) -> bytes:
     return b"\0\0\0\0" + counter.to_bytes(8, "little")
 
 
+class _KeyedXX(PatternXX):
+    """Noise's XX handshake with a key of 32 bytes mixed in before its first message."""
+
+    def __init__(self, transport: Transport, key: bytes) -> None:
+        super().__init__(transport.local_peer, transport.libp2p_privkey, transport.noise_privkey)
+        self.protocol_name = b"Noise_XXpsk0_25519_ChaChaPoly_SHA256"
+        self._key = key
+
+    def create_noise_state(self, prologue: bytes | None = None) -> Any:  # of a package that libp2p brings along, without types
+        state = super().create_noise_state(prologue)
+        state.set_psks(psk=self._key)
+        return state
+
+
 class Noise(Transport):
     """libp2p's Noise handshake that yields sessions of ours, with peers that are admitted."""
 
@@ -276,11 +293,25 @@ class Noise(Transport):
         self._admission = admission
         self._limits = limits
 
+    def get_pattern(self) -> IPattern:
+        key = self._admission.handshake_key
+        return super().get_pattern() if key is None else _KeyedXX(self, key)
+
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        return await self._admit(await super().secure_inbound(conn))
+        try:
+            secured = await super().secure_inbound(conn)
+        except InvalidTag as error:
+            raise SecurityUpgradeFailure(f"the peer at {conn.get_remote_address()} does not have the swarm's key") from error
+        return await self._admit(secured)
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
-        secured = await super().secure_outbound(conn, peer_id)
+        try:
+            secured = await super().secure_outbound(conn, peer_id)
+        except (InvalidTag, IOException, OSError) as error:
+            # With another key, each side finds the other's messages unreadable, and whoever finds it first goes away.
+            if self._admission.handshake_key is not None:
+                raise self._admission.refused_by(str(peer_id)) from error
+            raise
         return await self._admit(secured)
 
     async def _admit(self, secured: ISecureConn) -> NoiseSession:

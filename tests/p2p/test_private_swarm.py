@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -96,6 +98,24 @@ async def test_other_libp2p_programs_are_refused(hosts, security_id: str) -> Non
         with trio.fail_after(10), pytest.raises(PeerUnreachable):
             await inside.connect(str(stock.get_id()), [str(addr) for addr in stock.get_addrs()], timeout_s=1.0)
         assert not inside.connected_peers()
+    assert await talk(await member(hosts), inside, hosts.echo)
+
+
+async def test_who_knows_the_channel_but_not_the_key_does_not_learn_whom_it_has_reached(hosts) -> None:
+    """Not one byte of the handshake comes back: its second message would carry the peer id."""
+    inside = await member(hosts)
+    _, _, _, _, port, *_ = inside.addrs[0].split("/")
+    for first in (bytes(32), secrets.token_bytes(48), b"", b"\xff" * 300):
+        async with await trio.open_tcp_stream("127.0.0.1", int(port)) as stream:
+            said = b""
+            with trio.fail_after(5):
+                for line in ("/multistream/1.0.0", PRIVATE_NOISE_ID):
+                    await stream.send_all(bytes([len(line) + 1]) + line.encode() + b"\n")
+                await stream.send_all(len(first).to_bytes(2, "big") + first)
+                with contextlib.suppress(trio.BrokenResourceError):
+                    while data := await stream.receive_some():
+                        said += data
+        assert said == b"\x13/multistream/1.0.0\n" + bytes([len(PRIVATE_NOISE_ID) + 1]) + PRIVATE_NOISE_ID.encode() + b"\n"
     assert await talk(await member(hosts), inside, hosts.echo)
 
 
