@@ -31,11 +31,13 @@ class Heartbeat:
     Attributes:
         peer_id: the peer.
         dead: True once it has not answered `MAX_MISSED` times in a row.
+        shortest_s: the shortest round trip ever, seconds: what the distance costs, without any load. None where there was none yet.
     """
 
     def __init__(self, peer_id: str) -> None:
         self.peer_id = peer_id
         self.dead = False
+        self.shortest_s: float | None = None
         self._scope = trio.CancelScope()
         self._round_trips: deque[float] = deque(maxlen=_KEPT)
 
@@ -65,7 +67,9 @@ class Heartbeat:
                     with trio.move_on_after(INTERVAL_S) as scope:
                         try:
                             stream = stream or await open_ping()
-                            self._round_trips.append(await _ping(stream))
+                            taken = await _ping(stream)
+                            self._round_trips.append(taken)
+                            self.shortest_s = taken if self.shortest_s is None else min(self.shortest_s, taken)
                             missed = 0
                         except UnsupportedError:
                             return

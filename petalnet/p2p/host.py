@@ -56,6 +56,8 @@ CONNECT_TIMEOUT_S = 10.0
 LIBP2P_CONNECT_TIMEOUT_S = 3.0
 """Seconds for what libp2p dials by itself: peers that it heard of, many of which are long gone."""
 CLOSE_TIMEOUT_S = 0.5
+IDLE_LOOKS = 8
+"""Looks at idle streams within their time-out; they end at most one interval late."""
 RATE_BURST_S = 2.0
 """Seconds' worth of requests that a peer may send at once."""
 
@@ -136,6 +138,7 @@ class Host:
             addrs=lambda: self._plain_addrs,
             admission=admission,
             limits=limits,
+            round_trip_s=self._shortest_round_trip_s,
             on_offence=self.offence,
         )
         self._budget = Budget(limits)
@@ -160,6 +163,7 @@ class Host:
         logged, and the peer learns only that there was one.
         """
         counts: Counter[str] = Counter()
+        streams: set[Stream] = set()
         rates = Rates(protocol.max_rate, protocol.max_rate * RATE_BURST_S, capacity=self.limits.max_connections)
 
         async def run(raw: INetStream) -> None:
@@ -179,14 +183,23 @@ class Host:
                 await _tell(stream, BusyError(f"too many streams of {protocol.id} are open"))
                 return
             counts[peer_id] += 1
+            streams.add(stream)
             try:
                 await _serve_stream(stream, handler)
             finally:
+                streams.remove(stream)
                 counts[peer_id] -= 1
                 if not counts[peer_id]:
                     del counts[peer_id]
 
+        async def end_idle() -> None:
+            while True:
+                await trio.sleep(protocol.idle_timeout_s / IDLE_LOOKS)
+                for stream in streams:
+                    stream.end_if_idle(trio.current_time())
+
         self.libp2p.set_stream_handler(TProtocol(protocol.id), run)
+        self._nursery.start_soon(end_idle)
 
     async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         """Make sure that there is a connection to the peer.
@@ -257,6 +270,10 @@ class Host:
         heartbeat = self._heartbeats.get(peer_id)
         return None if heartbeat is None else heartbeat.round_trip_s
 
+    def _shortest_round_trip_s(self, peer_id: str) -> float | None:
+        heartbeat = self._heartbeats.get(peer_id)
+        return None if heartbeat is None else heartbeat.shortest_s
+
     async def disconnect(self, peer_id: str) -> None:
         """End all connections to a peer at once; streams on them raise PeerLost."""
         for connection in list(self._dialler.all(peer_id)):
@@ -307,6 +324,17 @@ class Host:
     def set_announced(self, addrs: Sequence[str]) -> None:
         """Tell others these addresses (without /p2p/ at their end) from now on."""
         self._plain_addrs = list(dict.fromkeys(addrs))
+
+    def measure_again(self, peer_id: str) -> None:
+        """Measure the round trip to a peer anew: there is a better connection to it now."""
+        heartbeat = self._heartbeats.pop(peer_id, None)
+        if heartbeat is not None:
+            heartbeat.stop()
+            self._watch(peer_id)
+
+    def _watch(self, peer_id: str) -> None:
+        self._heartbeats[peer_id] = heartbeat = Heartbeat(peer_id)
+        self._nursery.start_soon(self._keep_watch, heartbeat)
 
     def on_peer_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer_id)` whenever the last connection to a peer is gone, be it closed, broken or silent."""
@@ -368,8 +396,7 @@ class Host:
         """Start or stop what depends on whether the peer is connected, and tell those who want to know."""
         connected, known = self.is_connected(peer_id), peer_id in self._heartbeats
         if connected and not known:
-            self._heartbeats[peer_id] = heartbeat = Heartbeat(peer_id)
-            self._nursery.start_soon(self._keep_watch, heartbeat)
+            self._watch(peer_id)
             for callback in self._found_callbacks:
                 callback(peer_id)
         elif known and not connected:

@@ -49,6 +49,7 @@ class Libp2pHost(BasicHost):
         addrs: the addresses to tell others.
         admission: who may connect.
         limits: what peers may take.
+        round_trip_s: the shortest time to a peer and back, where it is known.
         on_offence: is told of a peer that broke the multiplexer's rules, and how.
 
     Attributes:
@@ -64,6 +65,7 @@ class Libp2pHost(BasicHost):
         addrs: AddrsSource,
         admission: Admission,
         limits: Limits,
+        round_trip_s: Callable[[str], float | None],
         on_offence: Callable[[str, str], None],
     ) -> None:
         private = Ed25519PrivateKey.from_bytes(identity.private_bytes)
@@ -73,7 +75,14 @@ class Libp2pHost(BasicHost):
         self._limits = limits
 
         def mux(secured_conn: ISecureConn, peer_id: ID) -> MuxConnection:
-            return MuxConnection(secured_conn, peer_id, limits=limits, on_offence=lambda peer, reason: on_offence(str(peer), reason))
+            name = str(peer_id)
+            return MuxConnection(
+                secured_conn,
+                peer_id,
+                limits=limits,
+                round_trip_s=lambda: round_trip_s(name),
+                on_offence=lambda reason: on_offence(name, reason),
+            )
 
         network = new_swarm(
             key_pair=key_pair,

@@ -129,15 +129,25 @@ M = TypeVar("M", bound="type[Message]")
 
 
 class Message:
-    """Base of all messages; `name` is the type's name on the wire."""
+    """Base of all messages.
+
+    Attributes:
+        name: the type's name on the wire.
+        layout: its fields in their order: the name, the check of a scalar (None for an array), and whether it may not be missing.
+    """
 
     name: ClassVar[str]
+    layout: ClassVar[tuple[tuple[str, Callable[[Any], Any] | None, bool], ...]]
     __slots__ = ()
 
 
 def _message(name: str) -> Callable[[M], M]:
     def register(cls: M) -> M:
         cls.name = name
+        cls.layout = tuple(
+            (item.name, None if "blob" in item.metadata else item.metadata["check"], item.default is MISSING)
+            for item in fields(cls)  # type: ignore[arg-type]
+        )
         _REGISTRY[name] = cls
         return cls
 
@@ -352,12 +362,12 @@ def encode_message(message: Message) -> list[Buffer]:
     scalars: dict[str, Any] = {}
     blobs: dict[str, Any] = {}
     parts: list[Buffer] = []
-    for item in fields(message):  # type: ignore[arg-type]
-        value = getattr(message, item.name)
-        if "blob" not in item.metadata:
-            scalars[item.name] = value
+    for name, check, _ in message.layout:
+        value = getattr(message, name)
+        if check is not None:
+            scalars[name] = value
         elif value is not None:
-            blobs[item.name] = (value.dtype, value.shape, value.codec)
+            blobs[name] = (value.dtype, value.shape, value.codec)
             parts.append(value.data)
     return encode_frame(msgpack.packb((message.name, scalars, blobs)), parts)
 
@@ -381,21 +391,20 @@ def decode_message(frame: Frame) -> Message:
         raise UnsupportedError(f"message type {name[:40]!r} is not known")
     values: dict[str, Any] = {}
     payload, offset = memoryview(frame.payload), 0
-    for item in fields(cls):  # type: ignore[arg-type]
-        if "blob" in item.metadata:
-            description = blobs.get(item.name)
-            if description is None:
-                if item.default is MISSING:
-                    raise ProtocolError(f"message {name} lacks the array {item.name!r}")
-                continue
-            values[item.name], offset = _decode_blob(description, payload, offset)
-        elif item.name in scalars:
+    for field_name, check, required in cls.layout:
+        if check is None:
+            description = blobs.get(field_name)
+            if description is not None:
+                values[field_name], offset = _decode_blob(description, payload, offset)
+            elif required:
+                raise ProtocolError(f"message {name} lacks the array {field_name!r}")
+        elif field_name in scalars:
             try:
-                values[item.name] = item.metadata["check"](scalars[item.name])
+                values[field_name] = check(scalars[field_name])
             except ValueError as error:
-                raise ProtocolError(f"field {item.name!r} of message {name}: {error}") from error
-        elif item.default is MISSING:
-            raise ProtocolError(f"message {name} lacks the field {item.name!r}")
+                raise ProtocolError(f"field {field_name!r} of message {name}: {error}") from error
+        elif required:
+            raise ProtocolError(f"message {name} lacks the field {field_name!r}")
     if offset != len(payload):
         raise ProtocolError(f"message {name} has {len(payload) - offset} bytes that belong to no array")
     return cls(**values)

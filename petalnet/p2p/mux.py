@@ -40,6 +40,10 @@ _BATCHES_A_TURN = 8
 """After which other tasks have their turn."""
 _SENDS_A_TURN = 16
 _GOODBYE_S = 0.5
+_IN_A_HURRY = 0.75
+"""Of a round trip: a half, and a half of that for what delays grants on their way."""
+_WIDEST_WINDOW = 16 * 1024 * 1024
+"""What is under way at 1 Gbit/s and a round trip of 128 ms."""
 _TINY = 2048
 """Bytes below which pieces that wait to be read are put together: kept apart, each would take hundreds of bytes besides its own."""
 
@@ -70,6 +74,8 @@ class MuxStream(IMuxedStream):
         self._tail: bytearray | None = None  # the last of the chunks, where it is put together from tiny ones
         self._held = 0
         self._wanted = 1
+        self._allowed = 0  # bytes that may be granted as the peer sends
+        self._granted_at = float("-inf")
         self._consumed = 0
         self._readable = trio.lowlevel.ParkingLot()
         self._writable = trio.lowlevel.ParkingLot()
@@ -105,14 +111,25 @@ class MuxStream(IMuxedStream):
         chunks, self._chunks, self._tail, self._held = self._chunks, [], None, 0
         return chunks
 
-    def window(self) -> int:
-        """Bytes that the peer may still send."""
-        return self.muxed_conn.mux.window(self.number)
+    def allow(self, count: int) -> None:
+        """Let the peer send until `count` bytes are held: not all at once, but as it sends, a window's worth ahead."""
+        self._allowed = count - self._held - self.muxed_conn.mux.window(self.number)
+        if self._allowed > 0:
+            self._refill()
+            self.muxed_conn.pump()
 
-    def grant(self, size: int) -> None:
-        """Let the peer send `size` bytes more."""
-        self.muxed_conn.mux.grant(self.number, size)
-        self.muxed_conn.pump()
+    def _refill(self) -> None:
+        """Grant what is allowed, once half of the window is used."""
+        connection = self.muxed_conn
+        window = connection.mux.window(self.number)
+        if window > connection.window // 2 or self.ended:
+            return
+        now = trio.current_time()
+        connection.tune(connection.window - window, now - self._granted_at)
+        self._granted_at = now
+        size = min(connection.window - window, self._allowed)
+        self._allowed -= size
+        connection.mux.grant(self.number, size)
 
     async def send(self, parts: Sequence[Buffer], patience: float = float("inf")) -> None:
         """Send bytes, given in parts, which must not change until this returns.
@@ -175,6 +192,8 @@ class MuxStream(IMuxedStream):
         if self in self.muxed_conn.lingering:
             return
         self._held += len(data)
+        if self._allowed > 0:
+            self._refill()
         if not self._chunks or len(data) >= _TINY:
             self._chunks.append(data)
             self._tail = None
@@ -225,7 +244,8 @@ class MuxStream(IMuxedStream):
         self._consumed += len(data)
         if self._consumed >= INITIAL_WINDOW // 2 and not self.ended:
             consumed, self._consumed = self._consumed, 0
-            self.grant(consumed)
+            self.muxed_conn.mux.grant(self.number, consumed)
+            self.muxed_conn.pump()
         return data
 
     async def write(self, data: bytes) -> None:
@@ -262,10 +282,12 @@ class MuxConnection(IMuxedConn):
         secured_conn: the Noise session beneath.
         peer_id: the peer at its other end.
         limits: how many streams the peer may open, and how long one that was closed waits for the peer.
+        round_trip_s: the shortest time to the peer and back so far, None while it is not known.
         on_offence: is told what rule the peer broke, where it broke one; the connection has then ended.
 
     Attributes:
         mux: the protocol's state.
+        window: bytes that a peer may send ahead on a stream that is being read; it grows with the distance.
         streams: the streams that are not over, by number.
         waiting: streams whose sender waits until its bytes are on their way.
         lingering: streams that this side is through with, and until when (trio time) their peer may end its side.
@@ -273,7 +295,15 @@ class MuxConnection(IMuxedConn):
 
     on_close: Callable[[], Awaitable[None]] | None
 
-    def __init__(self, secured_conn: ISecureConn, peer_id: ID, *, limits: Limits, on_offence: Callable[[ID, str], None]) -> None:
+    def __init__(
+        self,
+        secured_conn: ISecureConn,
+        peer_id: ID,
+        *,
+        limits: Limits,
+        round_trip_s: Callable[[], float | None],
+        on_offence: Callable[[str], None],
+    ) -> None:
         if not isinstance(secured_conn, NoiseSession):
             raise TypeError(f"{MUX_ID} runs over a session of ours, not over a {type(secured_conn).__name__}")
         self.secured_conn = secured_conn
@@ -287,6 +317,8 @@ class MuxConnection(IMuxedConn):
         self.on_close = None
         self._limits = limits
         self._on_offence = on_offence
+        self._round_trip_s = round_trip_s
+        self.window = INITIAL_WINDOW
         self._opened: trio.MemorySendChannel[MuxStream]
         self._opened, self._to_accept = trio.open_memory_channel[MuxStream](limits.max_streams_per_peer)
         self._backlog: memoryview | None = None  # encrypted bytes that the kernel has not taken yet
@@ -363,6 +395,16 @@ class MuxConnection(IMuxedConn):
             await trio.sleep_until(until)
             if self.lingering.get(stream) == until:
                 stream.abandon()
+
+    def tune(self, used: int, seconds: float) -> None:
+        """Widen the window where it is what holds a sender up: where half of it was used up within half a round trip.
+
+        A window that is wider than that only fills the kernel's buffers, where short messages then wait behind long ones; and round trips
+        that were taken meanwhile are long, which is why the shortest one counts.
+        """
+        round_trip_s = self._round_trip_s()
+        if round_trip_s is not None and seconds < _IN_A_HURRY * round_trip_s and used >= self.window // 2:
+            self.window = min(2 * self.window, _WIDEST_WINDOW)
 
     # ---- sending
 
@@ -462,7 +504,7 @@ class MuxConnection(IMuxedConn):
             logger.debug("peer %s broke the rules of %s: %s", self.peer_id, MUX_ID, error)
             self.mux.close(Reason.ERROR)
             self.pump()
-            self._on_offence(self.peer_id, str(error))
+            self._on_offence(f"{MUX_ID}: {error}")
 
     def _on_event(self, event: Event) -> bool:
         """Act on anything but data; False where the connection is over."""

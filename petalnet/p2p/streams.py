@@ -44,8 +44,7 @@ class ByteStream(Interface):
     def is_lost(self) -> bool: ...
     async def wait(self, count: int) -> None: ...
     def take(self) -> list[Buffer]: ...
-    def window(self) -> int: ...
-    def grant(self, size: int) -> None: ...
+    def allow(self, count: int) -> None: ...
     async def send(self, parts: Sequence[Buffer], patience: float = ...) -> None: ...
     def abandon(self, reason: Reason = ...) -> None: ...
     def finish(self) -> None: ...
@@ -106,6 +105,7 @@ class Stream:
         self._taken = 0  # of the budget
         self._kept = 0  # the part of it that lasts as long as the stream
         self._deadline = float("inf")  # for the message under way, whole
+        self._idle_since = float("inf")
 
     @property
     def served(self) -> bool:
@@ -194,11 +194,21 @@ class Stream:
             self._window = self._limits.busy_window
         return message
 
+    def end_if_idle(self, now: float) -> None:
+        """End a served stream on which no request has come for too long; a deadline around each wait would cost more than the wait."""
+        if now - self._idle_since >= self.protocol.idle_timeout_s:
+            self._idle_since = float("-inf")
+            self._raw.abandon()
+
     async def _read(self) -> bool:
         """Feed the decoder with what comes next; False at the end of the stream."""
         raw, decoder = self._raw, self._decoder
         if decoder.at_boundary:
-            await self._await_bytes(1, self.protocol.idle_timeout_s if self.served else float("inf"), "and no request came")
+            self._idle_since = trio.current_time()
+            await raw.wait(1)
+            if self._idle_since == float("-inf"):
+                raise PeerLost(f"peer {self.peer_id} was silent for {self.protocol.idle_timeout_s:g} s and no request came", self.peer_id)
+            self._idle_since = float("inf")
         elif decoder.size is None:
             await self._await_bytes(decoder.wanted, self.protocol.frame_timeout_s, "in the middle of a message")
         else:
@@ -209,7 +219,7 @@ class Stream:
             self._deadline = trio.current_time() + self.protocol.frame_timeout_s
         for chunk in raw.take():
             decoder.feed(chunk)
-        self._grant(0)
+        raw.allow(self._window)
         return True
 
     async def _await_rest(self, wanted: int) -> None:
@@ -222,15 +232,12 @@ class Stream:
             if scope.cancelled_caught:
                 raise BusyError("this node has no memory for the message now", retry_after_s=self.protocol.frame_timeout_s)
         self._deadline = trio.current_time() + self.protocol.frame_timeout_s + wanted / self._limits.slowest_rate
-        self._grant(wanted)
+        self._raw.allow(max(wanted, self._window))
         await self._await_bytes(wanted, self.protocol.frame_timeout_s, "in the middle of a message")
 
     async def _await_bytes(self, count: int, patience: float, what: str) -> None:
         """Wait until `count` bytes are held or the stream has ended; gives it up where it is silent for too long, or too slow."""
         raw = self._raw
-        if patience == self._deadline == float("inf"):
-            await raw.wait(count)
-            return
         while raw.held < count:
             before, now = raw.held, trio.current_time()
             with trio.move_on_at(min(now + patience, self._deadline)) as scope:
@@ -242,13 +249,6 @@ class Stream:
                 await self.reset()
                 how = "was too slow" if slow and raw.held != before else f"was silent for {patience:g} s"
                 raise PeerLost(f"peer {self.peer_id} {how} {what}", self.peer_id)
-
-    def _grant(self, wanted: int) -> None:
-        """Let the peer send on: the rest of a long message without waiting for us, and a fair piece of what may follow."""
-        open_window = self._raw.window() + self._raw.held
-        target = max(wanted, self._window)
-        if open_window < wanted or open_window < target // 2:
-            self._raw.grant(target - open_window)
 
     def _check_clean_end(self) -> None:
         if not self._decoder.at_boundary:

@@ -33,11 +33,17 @@ logger = logging.getLogger(__name__)
 UNSENT_BYTES = 128 * 1024
 """Bytes that the kernel takes beyond what is under way: whatever lies there goes out before a short message that comes later."""
 
+_READ_SIZE = 64 * 1024
+
 Handler = Callable[["TcpStream"], Awaitable[None]]
 
 
 def tune(sock: socket.socket | trio.socket.SocketType) -> None:
-    """Set a TCP socket up for messages that should arrive soon."""
+    """Set a TCP socket up for messages that should arrive soon, and to notice by itself when the other machine is gone for good."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -129,7 +135,8 @@ class TcpStream(ReadWriteCloser):
     async def read(self, n: int | None = None) -> bytes:
         if n == 0:
             return b""
-        buffer = bytearray(65536 if n is None else n)
+        # Many of libp2p's readers ask for as many bytes as a stranger has announced: 4 GB must not be set aside for a word of five bytes.
+        buffer = bytearray(_READ_SIZE if n is None else min(n, _READ_SIZE))
         return bytes(buffer[: await self.receive_into(memoryview(buffer))])
 
     async def close(self) -> None:
@@ -150,35 +157,43 @@ def _gone(error: Exception) -> ConnectionClosedError:
 
 
 class Callers:
-    """Inbound connections by address, and which of them have not proved who they are yet."""
+    """Inbound connections by address, and which of them have not proved who they are yet.
+
+    Where too many are in their handshakes, the one that has been at it for longest makes room: an honest handshake takes milliseconds,
+    so whoever holds places open by saying nothing loses them, and those who come after are served.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._connections: Counter[str] = Counter()
-        self._handshakes: Counter[str] = Counter()
+        self._handshakes: dict[TcpStream, str] = {}  # and the address, the oldest first
+        self._by_address: Counter[str] = Counter()  # of the handshakes
 
-    def refusal(self, address: str) -> str | None:
-        """Why another connection from an address is not taken; None where it is."""
+    def arrived(self, caller: TcpStream, address: str) -> TcpStream | None:
+        """Take a connection in; the one that has to go for it, which may be the connection itself, or None."""
         limits = self._limits
         if self._connections[address] >= limits.max_connections_per_address:
-            return f"{limits.max_connections_per_address} connections from that address"
-        if self._handshakes[address] >= limits.max_handshakes_per_address:
-            return f"{limits.max_handshakes_per_address} handshakes under way from that address"
-        if self._handshakes.total() >= limits.max_handshakes:
-            return f"{limits.max_handshakes} handshakes under way"
-        return None
-
-    def arrived(self, address: str) -> None:
+            return caller
+        evicted = None
+        if self._by_address[address] >= limits.max_handshakes_per_address:
+            evicted = next(other for other, its_address in self._handshakes.items() if its_address == address)
+        elif len(self._handshakes) >= limits.max_handshakes:
+            evicted = next(iter(self._handshakes))
         self._connections[address] += 1
-        self._handshakes[address] += 1
+        self._handshakes[caller] = address
+        self._by_address[address] += 1
+        return evicted
 
-    def established(self, address: str) -> None:
-        _less(self._handshakes, address)
+    def established(self, caller: TcpStream) -> None:
+        """The handshakes of a connection are over, in one way or another."""
+        address = self._handshakes.pop(caller, None)
+        if address is not None:
+            _less(self._by_address, address)
 
-    def left(self, address: str, *, established: bool) -> None:
+    def left(self, caller: TcpStream, address: str) -> None:
+        """A connection that was taken in has ended."""
+        self.established(caller)
         _less(self._connections, address)
-        if not established:
-            _less(self._handshakes, address)
 
 
 def _less(counter: Counter[str], address: str) -> None:
@@ -227,31 +242,24 @@ class TcpListener(IListener):
             self._stopped.set()
 
     async def _accept(self, stream: trio.SocketStream) -> None:
-        established = False
-
-        def on_established() -> None:
-            nonlocal established
-            established = True
-            self._callers.established(address)
-
         with trio.CancelScope() as scope:
             # The swarm's handler would hold the connection's place until the swarm ends; the scope ends it with the connection.
-            accepted = TcpStream(stream.socket, on_close=scope.cancel, on_established=on_established)
+            accepted = TcpStream(stream.socket, on_close=scope.cancel, on_established=lambda: self._callers.established(accepted))
             remote = accepted.get_remote_address()
             address = remote[0] if remote is not None else ""
-            refusal = self._callers.refusal(address)
-            if refusal is not None:
-                logger.debug("a connection from %s was refused: %s", address, refusal)
-                await accepted.close()
+            evicted = self._callers.arrived(accepted, address)
+            if evicted is not None:
+                logger.debug("too many connections: one from %s is dropped", evicted.get_remote_address())
+                await evicted.close()
+            if evicted is accepted:
                 return
-            self._callers.arrived(address)
             try:
                 await self._handler(accepted)
             except Exception as error:
                 # Whatever a stranger does in a handshake concerns that stranger's connection only.
                 logger.debug("an inbound connection from %s failed: %r", remote, error)
             finally:
-                self._callers.left(address, established=established)
+                self._callers.left(accepted, address)
                 await accepted.close()
 
 

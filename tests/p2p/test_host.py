@@ -10,11 +10,11 @@ import pytest
 import trio
 
 from petalnet.errors import AddressInUse, BusyError, CallerError, PeerLost, PeerUnreachable, UnsupportedError, UsageError
-from petalnet.p2p import heartbeat, libp2p_host
+from petalnet.p2p import heartbeat
 from petalnet.p2p.host import Stream, open_host
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Blob, Error, Ping, Pong, StepDone
-from petalnet.p2p.protocols import PING, Protocol
+from petalnet.p2p.protocols import PING, Limits, Protocol
 
 SOME = Protocol("/petalnet/test/1.0.0")
 
@@ -460,10 +460,9 @@ async def test_an_idle_stream_is_closed(hosts, until) -> None:
     assert "silent for 0.2 s" in why[0]
 
 
-async def test_a_node_takes_connections_all_its_life(hosts, until, monkeypatch) -> None:
+async def test_a_node_takes_connections_all_its_life(hosts, until) -> None:
     """Stock counts every inbound connection of a lifetime against its limit and then refuses all."""
-    monkeypatch.setattr(libp2p_host, "MAX_CONNECTIONS", 5)
-    b = await hosts.start()
+    b = await hosts.start(limits=Limits(max_connections=5))
     a = await hosts.start()
     for _ in range(12):
         await a.connect(b.peer_id, b.addrs)
