@@ -21,6 +21,7 @@ from petalnet.p2p.admission import Admission
 from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, open_host
+from petalnet.p2p.hole_punching import HolePunching
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.reachability import Reachability
 from petalnet.p2p.relay import Relay
@@ -61,6 +62,7 @@ class Peering:
         self.view = SwarmView()
         self.discovery = Discovery(host, server=server, on_record=self._take)
         self.reachability = Reachability(host) if host.addrs else None
+        self._hole_punching = HolePunching(host)
         self._gossip = Gossip(host)
         host.on_peer_lost(self._on_peer_lost)
         host.on_peer_found(self._on_peer_found)
@@ -68,6 +70,7 @@ class Peering:
     async def run(self, initial_peers: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Be a member until cancelled; started once the first attempt to join is over."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hole_punching.run)
             if self.reachability is not None:
                 nursery.start_soon(self.reachability.run)
             self._gossip.subscribe(GOSSIP_TOPIC, self._accept, lambda peer_id, data: None)

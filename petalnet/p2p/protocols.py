@@ -76,6 +76,8 @@ class Limits:
     """After which a relay ends a circuit; whoever still needs it dials again. Answers take minutes, so few are cut off."""
     circuit_bytes: int = 64 * 1024 * MIB
     """Both ways together, after which a relay ends a circuit: a week of decoding, or 500 of the longest prefills."""
+    max_hole_punches: int = 16
+    """Under way at once (see `hole_punching`): each dials two addresses at most that a peer named, for three seconds."""
     max_dial_backs: int = 8
     """Dials under way for peers that ask whether they can be reached (see `reachability`)."""
     dial_back_timeout: float = 4.0
@@ -171,8 +173,8 @@ REACHABILITY = Protocol(
     max_streams=64,
     idle_timeout_s=20.0,
     frame_timeout_s=5.0,
-    # A node asks when it starts, when its addresses change, and once in minutes.
-    max_rate=0.5,
+    # A node asks when it starts, when its addresses change, once in minutes, and before it punches a hole.
+    max_rate=1.0,
 )
 
 PROTOCOLS = (INFERENCE, FORWARD, RECORDS, PING, REACHABILITY)

@@ -29,7 +29,7 @@ from petalnet.errors import BusyError, CallerError, PeerUnreachable, PetalnetErr
 from petalnet.p2p.addresses import IpAddress, ip_of, own_interfaces, port_of, relay_of
 from petalnet.p2p.circuit import Reservation
 from petalnet.p2p.host import Host
-from petalnet.p2p.messages import DialBack, DialBackDone
+from petalnet.p2p.messages import DialBack, DialBackDone, Error
 from petalnet.p2p.protocols import REACHABILITY, Limits
 from petalnet.p2p.reservations import Reservations
 from petalnet.p2p.streams import Stream
@@ -120,12 +120,37 @@ def choose_addrs(base: Sequence[str], verdict: Verdict, reservations: Sequence[R
     """
     if verdict.state == "unknown":
         return list(base)
-    outside = [f"/ip{ip.version == 6 and 6 or 4}/{ip}/tcp/{port}" for ip, port in verdict.outside]
+    outside = [f"/ip{ip.version}/{ip}/tcp/{port}" for ip, port in verdict.outside]
     circuits = [addr for reservation in reservations for addr in reservation.addrs] if verdict.state == "unreachable" else []
     if fixed:
         return list(dict.fromkeys([*base, *circuits]))[:MOST_ANNOUNCED]
     standing = [addr for addr in base if relay_of(addr) is not None or ip_of(addr) not in verdict.refuted]
     return list(dict.fromkeys([*outside, *circuits, *standing]))[:MOST_ANNOUNCED] or list(base)
+
+
+async def ask_to_dial_back(host: Host, peer_id: str, ports: Sequence[int]) -> Answer:
+    """Where a connected peer sees this node, and at which of the ports it reaches it there; without ports it dials nothing.
+
+    Raises:
+        PetalnetError: it does not answer, or with what is no answer.
+    """
+    patience = 2 * host.limits.dial_back_timeout
+    try:
+        with trio.fail_after(patience):
+            async with await host.open_stream(peer_id, REACHABILITY, timeout_s=patience) as stream:
+                await stream.send(DialBack(tuple(ports)))
+                answer = await stream.receive()
+    except trio.TooSlowError:
+        raise PeerUnreachable(f"no answer within {patience:g} s", peer_id) from None
+    if isinstance(answer, Error):
+        raise answer.exception(peer_id)
+    if not isinstance(answer, DialBackDone):
+        raise UnsupportedError(f"it answered with {type(answer).__name__}", peer_id)
+    try:
+        observed = ipaddress.ip_address(answer.observed)
+    except ValueError:
+        raise UnsupportedError(f"it sees this node at {answer.observed!r}, which is no address", peer_id) from None
+    return Answer(observed, frozenset(answer.ports) & frozenset(ports))
 
 
 class Reachability:
@@ -227,7 +252,7 @@ class Reachability:
 
         async def ask(peer_id: str) -> None:
             try:
-                answers.append(await self._ask(peer_id, ports))
+                answers.append(await ask_to_dial_back(self._host, peer_id, ports))
             except PetalnetError as error:
                 logger.debug("peer %s does not dial back: %s", peer_id, error)
 
@@ -244,23 +269,6 @@ class Reachability:
             if address is not None and not ipaddress.ip_address(address).is_loopback:
                 found.append((not _distance(ipaddress.ip_address(address), ())[0], random.random(), peer_id))
         return [peer_id for _, _, peer_id in sorted(found)[:ASKED]]
-
-    async def _ask(self, peer_id: str, ports: Sequence[int]) -> Answer:
-        patience = 2 * self._limits.dial_back_timeout
-        try:
-            with trio.fail_after(patience):
-                async with await self._host.open_stream(peer_id, REACHABILITY, timeout_s=patience) as stream:
-                    await stream.send(DialBack(tuple(ports)))
-                    answer = await stream.receive()
-        except trio.TooSlowError:
-            raise PeerUnreachable(f"no answer within {patience:g} s", peer_id) from None
-        if not isinstance(answer, DialBackDone):
-            raise UnsupportedError(f"it answered with {type(answer).__name__}", peer_id)
-        try:
-            observed = ipaddress.ip_address(answer.observed)
-        except ValueError:
-            raise UnsupportedError(f"it sees this node at {answer.observed!r}, which is no address", peer_id) from None
-        return Answer(observed, frozenset(answer.ports) & frozenset(ports))
 
     def _conclude(self, answers: Sequence[Answer], own: Sequence[IpAddress]) -> None:
         before, self.verdict = self.verdict, judge(answers, own)

@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .lab import Lab, why_not
 
+PEER = Path(__file__).with_name("peer.py")
 READY_WITHIN_S = 90.0
 """How long a node may take to its ready file: several at once import and load on two busy cores."""
 
@@ -76,6 +78,41 @@ class LabNode:
                 self.process.wait(0.05)
 
 
+@dataclass
+class LabPeer:
+    """A peer of `peer.py` that serves, on a host of the lab."""
+
+    host: str
+    process: subprocess.Popen[bytes]
+    out_file: Path
+    log_file: Path
+
+    def told(self) -> list[dict[str, Any]]:
+        """What it has printed so far."""
+        return [json.loads(line) for line in self.out_file.read_text().splitlines()]
+
+    @property
+    def peer_id(self) -> str:
+        return str(self.told()[0]["peer_id"])
+
+    def wait_for_addrs(self, condition: Callable[[list[str]], bool], within_s: float = 30.0) -> list[str]:
+        """The addresses (without the peer's id) that it announces, once they fulfil a condition."""
+        deadline = time.monotonic() + within_s
+        while True:
+            addrs = next((line["addrs"] for line in reversed(self.told()) if "addrs" in line), None)
+            if addrs is not None and condition(addrs):
+                return list(addrs)
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the peer on {self.host} announces {addrs}:\n{self.log_file.read_text()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.05)
+
+    def wait_for_circuit(self) -> str:
+        """A full address of it through a relay."""
+        addrs = self.wait_for_addrs(lambda addrs: any("p2p-circuit" in addr for addr in addrs))
+        return f"{next(addr for addr in addrs if 'p2p-circuit' in addr)}/p2p/{self.peer_id}"
+
+
 class LabNodes:
     """Starts nodes and programs on the hosts of a lab; each host has folders of its own."""
 
@@ -105,10 +142,27 @@ class LabNodes:
             process = self.lab.popen(host, command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment(host))
         return LabNode(host, process, ready_file, log_file)
 
+    def launch_peer(self, host: str, *arguments: object) -> LabPeer:
+        """Start `peer.py` on a host."""
+        self._started += 1
+        out_file, log_file = (self._folder / f"{host}-{self._started}.{kind}" for kind in ("out", "log"))
+        command = [sys.executable, PEER, *arguments]
+        with out_file.open("wb") as out, log_file.open("wb") as log:
+            process = self.lab.popen(host, command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, env=self.environment(host))
+        return LabPeer(host, process, out_file, log_file)
+
+    def run_peer(self, host: str, *arguments: object) -> str:
+        """Run `peer.py` on a host to its end; returns what it printed."""
+        return self._run(host, [PEER, *arguments], 60.0)
+
     def run_python(self, host: str, code: str, *arguments: object, within_s: float = 120.0) -> str:
         """Run a Python program on a host; returns what it printed, and the test fails where it failed."""
-        command = [sys.executable, "-c", code, *arguments]
+        return self._run(host, ["-c", code, *arguments], within_s)
+
+    def _run(self, host: str, arguments: Sequence[object], within_s: float) -> str:
+        command = [sys.executable, *arguments]
         done = self.lab.run(host, command, capture_output=True, text=True, timeout=within_s, env=self.environment(host))
+        (self._folder / f"{host}.stderr").write_text(done.stderr)
         if done.returncode:
             pytest.fail(f"a program on {host} ended with {done.returncode}:\n{done.stderr}")
         return str(done.stdout)
