@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import trio
 
 from petalnet.errors import PetalnetError, RecordRejected
-from petalnet.routing.records import MAX_ADDRS, MAX_ROUND_TRIPS, ServerRecord
+from petalnet.routing.pace import BEAT_S, LEFT_LIFETIME_S, LIFETIME_BEATS
+from petalnet.routing.records import MAX_ADDRS, MAX_ROUND_TRIPS, ServerRecord, next_sequence
 from petalnet.routing.swarm import SwarmView
 from petalnet.version import __version__
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 15.0
-LIFETIME_S = 4 * BEAT_S
-"""A record outlives two lost beats; a server that vanished without a word is listed no longer than this."""
+LIFETIME_S = LIFETIME_BEATS * BEAT_S
+"""Seconds for which a record is valid in a swarm of ordinary size."""
 LOAD_CHECK_S = 1.0
 LOAD_GAP_S = 3.0
 """Shortest time between two announcements that only tell of load."""
@@ -29,6 +29,9 @@ class Swarm(Protocol):
     """Where announcements go and where the other servers are known from (a `Peering`)."""
 
     view: SwarmView
+
+    @property
+    def beat_s(self) -> float: ...
 
     async def announce(self, record: ServerRecord) -> int: ...
 
@@ -94,10 +97,9 @@ class Announcer:
             queue=self._told.queue,
             next_round_trips=self._next_round_trips(now),
             version=__version__,
-            # The clock makes it grow over restarts too; the maximum keeps it growing where the clock was set back.
-            sequence=max(int(now * 1000), self.record.sequence + 1),
+            sequence=next_sequence(self.record.sequence, now),
             issued=now,
-            expires=now + LIFETIME_S,
+            expires=now + (LEFT_LIFETIME_S if self.record.state == "left" else LIFETIME_BEATS * self.swarm.beat_s),
         )
         return await self.swarm.announce(_fitting(self.record))
 
@@ -110,7 +112,7 @@ class Announcer:
             capacity = max(capacity, load.free_kv_tokens)
             since = trio.current_time() - self._told_at
             moved = self._addrs_now() != self.record.addrs
-            if moved or since >= BEAT_S or (since >= LOAD_GAP_S and load.differs(self._told, capacity)):
+            if moved or since >= self.swarm.beat_s or (since >= LOAD_GAP_S and load.differs(self._told, capacity)):
                 try:
                     await self.tell()
                 except PetalnetError as error:

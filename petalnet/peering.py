@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -23,13 +24,16 @@ from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.hole_punching import HolePunching
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.reachability import Reachability
-from petalnet.p2p.relay import Relay
 from petalnet.p2p.offences import Offences
 from petalnet.p2p.protocols import Limits
+from petalnet.p2p.rates import Rates
+from petalnet.p2p.reachability import Reachability
+from petalnet.p2p.relay import Relay
 from petalnet.p2p.signed import open_signed, sign
-from petalnet.routing.records import SWARM_KEY, ServerRecord, discovery_key
-from petalnet.routing.swarm import SwarmView
+from petalnet.routing.pace import beat_s, gossip_every_s
+from petalnet.routing.records import SWARM_KEY, RecordForged, ServerRecord, discovery_key, next_sequence
+from petalnet.routing.sequences import Sequences
+from petalnet.routing.swarm import MAX_REMEMBERED, SwarmView
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +43,24 @@ PORTS_TRIED = 20
 REFRESH_EVERY_S = 10.0
 
 
-def read_record(data: bytes, *, now: float) -> ServerRecord:
-    """The server record in a signed envelope, signature, ranges and times checked. Raises RecordRejected."""
+AUTHOR_RATE = (0.5, 8.0)
+"""Announcements a second of one server that are gossiped on, and how many at once; an honest one tells of its load once in 3 s at most."""
+
+
+def read_record(data: bytes, *, now: float, age: float = 0.0) -> ServerRecord:
+    """The server record in a signed envelope, signature, ranges and times checked.
+
+    Args:
+        now: unix seconds by our clock, in which the record's times are given then, whatever its server's clock says.
+        age: seconds since it left its server.
+
+    Raises:
+        RecordRejected: it does not hold.
+    """
     signer, payload = open_signed(data)
     record = ServerRecord.decode(payload)
     record.check(signer=signer, now=now)
-    return record
+    return record.received(now, age)
 
 
 class Peering:
@@ -59,11 +75,15 @@ class Peering:
 
     def __init__(self, host: Host, *, server: bool) -> None:
         self.host = host
-        self.view = SwarmView()
+        self.view = SwarmView(host.peer_id)
         self.discovery = Discovery(host, server=server, on_record=self._take)
         self.reachability = Reachability(host) if host.addrs else None
         self._hole_punching = HolePunching(host)
         self._gossip = Gossip(host)
+        self._gossiped = Sequences(MAX_REMEMBERED)
+        self._authors = Rates(*AUTHOR_RATE, capacity=MAX_REMEMBERED)
+        self._announced: ServerRecord | None = None
+        self._gossiped_at = float("-inf")
         host.on_peer_lost(self._on_peer_lost)
         host.on_peer_found(self._on_peer_found)
 
@@ -78,10 +98,18 @@ class Peering:
             await nursery.start(self.discovery.run, initial_peers)
             task_status.started()
 
+    @property
+    def beat_s(self) -> float:
+        """Seconds after which a server should announce itself again: the more there are, the longer."""
+        return beat_s(self.discovery.crowd)
+
     async def look_up(self, model: str | None = None) -> None:
         """Ask the swarm who serves a model (None: any)."""
-        for data in await self.discovery.find(SWARM_KEY if model is None else discovery_key(model)):
-            self._take(data)
+        if model is not None:
+            self.view.follow(model)
+        for kept in await self.discovery.find(SWARM_KEY if model is None else discovery_key(model)):
+            if self.view.is_news(kept.peer_id, kept.sequence):
+                self._take(kept.data, age=time.time() - kept.received)
 
     async def keep_fresh(self, model: str | None = None) -> None:
         """Look up again and again, and forget what has expired, until cancelled."""
@@ -92,34 +120,67 @@ class Peering:
                 logger.debug("the swarm could not be looked up: %s", error)
             await trio.sleep(REFRESH_EVERY_S)
             self.view.expire(time.time())
+            self._gossiped.expire(time.time())
 
     async def announce(self, record: ServerRecord) -> int:
         """Tell the swarm about this node; returns on how many peers the record is stored, itself included."""
-        data = sign(self.host.identity, record.encode())
-        self.view.add(record, now=time.time())
-        await self._gossip.publish(GOSSIP_TOPIC, data)
-        return await self.discovery.announce([discovery_key(record.model), SWARM_KEY], data)
+        last = self._announced
+        if last is not None and record.sequence <= last.sequence:
+            record = replace(record, sequence=next_sequence(last.sequence, time.time()))
+        stored = await self._announce(record)
+        renumbered = next_sequence(record.sequence, time.time(), told=self.discovery.newest_own)
+        if self.discovery.newest_own > record.sequence and renumbered > self.discovery.newest_own:
+            logger.info("this server announced itself with a clock that was ahead before; going on from there")
+            stored = await self._announce(replace(record, sequence=renumbered))
+        return stored
 
-    def _take(self, data: bytes, author: str | None = None) -> bool:
-        """A signed record from wherever, or from its `author` only. One that does not hold is dropped."""
+    async def _announce(self, record: ServerRecord) -> int:
+        data = sign(self.host.identity, record.encode())
         now = time.time()
+        last, self._announced = self._announced, record
+        self.view.add(record, now=now)
+        changed = last is None or (last.state, last.span) != (record.state, record.span)
+        if changed or now - self._gossiped_at >= gossip_every_s(len(self.view)):
+            self._gossiped_at = now
+            await self._gossip.publish(GOSSIP_TOPIC, data)
+        return await self.discovery.announce(record.keys, data)
+
+    def _take(self, data: bytes, age: float = 0.0) -> None:
+        """A signed record from wherever. One that does not hold is dropped."""
+        try:
+            self._add(read_record(data, now=time.time(), age=age))
+        except RecordRejected as error:
+            logger.debug("a server record was dropped: %s", error)
+
+    def _add(self, record: ServerRecord) -> None:
+        if self.view.add(record, now=time.time()) and record.peer_id != self.host.peer_id:
+            logger.debug("%s: blocks %d:%d of %s, %s", record.peer_id, *record.span, record.model_name, record.state)
+
+    def _accept(self, peer_id: str, data: bytes) -> bool:
+        """Gossip's validator: what does not hold is not passed on, what does is taken in here. Each record is passed on once.
+
+        A server speaks for itself: with records of others, a peer could fill everybody's view with servers that do not exist.
+
+        Raises:
+            RecordForged: no honest peer passes such a thing on.
+        """
+        now = time.time()
+        if not self._authors.take(peer_id, now):
+            return False
         try:
             record = read_record(data, now=now)
-            if author not in (None, record.peer_id):
-                raise RecordRejected(f"it came from {author}, not from {record.peer_id}")
+        except RecordForged:
+            raise
         except RecordRejected as error:
             logger.debug("a server record was dropped: %s", error)
             return False
-        if self.view.add(record, now=now) and record.peer_id != self.host.peer_id:
-            logger.debug("%s: blocks %d:%d of %s, %s", record.peer_id, *record.span, record.model_name, record.state)
+        if record.peer_id != peer_id:
+            raise RecordForged(f"a record of {record.peer_id} came from {peer_id}")
+        # Not whether the view has it: what came by a look-up or a store has still to be gossiped on.
+        if not self._gossiped.note(peer_id, record.sequence, now):
+            return False
+        self._add(record)
         return True
-
-    def _accept(self, peer_id: str, data: bytes) -> bool:
-        """Gossip's validator: what does not hold is not passed on, what does is taken in here.
-
-        A server speaks for itself: with records of others, a peer could fill everybody's view with servers that do not exist.
-        """
-        return self._take(data, author=peer_id)
 
     def _on_peer_found(self, peer_id: str) -> None:
         self.view.mark_ok(peer_id)

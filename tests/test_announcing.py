@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from petalnet.announcing import BEAT_S, LIFETIME_S, Announcer, Load
+from petalnet.routing.pace import LEFT_LIFETIME_S
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import SwarmView
 
@@ -19,6 +20,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.view = SwarmView()
+        self.beat_s = BEAT_S
         self.heard: list[tuple[float, ServerRecord]] = []
 
     async def announce(self, record: ServerRecord) -> int:
@@ -76,7 +78,7 @@ async def test_load_that_flutters_is_told_no_faster_than_the_gap(autojump_clock:
 async def test_times_and_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
     announcer = Announcer(listener, make_record(), lambda: Load(5, 2), lambda peer_id: None)
-    clock = [1.7e9, 1.7e9 - 3600.0]  # set back by an hour in between
+    clock = [1.7e9, 1.7e9 - 500.0]  # set back in between
     monkeypatch.setattr(time, "time", lambda: clock.pop(0))
     await announcer.tell()
     announcer.change(state="left")
@@ -84,6 +86,18 @@ async def test_times_and_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (record for _, record in listener.heard)
     assert second.sequence > first.sequence and second.state == "left"
     assert first.expires - first.issued == LIFETIME_S and (first.free_kv_tokens, first.queue) == (5, 2)
+    assert second.expires - second.issued == LEFT_LIFETIME_S, "no copy of an earlier record outlives the one that says that it left"
+
+
+async def test_where_many_servers_speak_each_speaks_less_often(autojump_clock: MockClock) -> None:
+    listener = Listener()
+    listener.beat_s = 100.0
+    announcer = Announcer(listener, make_record(), lambda: Load(5, 2), lambda peer_id: None)
+    await announcer.tell()
+    with trio.move_on_after(205):
+        await announcer.run()
+    assert [round(at - listener.heard[0][0]) for at, _ in listener.heard] == [0, 100, 200]
+    assert listener.heard[-1][1].expires - listener.heard[-1][1].issued == pytest.approx(200)
 
 
 async def test_round_trips_to_those_who_hold_the_next_block() -> None:

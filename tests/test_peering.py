@@ -5,23 +5,28 @@ from __future__ import annotations
 import time
 from contextlib import AsyncExitStack
 
+import pytest
 import trio
 
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.signed import sign
-from petalnet.peering import Peering, open_peering
-from petalnet.routing.records import ServerRecord
+from petalnet.peering import Peering, open_peering, read_record
+from petalnet.routing.records import RecordForged, ServerRecord
 
 LISTEN = ["/ip4/127.0.0.1/tcp/0"]
 
 
-def record_of(identity: Identity) -> bytes:
-    now = time.time()
+def record_of(identity: Identity, sequence: int = 1, issued: float | None = None) -> bytes:
+    now = time.time() if issued is None else issued
     record = ServerRecord(
         peer_id=identity.peer_id, addrs=("/ip4/127.0.0.1/tcp/1",), model="m", model_name="m", span=(0, 4), num_blocks=4,
-        state="online", dtype="float32", sequence=1, issued=now, expires=now + 60,
+        state="online", dtype="float32", sequence=sequence, issued=now, expires=now + 60,
     )  # fmt: skip
     return sign(identity, record.encode())
+
+
+def open_record(data: bytes) -> ServerRecord:
+    return read_record(data, now=time.time())
 
 
 async def open_one(stack: AsyncExitStack) -> Peering:
@@ -32,10 +37,38 @@ async def test_gossip_takes_only_a_servers_own_record() -> None:
     async with AsyncExitStack() as stack:
         peering = await open_one(stack)
         other, third = Identity.generate(), Identity.generate()
-        assert not peering._accept(third.peer_id, record_of(other))
+        with pytest.raises(RecordForged):
+            peering._accept(third.peer_id, record_of(other))
         assert peering.view.record(other.peer_id) is None
         assert peering._accept(other.peer_id, record_of(other))
         assert peering.view.record(other.peer_id) is not None
+
+
+async def test_gossip_passes_each_record_on_once_and_no_more_than_its_author_may_say() -> None:
+    async with AsyncExitStack() as stack:
+        peering = await open_one(stack)
+        server, chatterer = Identity.generate(), Identity.generate()
+        peering._take(record_of(server))  # it was stored or looked up here before it came by gossip: others have not heard it yet
+        assert peering._accept(server.peer_id, record_of(server))
+        assert not peering._accept(server.peer_id, record_of(server))
+        assert peering._accept(server.peer_id, record_of(server, sequence=2))
+        taken = [peering._accept(chatterer.peer_id, record_of(chatterer, sequence=number)) for number in range(1, 100)]
+        assert 0 < sum(taken) < 20
+        assert not peering._accept(server.peer_id, record_of(server, sequence=3, issued=time.time() - 3600)), "a replay, or a wrong clock"
+
+
+async def test_a_server_goes_on_from_the_number_that_is_remembered_of_it() -> None:
+    async with AsyncExitStack() as stack:
+        keeper = await open_one(stack)
+        identity = Identity.generate()
+        now = time.time()
+        for ahead in (500.0, 0.0):  # the second time with its clock put right
+            async with open_peering(identity, initial_peers=keeper.host.addrs, listen=LISTEN, server=True) as server:
+                sequence = int((now + ahead) * 1000)
+                record = open_record(record_of(identity, sequence=sequence))
+                assert await server.announce(record) == 2
+        known = keeper.view.record(identity.peer_id)
+        assert known is not None and known.sequence == int((now + 500) * 1000) + 1
 
 
 async def test_a_lost_peer_is_avoided_until_it_is_back() -> None:

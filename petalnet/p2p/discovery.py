@@ -4,6 +4,9 @@ A server stores its record (see `routing.records`) on the peers that Kademlia's 
 before it expires; whoever looks for a key asks those peers and merges what they answer. Many records a key, one a peer, the newest
 sequence wins. A peer stores only its own record, over a connection that proves who it is, so nobody fills the stores with records of
 peers that do not exist. In a small swarm, where the nearest peers are all peers, everybody is asked.
+
+What is decided lies in `replication` (whom to ask), `avoidance` (whom not to ask), `record_keeper` and `record_store` (what is kept and
+answered), all of it free of I/O; here it meets the network.
 """
 
 from __future__ import annotations
@@ -11,39 +14,50 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from statistics import median_low
 
 import trio
 
 from petalnet.errors import PeerUnreachable, PetalnetError, ProtocolError, RecordRejected, UnsupportedError
 from petalnet.p2p.addresses import PeerAddress, parse_peer
+from petalnet.p2p.avoidance import Avoidance, Reason
 from petalnet.p2p.host import Host
 from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
+from petalnet.p2p.record_keeper import MAX_ANSWER_RECORDS, RecordKeeper, RecordService
 from petalnet.p2p.record_store import Kept, RecordStore, read_kept
+from petalnet.p2p.replication import REPLICAS, Lie, LookUps, Merge, Round
 from petalnet.p2p.routing_table import RoutingTable
+from petalnet.p2p.signed import open_signed
+from petalnet.p2p.sources import network_of, source_of
 from petalnet.p2p.streams import Stream
+from petalnet.routing.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 
-REPLICAS = 10
-"""Peers on which a record is stored under each key. Half of them may vanish between two renewals and it is still found."""
 QUERY_TIMEOUT_S = 1.0
-"""Seconds in which a peer has to answer; one that does not is passed over for `AVOIDED_S`."""
+"""Seconds in which a connected peer has to answer; one that does not is avoided for a growing while."""
+DIAL_TIMEOUT_S = 5.0
+"""Seconds to connect to a peer that is to be asked. Whoever asks does not wait for that longer than for the rest."""
+ROUND_TIMEOUT_S = 1.8
+"""Seconds for asking around: two deadlines one after the other, for a peer that took the place of one that did not answer."""
 LOOK_UP_TIMEOUT_S = 0.8
 """Seconds for Kademlia to find peers nearer to a key than those that are known; then those that are known have to do."""
 LOOK_UP_FROM = 20
 """Peers in the table (a bucket's worth) below which it holds the whole swarm, so that there is nobody nearer to be found."""
-AVOIDED_S = 30.0
 JOIN_TIMEOUT_S = 8.0
 REFRESH_TIMEOUT_S = 1.0
 MIN_NEIGHBOURS = 3
 MAINTAIN_EVERY_S = 2.0
 REFRESH_EVERY_S = 60.0
+CHECK_TIMEOUT_S = 3.0
+"""Seconds for a server whose connection broke to be there again, before its record counts as that of a dead one."""
+MAX_CHECKS = 8
+"""Of those, at once: a node that has lost its own line must not dial everybody whose record it keeps."""
 IDENTIFY_WAITS_S = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2)
 """Seconds between looks at whether a new peer has told its addresses; libp2p gives no sign when it has."""
-MAX_ANSWER_BYTES = RECORDS.limits.header - 4096
 
 
 class Discovery:
@@ -52,47 +66,58 @@ class Discovery:
     Args:
         host: its host.
         server: whether it keeps records and routes for others; clients that come and go do not.
-        on_record: is given the signed bytes of each record that this node is handed to keep; it may have expired by another's clock.
+        on_record: is given the signed bytes of each record that a server has just stored on this node.
         clock: unix time.
 
     Attributes:
         joined: whether the swarm was reached, or there was none to reach.
+        crowd: records under the most crowded of the keys of the last announcement, as its keepers say (the median: most would have to lie).
+        newest_own: the highest sequence number that keepers remember of this node's own records, though one of them may have lied.
     """
 
     def __init__(self, host: Host, *, server: bool, on_record: Callable[[bytes], object], clock: Callable[[], float] = time.time) -> None:
         self.joined = False
+        self.crowd = 0
+        self.newest_own = 0
         self._host = host
-        self._server = server
-        self._on_record = on_record
         self._clock = clock
-        self._store = RecordStore()
-        self._table = RoutingTable(host, server=server)
+        self._store = RecordStore(host.peer_id)
+        self._avoidance = Avoidance()
+        self._look_ups = LookUps()
+        self._table = RoutingTable(host, server=server, admits=self._may_ask)
         self._links: dict[str, _Link] = {}
-        self._avoided: dict[str, float] = {}  # peer: trio time until which it is not asked
+        self._dials: dict[str, trio.Event] = {}
         self._bootstrap: list[PeerAddress] = []
+        self._nursery: trio.Nursery | None = None
+        self._checks = trio.CapacityLimiter(MAX_CHECKS)
         self._new_peers: trio.MemorySendChannel[str]
         self._new_peers, self._arrivals = trio.open_memory_channel[str](256)
         if server:
-            host.serve(RECORDS, self._serve)
+            keeper = RecordKeeper(self._store, on_record=on_record)
+            host.serve(RECORDS, RecordService(keeper, source=self._source, clock=clock, on_offence=host.offence).serve)
         host.on_peer_found(self._on_peer_found)
         host.on_peer_lost(self._on_peer_lost)
 
     async def run(self, bootstrap: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Join through the bootstrap peers (full multiaddrs) and stay joined until cancelled; started after the first attempt."""
         self._bootstrap = [peer for text in bootstrap if (peer := parse_peer(text)).peer_id != self._host.peer_id]
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._table.run)
-            nursery.start_soon(self._take_in)
-            await self._join()
-            task_status.started()
-            await self._maintain()
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._table.run)
+                self._nursery.start_soon(self._take_in)
+                await self._join()
+                task_status.started()
+                await self._maintain()
+        finally:
+            self._nursery = None
 
     # ---- what a node does with records
 
     async def announce(self, keys: Sequence[bytes], record: bytes) -> int:
         """Store this node's signed record under `keys`; returns on how many peers it is now kept, itself included.
 
-        The same call with a newer record replaces it (one whose state is "left" withdraws it).
+        The same call with a newer record replaces it (one whose state is "left" withdraws it). Where keepers remember a newer one,
+        from a life of this node in which its clock was ahead, `newest_own` says so, and it takes a higher number to be heard.
 
         Raises:
             RecordRejected: the record does not hold, or is not this node's.
@@ -101,113 +126,147 @@ class Discovery:
         if kept.peer_id != self._host.peer_id:
             raise RecordRejected(f"a node announces its own record, not that of {kept.peer_id}")
         self._store.add(kept, now=self._clock())
-        stored = 1
+        stored = {self._host.peer_id}
+        counts = {key: [self._store.count(key)] for key in keys}
+        newest = [0]
 
-        async def store(peer_id: str) -> None:
-            nonlocal stored
-            answer = await self._ask(peer_id, Store(tuple(keys), record))
-            stored += isinstance(answer, Stored)
+        async def store(peer_id: str, its_keys: Sequence[bytes]) -> bool:
+            answer = await self._ask(peer_id, Store(tuple(its_keys), record))
+            if not isinstance(answer, Stored):
+                return False
+            for key, count in zip(its_keys, answer.counts, strict=False):
+                counts[key].append(count)
+            newest.append(answer.newest)
+            if answer.newest <= kept.sequence:
+                stored.add(peer_id)
+            return True
 
         await self._ask_around(keys, store)
-        return stored
+        self.crowd = max(median_low(told) for told in counts.values())
+        self.newest_own = max(newest)
+        return len(stored)
 
-    async def find(self, key: bytes) -> list[bytes]:
-        """The signed records under `key`, the newest of each peer, from this node and those that keep them; within 2 s."""
+    async def find(self, key: bytes) -> list[Kept]:
+        """The records under `key`, the newest of each peer, from this node and those that keep them; within 2 s."""
         now = self._clock()
-        newest: dict[str, Kept] = {kept.peer_id: kept for kept in self._store.find(key, now=now)}
+        merge = Merge(key, now, most=MAX_ANSWER_RECORDS)
+        for kept in self._store.find(key, now=now):
+            merge.add(kept)
 
-        async def query(peer_id: str) -> None:
+        async def query(peer_id: str, _: Sequence[bytes]) -> bool:
             answer = await self._ask(peer_id, Find(key))
             if not isinstance(answer, Records):
-                return
-            for data in answer.records:
-                try:
-                    kept = read_kept(data, (key,), now=now)
-                except RecordRejected as error:
-                    logger.debug("peer %s keeps a record that does not hold: %s", peer_id, error)
-                    continue
-                known = newest.get(kept.peer_id)
-                if known is None or known.sequence < kept.sequence:
-                    newest[kept.peer_id] = kept
+                return False
+            try:
+                merge.answer(answer.records, answer.ages)
+            except Lie as lie:
+                self._host.offence(peer_id, f"it keeps a record that does not hold: {lie}")
+                self._avoid(peer_id, Reason.LYING)
+                return False
+            return True
 
         await self._ask_around([key], query)
-        return [kept.data for kept in newest.values()]
+        return merge.result()
 
-    async def _ask_around(self, keys: Sequence[bytes], ask: Callable[[str], Awaitable[None]]) -> None:
-        """Run `ask` for the peers nearest to the keys: those that are known at once, and nearer ones as they are found."""
-        asked: set[str] = set()
-        async with trio.open_nursery() as nursery:
+    async def _ask_around(self, keys: Sequence[bytes], ask: Callable[[str, Sequence[bytes]], Awaitable[bool]]) -> None:
+        """Run `ask` for the peers nearest to each key, with the keys that they are near to: the nearest of all that are found in time.
 
-            def start(peers: Sequence[str]) -> None:
-                for peer_id in peers:
-                    if peer_id not in asked and self._may_ask(peer_id):
-                        asked.add(peer_id)
-                        nursery.start_soon(ask, peer_id)
+        Where `ask` says that it came to nothing, the next nearest peer is asked.
+        """
+        rounds = {key: Round(key, REPLICAS, network=self._network) for key in keys}
+        now = trio.current_time()
 
-            async def look_further(key: bytes) -> None:
-                with trio.move_on_after(LOOK_UP_TIMEOUT_S):
-                    start(await self._table.look_up(key, REPLICAS))
+        with trio.move_on_after(ROUND_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
 
-            for key in keys:
-                start(self._table.nearest(key, REPLICAS))
-            # In a small swarm, and before the table has filled, the neighbours are all there is.
-            start([peer_id for peer_id in self._host.connected_peers() if self._may_ask(peer_id)][:REPLICAS])
-            if len(self._table) >= LOOK_UP_FROM:
-                for key in keys:
-                    nursery.start_soon(look_further, key)
+                def pump() -> None:
+                    wanted: dict[str, list[bytes]] = {}
+                    for key, turn in rounds.items():
+                        for peer_id in turn.next():
+                            wanted.setdefault(peer_id, []).append(key)
+                    for peer_id, its_keys in wanted.items():
+                        nursery.start_soon(run, peer_id, its_keys)
+
+                async def run(peer_id: str, its_keys: Sequence[bytes]) -> None:
+                    if not await ask(peer_id, its_keys):
+                        for key in its_keys:
+                            rounds[key].failed(peer_id)
+                        pump()
+
+                async def look_further(key: bytes) -> None:
+                    with trio.move_on_after(LOOK_UP_TIMEOUT_S):
+                        self._look_ups.note(key, await self._table.look_up(key, 2 * REPLICAS), trio.current_time())
+                    rounds[key].offer(self._candidates(key))
+                    pump()
+
+                for key, turn in rounds.items():
+                    turn.offer(self._candidates(key))
+                    if len(self._table) >= LOOK_UP_FROM and self._look_ups.is_due(key, now):
+                        nursery.start_soon(look_further, key)
+                pump()
+
+    def _candidates(self, key: bytes) -> Iterable[str]:
+        peers = {*self._table.peers(), *self._look_ups.peers(key)}
+        if len(self._table) < LOOK_UP_FROM:  # a small swarm, or the table has not filled: the neighbours are all there is
+            peers.update(self._host.connected_peers())
+        return [peer_id for peer_id in peers if self._may_ask(peer_id)]
 
     def _may_ask(self, peer_id: str) -> bool:
-        return peer_id != self._host.peer_id and self._avoided.get(peer_id, float("-inf")) <= trio.current_time()
+        return peer_id != self._host.peer_id and not self._avoidance.is_avoided(peer_id, trio.current_time())
 
     async def _ask(self, peer_id: str, request: Message) -> Message | None:
-        """A peer's answer; None where there is none in time, and the peer is then passed over for a while."""
+        """A peer's answer; None where there is none in time, and the peer is then avoided for a while."""
+        if not await self._reach(peer_id):
+            return None
         link = self._links.setdefault(peer_id, _Link(self._host, peer_id))
         with trio.move_on_after(QUERY_TIMEOUT_S):
             try:
                 answer = await link.ask(request)
-            except UnsupportedError:  # a client, or a stranger: it keeps no records, which will not change while it is connected
-                self._avoid(peer_id, float("inf"))
+            except UnsupportedError:
+                self._avoid(peer_id, Reason.UNSERVED)
                 return None
             except PetalnetError as error:
                 logger.debug("peer %s: %s", peer_id, error)
-                self._avoid(peer_id)
+                self._avoid(peer_id, Reason.UNREACHABLE)
                 return None
             if isinstance(answer, Error):
                 logger.debug("peer %s refused a request: %s", peer_id, answer.message)
             return answer
         logger.debug("peer %s did not answer within %g s", peer_id, QUERY_TIMEOUT_S)
-        self._avoid(peer_id)
+        self._avoid(peer_id, Reason.SILENT)
         return None
 
-    def _avoid(self, peer_id: str, seconds: float = AVOIDED_S) -> None:
-        self._avoided[peer_id] = trio.current_time() + seconds
+    async def _reach(self, peer_id: str) -> bool:
+        """Whether the peer is connected, after an attempt at that which goes on when the caller does not wait for it any longer."""
+        if not self._host.is_connected(peer_id) and self._nursery is not None:
+            over = self._dials.get(peer_id)
+            if over is None:
+                over = self._dials[peer_id] = trio.Event()
+                self._nursery.start_soon(self._dial, peer_id, over)
+            await over.wait()
+        return self._host.is_connected(peer_id)
+
+    async def _dial(self, peer_id: str, over: trio.Event) -> None:
+        try:
+            await self._host.connect(peer_id, timeout_s=DIAL_TIMEOUT_S)
+        except PetalnetError as error:
+            logger.debug("%s", error)
+            self._avoid(peer_id, Reason.UNREACHABLE)
+        finally:
+            del self._dials[peer_id]
+            over.set()
+
+    def _avoid(self, peer_id: str, reason: Reason) -> None:
+        self._avoidance.add(peer_id, reason, trio.current_time())
         self._links.pop(peer_id, None)
+        self._look_ups.forget(peer_id)
         self._table.remove(peer_id)
 
-    # ---- what it does for others
+    def _source(self, peer_id: str) -> str:
+        return source_of(self._host.remote_ip(peer_id))
 
-    async def _serve(self, stream: Stream) -> None:
-        while (request := await stream.receive()) is not None:
-            try:
-                await stream.send(self._answer(stream.peer_id, request))
-            except (RecordRejected, ProtocolError) as error:
-                await stream.send(Error("caller", str(error)[:1000]))
-
-    def _answer(self, peer_id: str, request: Message) -> Message:
-        now = self._clock()
-        if isinstance(request, Find):
-            return _fit(self._store.find(request.key, now=now))
-        if isinstance(request, Store):
-            if any(len(key) != 32 for key in request.keys) or not request.keys:
-                raise ProtocolError("a key has 32 bytes, and a record needs one at least")
-            kept = read_kept(request.record, request.keys, now=now)
-            if kept.peer_id != peer_id:
-                raise RecordRejected(f"peer {peer_id} may not store a record of {kept.peer_id}")
-            if self._store.add(kept, now=now):
-                self._on_record(kept.data)
-            self._new_peer(peer_id)
-            return Stored()
-        raise UnsupportedError(f"{RECORDS.id} takes store and find")
+    def _network(self, peer_id: str) -> str:
+        return next((network_of(addr.split("/")[2]) for addr in self._host.known_addrs(peer_id)), "")
 
     # ---- staying in touch
 
@@ -255,7 +314,7 @@ class Discovery:
         while True:
             await trio.sleep(MAINTAIN_EVERY_S * random.uniform(0.8, 1.2))
             self._store.expire(self._clock())
-            self._avoided = {peer_id: until for peer_id, until in self._avoided.items() if until > trio.current_time()}
+            self._avoidance.expire(trio.current_time())
             if len(self._host.connected_peers()) < MIN_NEIGHBOURS:
                 await self._find_neighbours()
             if trio.current_time() - refreshed > REFRESH_EVERY_S:
@@ -266,22 +325,39 @@ class Discovery:
     async def _find_neighbours(self) -> None:
         connected = set(self._host.connected_peers())
         known = [peer_id for peer_id in self._table.peers() if peer_id not in connected and self._may_ask(peer_id)]
-        peers = [PeerAddress(peer_id, addr) for peer_id in known for addr in self._host.known_addrs(peer_id)]
+        chosen = random.sample(known, min(len(known), 2 * MIN_NEIGHBOURS))
+        peers = [PeerAddress(peer_id, addr) for peer_id in chosen for addr in self._host.known_addrs(peer_id)]
         peers += [peer for peer in self._bootstrap if peer.peer_id not in connected]
         if peers:
             await self._connect_to_any(peers)
-        for peer_id in known:
+        for peer_id in chosen:
             if not self._host.is_connected(peer_id):
-                self._avoid(peer_id)
+                self._avoid(peer_id, Reason.UNREACHABLE)
 
     def _on_peer_found(self, peer_id: str) -> None:
-        self._avoided.pop(peer_id, None)
+        self._avoidance.connected(peer_id, trio.current_time())
         self._new_peer(peer_id)
 
     def _on_peer_lost(self, peer_id: str) -> None:
         self._links.pop(peer_id, None)
-        self._avoided.pop(peer_id, None)
         self._table.remove(peer_id)
+        if self._nursery is not None and self._store.get(peer_id, now=self._clock()) is not None:
+            self._nursery.start_soon(self._check_lost, peer_id)
+
+    async def _check_lost(self, peer_id: str) -> None:
+        """See whether a server whose connection ended is gone; where it is, its record is given to nobody, long before it expires."""
+        async with self._checks:
+            kept = self._store.get(peer_id, now=self._clock())
+            if kept is None:
+                return
+            addrs = ServerRecord.decode(open_signed(kept.data)[1]).addrs
+            try:
+                await self._host.connect(peer_id, addrs, timeout_s=CHECK_TIMEOUT_S)
+            except PetalnetError as error:
+                current = self._store.get(peer_id, now=self._clock())
+                if current is not None and current.sequence == kept.sequence:
+                    logger.debug("the record of a server that is gone is dropped: %s", error)
+                    self._store.mark_lost(peer_id)
 
     def _new_peer(self, peer_id: str) -> None:
         with suppress(trio.WouldBlock):  # it is found again by the next refresh
@@ -337,15 +413,3 @@ class _Link:
             raise
         self._stream = stream
         return answer
-
-
-def _fit(found: list[Kept]) -> Records:
-    """An answer with as many of the records as a frame holds; which ones, where they are too many, is left to chance."""
-    size = 0
-    chosen: list[bytes] = []
-    for kept in random.sample(found, len(found)):
-        size += len(kept.data) + 5
-        if size > MAX_ANSWER_BYTES or len(chosen) >= 1024:
-            break
-        chosen.append(kept.data)
-    return Records(tuple(chosen))

@@ -1,13 +1,14 @@
 """Gossip: small messages to everybody who listens to a topic, by libp2p's gossipsub.
 
 Messages carry their author's signature and pass a validator on every node before they are handed on. Delivery is best effort: whoever
-needs certainty asks (see `discovery`).
+needs certainty asks (see `discovery`). How much an author may say is the validator's business; how much a neighbour may bring, be it new
+or not, is checked here, before a signature costs time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
@@ -18,6 +19,8 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
 from petalnet.p2p.host import Host
+from petalnet.p2p.rates import Rates
+from petalnet.routing.records import RecordForged
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,9 @@ MAX_MESSAGE_BYTES = 4096
 """Small messages only: joiners are handed the recent history, and a large one would hold up everybody's links."""
 MAX_RPC_BYTES = 256 * 1024
 """The longest frame that is read from a peer, which may hold a history of several messages."""
-MAX_RATE = 200.0
-"""Messages a second that are passed on for one neighbour; a swarm of 1000 servers that announce every 15 s makes 70."""
+MAX_RATE, MAX_BURST = 50.0, 500.0
+"""Messages a second that are looked at from one neighbour, and how many at once. A swarm gossips a few a second (see `routing.pace`),
+and each neighbour brings nearly all of them; the burst is for the history that a newcomer is handed, and for a swarm that starts."""
 HEARTBEAT_S = 1
 REMIND_EVERY_S = 10.0
 _RESTART_S = 1.0
@@ -51,7 +55,7 @@ class Gossip:
         Args:
             topic: its name.
             validator: is given the author's peer id and the data, of this node's own messages too; False: the message is dropped and
-                not passed on.
+                not passed on. RecordForged: so it is, and the neighbour that brought it broke a rule.
             on_message: is given the author's peer id and the data of each valid message of another node, once.
         """
         if self._pubsub is not None:
@@ -92,11 +96,11 @@ class Gossip:
             degree_low=4,
             degree_high=12,
             heartbeat_interval=HEARTBEAT_S,
-            max_messages_per_topic_per_second=MAX_RATE,
+            max_messages_per_topic_per_second=MAX_BURST,  # a bound on what libp2p counts; the rate is checked in `_GuardedPubsub`
             adaptive_gossip_enabled=False,
             eclipse_protection_enabled=False,  # wants neighbours of three addresses; a swarm in one building has one
         )
-        pubsub = _GuardedPubsub(self._host.libp2p, router, max_inbound_rpc_size=MAX_RPC_BYTES, allowed_topics=self._topics.keys())
+        pubsub = _GuardedPubsub(self._host, router, allowed_topics=self._topics.keys())
         try:
             async with background_trio_service(pubsub), background_trio_service(router), trio.open_nursery() as nursery:
                 await pubsub.wait_until_ready()
@@ -150,10 +154,21 @@ class Gossip:
 
 
 class _GuardedPubsub(Pubsub):
-    """A message that makes libp2p's or our own check fail is dropped, instead of ending the service."""
+    """Bounds what each neighbour brings, and drops a message that makes libp2p's or our own check fail instead of ending the service."""
+
+    def __init__(self, host: Host, router: GossipSub, *, allowed_topics: Set[str]) -> None:
+        super().__init__(host.libp2p, router, max_inbound_rpc_size=MAX_RPC_BYTES, allowed_topics=allowed_topics)
+        self._petalnet_host = host
+        self._brought = Rates(MAX_RATE, MAX_BURST)
 
     async def push_msg(self, msg_forwarder: ID, msg: Message) -> None:
+        neighbour = str(msg_forwarder)
+        if neighbour != self._petalnet_host.peer_id and not self._brought.take(neighbour, trio.current_time()):
+            logger.debug("a message was dropped: neighbour %s brings too many", neighbour)
+            return
         try:
             await super().push_msg(msg_forwarder, msg)
-        except Exception as error:
-            logger.debug("a message that came through %s was dropped: %r", msg_forwarder, error)
+        except RecordForged as error:
+            self._petalnet_host.offence(neighbour, f"it passed on what does not hold: {error}")
+        except Exception as error:  # not swallowed: logged, and the message goes no further; one from a stranger must not end the service
+            logger.debug("a message that came through %s was dropped: %r", neighbour, error)

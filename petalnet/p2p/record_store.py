@@ -1,91 +1,269 @@
-"""The server records that this node keeps for the swarm. Pure: no I/O, `now` is passed in."""
+"""The server records that this node keeps for the swarm. Pure: no I/O, `now` (unix seconds by our clock) is passed in.
+
+A store is worth as much as it is hard to crowd out. Peer ids cost nothing, so room is shared among sources (see `sources`): where there
+is none left, a record of the source that holds the most gives way, and of those one that is far from us and not long known. A newcomer
+from elsewhere always finds room, and a flood from one place replaces only what came from there. Answers are drawn in the same way: a
+fair share for each source.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
-from petalnet.errors import BusyError, RecordRejected
+from petalnet.errors import RecordRejected
+from petalnet.p2p.places import key_place, peer_place, shared_bits
 from petalnet.p2p.signed import open_signed
 from petalnet.routing.records import ServerRecord
+from petalnet.routing.sequences import Sequences
 
 MAX_PEERS = 10_000
 """Records of 4 KB at most: 40 MB."""
-MAX_KEYS = 64
-"""Keys under which one peer's record is kept."""
+MAX_REMEMBERED = 4 * MAX_PEERS
+"""Sequence numbers of records that are kept or were: 200 bytes each."""
+_SAMPLE = 32
+"""Records among which the one that gives way is chosen. A source that holds a tenth of the store is missed once in 30 times."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One record: its signed bytes, who it speaks of, its sequence number, when it expires (unix s), and its keys."""
+    """One record.
+
+    Attributes:
+        data: its signed bytes.
+        peer_id: the server that it speaks of.
+        sequence: its number.
+        received: when it left its author, unix seconds by our clock.
+        expires: until when it is valid, by our clock.
+        keys: the keys under which it is kept.
+        source: where its author stored it from.
+    """
 
     data: bytes
     peer_id: str
     sequence: int
+    received: float
     expires: float
     keys: frozenset[bytes]
+    source: str = ""
 
 
-def read_kept(data: bytes, keys: Iterable[bytes], *, now: float) -> Kept:
-    """A record to keep, with signature, ranges and times checked. Raises RecordRejected."""
+def read_kept(data: bytes, keys: Iterable[bytes], *, now: float, age: float = 0.0, source: str = "") -> Kept:
+    """A record to keep, with signature, ranges, times and keys checked; it may have expired, if it left its author `age` seconds ago.
+
+    Raises:
+        RecordRejected: the record does not hold, or does not belong under one of the keys.
+    """
     signer, payload = open_signed(data)
     record = ServerRecord.decode(payload)
     record.check(signer=signer, now=now)
-    return Kept(data, signer, record.sequence, record.expires, frozenset(keys))
+    wanted = frozenset(keys)
+    if not wanted.issubset(record.keys):
+        raise RecordRejected(f"a record of {signer} does not belong under the key")
+    record = record.received(now, age)
+    return Kept(data, signer, record.sequence, record.issued, record.expires, wanted, source)
+
+
+@dataclass(slots=True)
+class _Entry:
+    kept: Kept
+    since: float
+    """When the peer's first record came, of those that followed one another without a gap."""
+    nearness: int
+    """Leading bits that the nearest of its keys has in common with this node's place."""
+    lost: bool = False
+    """Its author was found to be gone, before the record says so."""
 
 
 class RecordStore:
-    """Records by key: many a key, one a peer. A newer record of a peer replaces its older one under all its keys."""
+    """Records by key: many a key, one a peer. A newer record of a peer replaces its older one under all its keys.
 
-    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+    Args:
+        own: this node's peer id, whose record never gives way.
+        max_peers: records that there is room for.
+        rng: chooses the samples.
+    """
+
+    def __init__(self, own: str = "", max_peers: int = MAX_PEERS, *, rng: random.Random | None = None) -> None:
+        self._own = own
+        self._place = peer_place(own) if own else 0
         self._max_peers = max_peers
-        self._by_peer: dict[str, Kept] = {}
-        self._by_key: defaultdict[bytes, dict[str, None]] = defaultdict(dict)
+        self._random = rng or random.Random()
+        self._entries: dict[str, _Entry] = {}
+        self._all: _Members[str] = _Members()
+        self._sources: defaultdict[str, _Members[str]] = defaultdict(_Members)
+        self._keys: defaultdict[bytes, defaultdict[str, _Members[str]]] = defaultdict(lambda: defaultdict(_Members))
+        self._counts: defaultdict[bytes, int] = defaultdict(int)
+        self._sequences = Sequences(MAX_REMEMBERED)
 
     def __len__(self) -> int:
-        return len(self._by_peer)
+        return len(self._entries)
 
     def add(self, kept: Kept, *, now: float) -> bool:
-        """Keep a record; False where one as new or newer is there already (which then also answers for the keys given here).
+        """Keep a record, and say whether it was news.
 
-        Raises:
-            RecordRejected: too many keys.
-            BusyError: there is no room for another peer's record.
+        It is not where one as new or newer is or was there; one that is as new is kept under these keys as well.
         """
-        before = self._by_peer.get(kept.peer_id)
-        if before is not None and before.expires > now and before.sequence > kept.sequence:
+        entry = self._entries.get(kept.peer_id)
+        if entry is not None and entry.kept.sequence == kept.sequence:
+            if not kept.keys <= entry.kept.keys:
+                self._replace(entry, replace(entry.kept, keys=entry.kept.keys | kept.keys))
+            entry.lost = False
             return False
-        if before is not None and before.sequence == kept.sequence:
-            kept = Kept(before.data, before.peer_id, before.sequence, before.expires, before.keys | kept.keys)
-        if len(kept.keys) > MAX_KEYS:
-            raise RecordRejected(f"a record under {len(kept.keys)} keys; {MAX_KEYS} are allowed")
-        if before is None and len(self._by_peer) >= self._max_peers:
-            self.expire(now)
-            if len(self._by_peer) >= self._max_peers:
-                raise BusyError("this node keeps as many records as it can", retry_after_s=60)
-        self.remove(kept.peer_id)
-        self._by_peer[kept.peer_id] = kept
-        for key in kept.keys:
-            self._by_key[key][kept.peer_id] = None
-        return before is None or before.sequence < kept.sequence
+        if kept.expires <= now or not self._sequences.note(kept.peer_id, kept.sequence, now):
+            return False
+        if entry is not None:
+            if entry.kept.expires <= now:
+                entry.since = now
+            entry.lost = False
+            self._replace(entry, kept)
+        else:
+            if len(self._entries) >= self._max_peers:
+                self.expire(now)
+            if len(self._entries) >= self._max_peers:
+                self.remove(self._give_way(kept))
+            nearness = max((shared_bits(self._place, key_place(key)) for key in kept.keys), default=0)
+            self._entries[kept.peer_id] = _Entry(kept, now, nearness)
+            self._link(kept)
+        return True
 
-    def find(self, key: bytes, *, now: float) -> list[Kept]:
-        """The records under a key that have not expired."""
-        return [kept for peer_id in self._by_key.get(key, ()) if (kept := self._by_peer[peer_id]).expires > now]
+    def get(self, peer_id: str, *, now: float) -> Kept | None:
+        """A peer's record, if it has not expired."""
+        entry = self._entries.get(peer_id)
+        return entry.kept if entry is not None and entry.kept.expires > now else None
+
+    def find(self, key: bytes, *, now: float, most: int | None = None) -> list[Kept]:
+        """The records under a key that have not expired and whose authors are not known to be gone.
+
+        Args:
+            most: where there are more, this many are drawn, as evenly from all sources as there are records of them.
+        """
+        groups = self._keys.get(key)
+        if groups is None:
+            return []
+        limit = self._counts[key] if most is None else most
+        found: list[Kept] = []
+        for peer_id in self._draw(list(groups.values()), limit):
+            entry = self._entries[peer_id]
+            if entry.kept.expires > now and not entry.lost:
+                found.append(entry.kept)
+        return found
+
+    def count(self, key: bytes) -> int:
+        """Records that are kept under a key."""
+        return self._counts.get(key, 0)
+
+    def newest(self, peer_id: str) -> int:
+        """The highest sequence number that is remembered of a peer, 0 where there is none."""
+        return self._sequences.newest(peer_id)
+
+    def mark_lost(self, peer_id: str) -> None:
+        """A peer is gone: its record is given to nobody until it stores it again (a copy of it is not news then either)."""
+        entry = self._entries.get(peer_id)
+        if entry is not None and peer_id != self._own:
+            entry.lost = True
 
     def remove(self, peer_id: str) -> None:
-        """Forget a peer's record."""
-        kept = self._by_peer.pop(peer_id, None)
-        if kept is None:
-            return
-        for key in kept.keys:
-            peers = self._by_key[key]
-            del peers[peer_id]
-            if not peers:
-                del self._by_key[key]
+        """Drop a peer's record; its number is remembered."""
+        entry = self._entries.pop(peer_id, None)
+        if entry is not None:
+            self._unlink(entry.kept)
 
     def expire(self, now: float) -> None:
-        """Forget what has expired."""
-        for peer_id in [peer_id for peer_id, kept in self._by_peer.items() if kept.expires <= now]:
+        """Drop what has expired."""
+        for peer_id in [peer_id for peer_id, entry in self._entries.items() if entry.kept.expires <= now]:
             self.remove(peer_id)
+        self._sequences.expire(now)
+
+    def _give_way(self, newcomer: Kept) -> str:
+        """Whose record makes room for a newcomer's: of the most crowded source, far from us, not long known."""
+        sample = [peer_id for peer_id in self._all.sample(_SAMPLE, self._random) if peer_id != self._own] or [self._all.any(self._own)]
+        crowd = max(len(self._sources[self._entries[peer_id].kept.source]) for peer_id in sample)
+        candidates = [peer_id for peer_id in sample if len(self._sources[self._entries[peer_id].kept.source]) == crowd]
+        own_crowd = self._sources.get(newcomer.source)
+        if own_crowd is not None and len(own_crowd) >= crowd:
+            # The newcomer adds to the crowd itself: it takes the place of one of its own.
+            candidates = [peer_id for peer_id in own_crowd.sample(_SAMPLE, self._random) if peer_id != self._own] or candidates
+        farthest = min(self._entries[peer_id].nearness for peer_id in candidates)
+        candidates = [peer_id for peer_id in candidates if self._entries[peer_id].nearness == farthest]
+        candidates.sort(key=lambda peer_id: self._entries[peer_id].since)
+        return self._random.choice(candidates[3 * len(candidates) // 4 :])  # those that are longer known stay
+
+    def _draw(self, groups: list[_Members[str]], most: int) -> Iterator[str]:
+        """At most `most` members of the groups: the same share of each, and what the small ones leave goes to the large."""
+        if len(groups) > most:
+            groups = self._random.sample(groups, most)
+        groups.sort(key=len)
+        for index, group in enumerate(groups):
+            share = min(len(group), -(-most // (len(groups) - index)))
+            most -= share
+            yield from group.sample(share, self._random)
+
+    def _replace(self, entry: _Entry, kept: Kept) -> None:
+        self._unlink(entry.kept)
+        entry.kept = kept
+        self._link(kept)
+
+    def _link(self, kept: Kept) -> None:
+        self._all.add(kept.peer_id)
+        self._sources[kept.source].add(kept.peer_id)
+        for key in kept.keys:
+            self._keys[key][kept.source].add(kept.peer_id)
+            self._counts[key] += 1
+
+    def _unlink(self, kept: Kept) -> None:
+        self._all.discard(kept.peer_id)
+        _discard(self._sources, kept.source, kept.peer_id)
+        for key in kept.keys:
+            _discard(self._keys[key], kept.source, kept.peer_id)
+            self._counts[key] -= 1
+            if not self._counts[key]:
+                del self._keys[key], self._counts[key]
+
+
+class _Members(Generic[T]):
+    """A set from which a sample can be drawn without looking at all of it."""
+
+    __slots__ = ("_items", "_places")
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+        self._places: dict[T, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, item: T) -> None:
+        if item not in self._places:
+            self._places[item] = len(self._items)
+            self._items.append(item)
+
+    def discard(self, item: T) -> None:
+        place = self._places.pop(item, None)
+        if place is None:
+            return
+        last = self._items.pop()
+        if place < len(self._items):
+            self._items[place] = last
+            self._places[last] = place
+
+    def sample(self, most: int, rng: random.Random) -> list[T]:
+        return list(self._items) if most >= len(self._items) else rng.sample(self._items, most)
+
+    def any(self, otherwise: T) -> T:
+        return self._items[0] if self._items else otherwise
+
+
+K = TypeVar("K")
+
+
+def _discard(groups: defaultdict[K, _Members[str]], name: K, peer_id: str) -> None:
+    group = groups[name]
+    group.discard(peer_id)
+    if not len(group):
+        del groups[name]

@@ -12,6 +12,7 @@ import msgpack
 
 from petalnet.errors import RecordRejected
 from petalnet.p2p.identity import Identity, verify_signature
+from petalnet.routing.records import RecordForged
 
 MAX_ENVELOPE_BYTES = 4096
 """What gossip carries in one message."""
@@ -27,16 +28,16 @@ def sign(identity: Identity, payload: bytes) -> bytes:
 
 
 def open_signed(data: bytes) -> tuple[str, bytes]:
-    """The signer's peer id and the payload. Raises RecordRejected where the envelope is malformed or the signature does not hold."""
+    """The signer's peer id and the payload. Raises RecordForged where the envelope is malformed or the signature does not hold."""
     if len(data) > MAX_ENVELOPE_BYTES:
-        raise RecordRejected(f"a signed record of {len(data)} bytes is too long; {MAX_ENVELOPE_BYTES} are allowed")
+        raise RecordForged(f"a signed record of {len(data)} bytes is too long; {MAX_ENVELOPE_BYTES} are allowed")
     try:
         parts = msgpack.unpackb(data)
     except (ValueError, msgpack.UnpackException) as error:
-        raise RecordRejected("a signed record is not valid msgpack") from error
+        raise RecordForged("a signed record is not valid msgpack") from error
     if type(parts) is not list or [type(part) for part in parts] != [str, bytes, bytes]:
-        raise RecordRejected("a signed record does not have the form of one")
+        raise RecordForged("a signed record does not have the form of one")
     peer_id, payload, signature = parts
     if not verify_signature(peer_id, _PURPOSE + payload, signature):
-        raise RecordRejected(f"the signature of a record of {peer_id[:64]!r} does not hold")
+        raise RecordForged(f"the signature of a record of {peer_id[:64]!r} does not hold")
     return peer_id, payload

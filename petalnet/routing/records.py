@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgpack
@@ -21,13 +21,36 @@ MAX_RECORD_BYTES = 3840
 MAX_LIFETIME = 3600.0
 """Seconds. Longer promises would keep a dead server in everybody's view for as long as it pleased."""
 CLOCK_TOLERANCE = 600.0
-"""Seconds by which a peer's clock may be ahead of ours."""
+"""Seconds by which a peer's clock may be ahead of ours or behind it."""
 DIGEST_CHARS = 32
 """A block's digest is announced by its first 16 bytes: two blocks meet by chance once in 2^64, and 126 blocks fit into a record."""
 MAX_BLOCKS = 4096
 MAX_ADDRS = 16
 MAX_ADAPTERS = 32
 MAX_ROUND_TRIPS = 16
+
+
+def next_sequence(last: int, now: float, *, told: int = 0) -> int:
+    """The number of a server's next record.
+
+    Args:
+        last: that of the one before, 0 where there was none.
+        now: unix seconds.
+        told: the highest that others remember of this server, from a life in which its clock was ahead. What is too far ahead for that
+            is a lie, and is left out.
+    """
+    milliseconds = int(now * 1000)
+    furthest = milliseconds + int(2 * CLOCK_TOLERANCE * 1000)
+    return max([milliseconds, *(number + 1 for number in (last, told) if number < furthest)])
+
+
+class RecordForged(RecordRejected):
+    """A record that no honest peer of any version makes or hands on: its signature does not hold, or is not its server's."""
+
+
+class RecordOutOfTime(RecordRejected):
+    """A record is from the future or long past, if the clocks are right."""
+
 
 STATES = ("joining", "online", "draining", "left")
 
@@ -60,7 +83,7 @@ class ServerRecord:
         free_kv_tokens: tokens for which there is room in the KV cache.
         queue: requests that wait for its compute thread.
         next_round_trips: (peer id, seconds) to servers that hold the blocks after its own.
-        sequence: grows from record to record of one server, over restarts too (the clock's milliseconds do).
+        sequence: grows from record to record of one server, over restarts too: the clock's milliseconds (see `next_sequence`).
         issued, expires: unix seconds.
 
     Raises:
@@ -137,11 +160,31 @@ class ServerRecord:
     def check(self, *, signer: str, now: float) -> None:
         """Whether the record may be believed at `now` (unix seconds) when `signer` signed it. Raises RecordRejected."""
         if signer != self.peer_id:
-            raise RecordRejected(f"a record of {self.peer_id} is signed by {signer}")
+            raise RecordForged(f"a record of {self.peer_id} is signed by {signer}")
         if self.issued > now + CLOCK_TOLERANCE:
-            raise RecordRejected(f"a record of {self.peer_id} comes from {self.issued - now:.0f} s in the future")
-        if self.expires <= now:
-            raise RecordRejected(f"a record of {self.peer_id} expired {now - self.expires:.0f} s ago")
+            raise RecordOutOfTime(f"a record of {self.peer_id} comes from {self.issued - now:.0f} s in the future, if the clocks are right")
+        if self.sequence > (now + 3 * CLOCK_TOLERANCE) * 1000:
+            # What a peer's clock made of it once must not keep out, for good, all that the peer announces later.
+            raise RecordOutOfTime(f"a record of {self.peer_id} has a sequence number from the future: {self.sequence}")
+        if self.expires <= now - CLOCK_TOLERANCE:
+            raise RecordOutOfTime(f"a record of {self.peer_id} expired {now - self.expires:.0f} s ago, if the clocks are right")
+
+    def received(self, now: float, age: float = 0.0) -> ServerRecord:
+        """The record with its times as our own clock would have told them.
+
+        How long it is valid is counted from when it left its author, not from what the author's clock said then.
+
+        Args:
+            now: unix seconds by our clock.
+            age: seconds since the record left its author, as far as is known.
+        """
+        issued = max(now - max(age, 0.0), 0.0)
+        return replace(self, issued=issued, expires=issued + min(self.expires - self.issued, MAX_LIFETIME))
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """The keys under which the record may be stored: its model's and the one that all servers share."""
+        return discovery_key(self.model), SWARM_KEY
 
     def holds(self, block: int) -> bool:
         """Whether the block lies in the span."""

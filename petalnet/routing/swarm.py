@@ -1,17 +1,23 @@
 """The merged view of a swarm: the newest record of every server, whichever way it came, and who failed lately.
 
 A failed server leaves the routes in the same instant (`mark_failed`) and for a growing while, but its record stays for the overview.
-The view never trusts its memory to a stranger: expired records go, and the number of records is bounded.
+The view never trusts its memory to a stranger: expired records go, and the number of records is bounded. Where there are too many,
+those give way first that failed lately, then those that nobody here has anything to do with: a newcomer is always heard, and a crowd of
+made-up servers replaces one another before it replaces a server that was ever connected to or that serves a model in use here.
+
+Times in records are by this machine's clock (see `ServerRecord.received`).
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from petalnet.routing.records import ServerRecord
+from petalnet.routing.sequences import Sequences
 
 FIRST_PENALTY = 5.0
 LONGEST_PENALTY = 300.0
@@ -20,6 +26,10 @@ FORGIVEN_AFTER = 600.0
 """Seconds after the end of its last penalty when a server's earlier failures no longer count."""
 MAX_SERVERS = 10_000
 """At up to 4 KB a record: 40 MB. A swarm of strangers must not be able to fill our memory by making up peers."""
+MAX_REMEMBERED = 4 * MAX_SERVERS
+"""Servers whose last sequence number is remembered, 200 bytes each, and those that were connected to."""
+_SAMPLE = 32
+"""Records among which the one that gives way is chosen; to look at all of them for each newcomer would be the next attack."""
 
 T = TypeVar("T", int, str)
 
@@ -44,29 +54,47 @@ class _Failure:
 class SwarmView:
     """Everything that is known of a swarm's servers. Times are unix seconds, as in the records.
 
+    Args:
+        own: the peer id of the server whose view it is, which never gives way; "" where there is none.
+
     Attributes:
         version: grows whenever something changed that may change a route.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: str = "") -> None:
         self.version = 0
+        self._own = own
         self._records: dict[str, ServerRecord] = {}
         self._failures: dict[str, _Failure] = {}
+        self._sequences = Sequences(MAX_REMEMBERED)
+        self._met: dict[str, None] = {}
+        self._models: set[str] = set()
+        self._random = random.Random()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def follow(self, model: str) -> None:
+        """A model, by its key, is in use here: its servers are the last to give way."""
+        self._models.add(model)
+
+    def is_news(self, peer_id: str, sequence: int) -> bool:
+        """Whether a record of this number would be taken in, if it holds: cheaper to ask before its signature is checked."""
+        return self._sequences.is_news(peer_id, sequence)
 
     def add(self, record: ServerRecord, *, now: float) -> bool:
         """Takes a record in (its signature is the caller's to check) and says whether it was news.
 
-        Of two records of one server the one of the higher sequence stays. A record that says "left" stays too until it expires, so
-        that an older one, still on its way, does not bring the server back. A server that says that it joins or leaves is another
-        process than the one that failed, or will be: its penalty ends, while its failures still count.
+        Of two records of one server the one of the higher sequence stays, and after it has gone no older one is taken in. A record that
+        says "left" stays until it expires like any other. A server that says that it joins or leaves is another process than the one
+        that failed, or will be: its penalty ends, while its failures still count.
         """
-        known = self._records.get(record.peer_id)
-        if record.expires <= now or (known is not None and known.expires > now and record.sequence <= known.sequence):
+        if record.expires <= now or not self._sequences.note(record.peer_id, record.sequence, now):
             return False
-        if known is None and len(self._records) >= MAX_SERVERS:
+        if record.peer_id not in self._records and len(self._records) >= MAX_SERVERS:
             self.expire(now)
-            if len(self._records) >= MAX_SERVERS:
-                return False
+            while len(self._records) >= MAX_SERVERS:
+                self._give_way(now)
         self._records[record.peer_id] = record
         failure = self._failures.get(record.peer_id)
         if failure is not None and record.state in ("joining", "left"):
@@ -77,6 +105,8 @@ class SwarmView:
     def forget(self, peer_id: str) -> None:
         """Drops all that is known of a server."""
         self._failures.pop(peer_id, None)
+        self._met.pop(peer_id, None)
+        self._sequences.forget(peer_id)
         if self._records.pop(peer_id, None) is not None:
             self.version += 1
 
@@ -89,6 +119,16 @@ class SwarmView:
             self.version += 1
         for peer_id in [peer_id for peer_id, failure in self._failures.items() if failure.until + FORGIVEN_AFTER <= now]:
             del self._failures[peer_id]
+        self._sequences.expire(now)
+
+    def _give_way(self, now: float) -> None:
+        """Drops the record that is worth the least, of a few that are drawn by chance."""
+
+        def worth(peer_id: str) -> tuple[bool, ...]:
+            in_use = self._records[peer_id].model in self._models
+            return peer_id == self._own, self.failed_until(peer_id, now=now) is None, peer_id in self._met, in_use
+
+        del self._records[min(self._random.sample(list(self._records), min(_SAMPLE, len(self._records))), key=worth)]
 
     def mark_failed(self, peer_id: str, *, now: float) -> float:
         """Takes a server out of the routes at once, and returns until when.
@@ -105,7 +145,11 @@ class SwarmView:
         return until
 
     def mark_ok(self, peer_id: str) -> None:
-        """The server did its work: earlier failures are forgotten."""
+        """The server did its work, or is connected: earlier failures are forgotten, and it is known to exist."""
+        self._met.pop(peer_id, None)
+        self._met[peer_id] = None
+        if len(self._met) > MAX_REMEMBERED:
+            del self._met[next(iter(self._met))]
         if self._failures.pop(peer_id, None) is not None:
             self.version += 1
 

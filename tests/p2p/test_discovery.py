@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from petalnet.p2p.host import Host, Stream
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Error, Find, Ping, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
+from petalnet.p2p.record_store import Kept, RecordStore
 from petalnet.p2p.signed import open_signed, sign
 from petalnet.routing.records import SWARM_KEY, ServerRecord, discovery_key
 
@@ -40,18 +42,25 @@ def record(
     return sign(host.identity, payload.encode())
 
 
-def read(data: list[bytes]) -> dict[str, tuple[int, str]]:
+def read(data: Sequence[bytes | Kept]) -> dict[str, tuple[int, str]]:
     found = {}
     for entry in data:
-        signer, payload = open_signed(entry)
+        signer, payload = open_signed(entry.data if isinstance(entry, Kept) else entry)
         value = ServerRecord.decode(payload)
         found[signer] = (value.sequence, value.state)
     return found
 
 
+CLOCKS: dict[str, float] = {}
+
+
 class Node:
     def __init__(self, host: Host, discovery: Discovery, stored: list[bytes]) -> None:
         self.host, self.discovery, self.stored = host, discovery, stored
+
+    def set_clock(self, ahead: float) -> None:
+        """What this node's clock shows beyond the true time."""
+        CLOCKS[self.host.peer_id] = ahead
 
     async def found(self, key: bytes = KEY) -> dict[str, tuple[int, str]]:
         with trio.fail_after(2):
@@ -63,7 +72,8 @@ def join(hosts, nursery):
     async def start(*through: Node | str, server: bool = True) -> Node:
         host = await hosts.start(listen=server)
         stored: list[bytes] = []
-        discovery = Discovery(host, server=server, on_record=stored.append)
+        clock = lambda: time.time() + CLOCKS.get(host.peer_id, 0.0)  # noqa: E731
+        discovery = Discovery(host, server=server, on_record=stored.append, clock=clock)
         addrs = [addr for one in through for addr in ([one] if isinstance(one, str) else one.host.addrs)]
         await nursery.start(discovery.run, addrs)
         return Node(host, discovery, stored)
@@ -112,15 +122,62 @@ async def test_the_swarm_outlives_its_bootstrap_node(join, hosts, until) -> None
     assert (await newcomer.found())[one.host.peer_id] == (2, "online")
 
 
-async def test_an_author_that_dies_is_found_until_its_record_expires(join, hosts) -> None:
+async def test_a_server_that_dies_is_not_named_for_long_though_its_record_is_still_valid(join, hosts, until) -> None:
     boot = await join()
     server, client = await join(boot), await join(boot, server=False)
     await server.discovery.announce([KEY], record(server.host))
-    await hosts.stop(server.host)
     assert set(await client.found()) == {server.host.peer_id}
-    for node in (boot, client):
-        node.discovery._clock = lambda: time.time() + 61
+    await hosts.stop(server.host)
+
+    async def gone() -> bool:
+        return await client.found() == {}
+
+    await until(gone, within_s=2)
+
+
+async def test_a_server_whose_connection_breaks_is_still_named(join) -> None:
+    boot = await join()
+    server = await join(boot)
+    await server.discovery.announce([KEY], record(server.host))
+    for _ in range(3):
+        await boot.host.disconnect(server.host.peer_id)
+        await trio.sleep(0.1)
+        assert set(await boot.found()) == {server.host.peer_id}
+
+
+async def test_a_record_expires_where_nobody_notices_that_its_server_is_gone(join, monkeypatch) -> None:
+    boot = await join()
+    server, client = await join(boot), await join(boot, server=False)
+    await server.discovery.announce([KEY], record(server.host))
+    assert set(await client.found()) == {server.host.peer_id}
+    for node in (boot, server, client):
+        node.set_clock(61)
     assert await client.found() == {}
+
+
+@pytest.mark.parametrize("ahead", [-590.0, 590.0])
+async def test_a_clock_that_is_ten_minutes_off_does_no_harm(join, ahead: float) -> None:
+    boot = await join()
+    server, client = await join(boot), await join(boot, server=False)
+    for node in (boot, client):
+        node.set_clock(ahead)
+    assert await server.discovery.announce([KEY], record(server.host)) == 2
+    assert set(await client.found()) == {server.host.peer_id}
+    for node in (boot, client, server):
+        node.set_clock(CLOCKS.get(node.host.peer_id, 0.0) + 61)
+    assert await client.found() == {}
+
+
+async def test_a_server_whose_clock_was_ahead_is_told_the_number_to_go_on_from(join) -> None:
+    boot = await join()
+    server = await join(boot)
+    assert await server.discovery.announce([KEY], record(server.host, sequence=900)) == 2
+    again = await join(boot)  # as the same server after a restart: it has forgotten its numbers
+    again.discovery._store = RecordStore(server.host.peer_id)
+    server.discovery._store = RecordStore(server.host.peer_id)
+    assert await server.discovery.announce([KEY], record(server.host, sequence=5)) < 3
+    assert server.discovery.newest_own == 900
+    assert await server.discovery.announce([KEY], record(server.host, sequence=901)) == 3
 
 
 async def test_isolated_nodes_find_back(join, until, monkeypatch) -> None:
@@ -154,7 +211,7 @@ async def test_joining_is_bounded_and_says_whether_it_worked(join, monkeypatch) 
     await listener.aclose()
 
 
-async def test_a_storer_that_falls_silent_costs_one_deadline_once(join, hosts, until) -> None:
+async def test_a_storer_that_is_silent_costs_one_deadline_once(join, hosts) -> None:
     boot = await join()
     server, client = await join(boot), await join(boot, server=False)
     await server.discovery.announce([KEY], record(server.host))
@@ -166,7 +223,16 @@ async def test_a_storer_that_falls_silent_costs_one_deadline_once(join, hosts, u
     silent.serve(RECORDS, never)
     await silent.connect(boot.host.peer_id, boot.host.addrs)
     await client.host.connect(silent.peer_id, silent.addrs)
-    await client.found()
+    began = trio.current_time()
+    assert set(await client.found()) == {server.host.peer_id}
+    assert trio.current_time() - began > 0.9
+    assert silent.peer_id not in client.discovery._table.peers()
+    # Neither does it come back by connecting anew, nor by being named by others.
+    await silent.disconnect(client.host.peer_id)
+    await client.host.connect(silent.peer_id, silent.addrs)
+    await client.discovery._table.refresh()
+    await trio.sleep(0.1)
+    assert silent.peer_id not in client.discovery._table.peers()
     began = trio.current_time()
     assert set(await client.found()) == {server.host.peer_id}
     assert trio.current_time() - began < 0.5
@@ -190,14 +256,16 @@ async def test_strangers_store_only_what_is_their_own_and_true(join, hosts) -> N
             Store((KEY,), b"rubbish"),
             Store((KEY,), forged),
             Store((KEY,), record(theirs.host, sequence=9)),
-            Store((KEY,), record(mallory, issued=now - 100, life=50)),
+            Store((KEY,), record(mallory, issued=now - 700, life=50)),
             Store((KEY,), record(mallory, issued=now + 3600)),
+            Store((KEY,), record(mallory, sequence=2**62)),
+            Store((discovery_key("another-model"),), record(mallory)),
             Store((), record(mallory)),
             Store((b"short",), record(mallory)),
         ):
             answer = await ask(bad)
             assert isinstance(answer, Error) and answer.code in ("caller", "server"), bad
-        assert await ask(Store((KEY,), record(mallory))) == Stored()
+        assert await ask(Store((KEY, SWARM_KEY), record(mallory))) == Stored(newest=1, counts=(2, 1))
         answer = await ask(Find(KEY))
         assert isinstance(answer, Records)
         assert read(list(answer.records)) == {theirs.host.peer_id: (1, "online"), mallory.peer_id: (1, "online")}
@@ -207,25 +275,47 @@ async def test_strangers_store_only_what_is_their_own_and_true(join, hosts) -> N
         await boot.discovery.announce([KEY], record(theirs.host))
 
 
-async def test_a_storer_that_lies_is_not_believed(join, hosts) -> None:
+async def test_a_storer_that_lies_is_not_believed_and_not_asked_again(join, hosts) -> None:
     liar = await hosts.start()
     forged = sign(liar.identity, open_signed(record(liar, peer_id=Identity.generate().peer_id))[1])
-    expired = record(liar, issued=time.time() - 100, life=50)
+    elsewhere = sign(liar.identity, open_signed(record(liar))[1].replace(b"some-model", b"your-model"))
+    long_past = record(liar, issued=time.time() - 700, life=50)
+    requests = 0
 
     async def lie(stream: Stream) -> None:
+        nonlocal requests
         while await stream.receive() is not None:
-            await stream.send(Records((b"rubbish", forged, expired, record(liar))))
+            requests += 1
+            await stream.send(Records((elsewhere, long_past, record(liar), forged, record(liar, sequence=2))))
 
     liar.serve(RECORDS, lie)
     client = await join(*liar.addrs, server=False)
     assert await client.found() == {liar.peer_id: (1, "online")}
+    assert await client.found() == {} and requests == 1
+
+
+async def test_a_copy_does_not_bring_back_a_server_that_left(join, hosts) -> None:
+    boot = await join()
+    server = await join(boot)
+    old = record(server.host)
+    await server.discovery.announce([KEY], old)
+    await server.discovery.announce([KEY], record(server.host, sequence=2, state="left", life=1500))
+    replayer = await hosts.start()
+
+    async def replay(stream: Stream) -> None:
+        while await stream.receive() is not None:
+            await stream.send(Records((old,), (0.0,), 1))
+
+    replayer.serve(RECORDS, replay)
+    newcomer = await join(boot, *replayer.addrs)
+    assert await newcomer.found() == {server.host.peer_id: (2, "left")}
 
 
 async def test_many_nodes_find_many_records(join, monkeypatch) -> None:
     """More nodes than replicas: records are where those who look for them ask."""
     monkeypatch.setattr(module, "REPLICAS", 5)
     monkeypatch.setattr(module, "LOOK_UP_FROM", 5)
-    for deadline in ("QUERY_TIMEOUT_S", "LOOK_UP_TIMEOUT_S"):  # all nodes share one thread here
+    for deadline in ("QUERY_TIMEOUT_S", "LOOK_UP_TIMEOUT_S", "ROUND_TIMEOUT_S"):  # all nodes share one thread here
         monkeypatch.setattr(module, deadline, 10.0)
     boot = await join()
     nodes = [await join(boot) for _ in range(9)]

@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 
 from petalnet.errors import RecordRejected
 from petalnet.routing.records import (
+    CLOCK_TOLERANCE,
     DIGEST_CHARS,
     MAX_LIFETIME,
     MAX_RECORD_BYTES,
     STATES,
     SWARM_KEY,
+    RecordForged,
+    RecordOutOfTime,
     ServerRecord,
     discovery_key,
+    next_sequence,
 )
 
 Build = Callable[..., ServerRecord]
@@ -182,12 +186,40 @@ def test_check_holds_the_signer_and_the_times_against_the_record(record: Build, 
     own = record("P1")
     own.check(signer="P1", now=now)
     own.check(signer="P1", now=now - 600)
-    with pytest.raises(RecordRejected, match="signed by P2"):
+    own.check(signer="P1", now=now + 90 + 599)
+    with pytest.raises(RecordForged, match="signed by P2"):
         own.check(signer="P2", now=now)
-    with pytest.raises(RecordRejected, match="future"):
+    with pytest.raises(RecordOutOfTime, match="future"):
         own.check(signer="P1", now=now - 601)
-    with pytest.raises(RecordRejected, match="expired"):
-        own.check(signer="P1", now=now + 90)
+    with pytest.raises(RecordOutOfTime, match="expired"):
+        own.check(signer="P1", now=now + 90 + 600)
+    with pytest.raises(RecordOutOfTime, match="sequence"):
+        record("P1", sequence=int((now + 2000) * 1000)).check(signer="P1", now=now)
+
+
+@given(skew=st.floats(-CLOCK_TOLERANCE, CLOCK_TOLERANCE), age=st.floats(0, 80), life=st.floats(1, MAX_LIFETIME))
+def test_a_record_is_valid_for_as_long_as_its_server_said_whatever_the_clocks_say(
+    record: Build, skew: float, age: float, life: float
+) -> None:
+    """The server's clock is ahead of ours by `skew`; the record left it `age` seconds ago."""
+    now = 1_800_000_000.0
+    issued = now + skew - age
+    own = record("P1", issued=issued, expires=min(issued + life, issued + MAX_LIFETIME))
+    if age < life:
+        own.check(signer="P1", now=now)
+    received = own.received(now, age)
+    assert received.expires == pytest.approx(now - age + life)
+    assert received.issued == pytest.approx(now - age)
+    assert received.sequence == own.sequence
+
+
+@given(last=st.integers(0, 2**62), told=st.integers(0, 2**62))
+def test_a_number_grows_unless_that_would_take_it_out_of_all_time(last: int, told: int) -> None:
+    now = 1_800_000_000.0
+    number = next_sequence(last, now, told=told)
+    assert int(now * 1000) <= number <= int((now + 2 * CLOCK_TOLERANCE) * 1000)
+    for known in (last, told):
+        assert number > known or known >= int((now + 2 * CLOCK_TOLERANCE) * 1000)
 
 
 def test_keys_are_distinct_and_fixed() -> None:

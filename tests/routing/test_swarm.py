@@ -138,9 +138,47 @@ def test_made_up_peers_do_not_fill_the_memory(record: Build, now: float, monkeyp
     monkeypatch.setattr(swarm, "MAX_SERVERS", 2)
     view = SwarmView()
     assert view.add(record("A", expires=now + 10), now=now) and view.add(record("B"), now=now)
-    assert not view.add(record("C"), now=now)
-    assert view.add(record("B", sequence=2), now=now), "known servers are always heard"
-    assert view.add(record("C"), now=now + 10), "the expired one made room"
+    assert view.add(record("B", sequence=2), now=now) and len(view) == 2
+    assert view.add(record("C"), now=now + 10) and peers(view.servers(now=now + 10)) == ["B", "C"], "the expired one made room"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_crowd_of_made_up_servers_replaces_one_another(
+    record: Build, now: float, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Whether the crowd or the honest ones come first: newcomers are heard, and what this node has to do with stays."""
+    monkeypatch.setattr(swarm, "MAX_SERVERS", 200)
+    view = SwarmView("own")
+    view.follow("used")
+
+    def crowd(batch: str) -> None:
+        for number in range(1000):
+            view.add(record(f"{batch}{number + 1}".replace("0", "x"), model="made-up"), now=now)
+            assert len(view) <= 200
+
+    if first:
+        crowd("S")
+    used, met = ([f"{letter}{number}" for number in range(111, 140) if number % 10] for letter in "UM")
+    honest = [*used, *met, "own"]
+    for peer in honest:
+        assert view.add(record(peer, model="used" if peer.startswith("U") else "another"), now=now)
+        if peer.startswith("M"):
+            view.mark_ok(peer)
+    crowd("T")
+    assert set(honest) <= set(peers(view.servers(now=now)))
+    for peer in used:
+        view.mark_failed(peer, now=now)
+    crowd("V")
+    assert not set(used) & set(peers(view.servers(now=now, include_failed=True)))
+
+
+def test_a_copy_of_an_old_record_does_not_bring_a_server_back(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", sequence=2, state="left", expires=now + 60), now=now)
+    view.expire(now + 60)
+    assert view.record("A") is None and not view.is_news("A", 1)
+    assert not view.add(record("A", sequence=1, issued=now + 50, expires=now + 500), now=now + 100)
+    assert view.add(record("A", sequence=3, issued=now + 50, expires=now + 500), now=now + 100)
 
 
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda span: span[0] < span[1]), max_size=5), st.integers(0, 11))
@@ -173,10 +211,12 @@ class ViewMachine(RuleBasedStateMachine):
     @rule(peer=st.sampled_from("ABC"), sequence=st.integers(0, 6), state=st.sampled_from(["online", "draining"]), life=st.integers(1, 60))
     def announce(self, peer: str, sequence: int, state: str, life: int) -> None:
         record = ViewMachine.build(peer, sequence=sequence, state=state, issued=self.now, expires=self.now + life)
+        known = [known for known in self.told if known.peer_id == peer]
         if self.view.add(record, now=self.now):
-            self.told = [known for known in self.told if known.peer_id != peer] + [record]
+            assert all(other.sequence < sequence for other in known)
+            self.told = [other for other in self.told if other.peer_id != peer] + [record]
         else:
-            assert any(known.peer_id == peer and known.sequence >= sequence and known.expires > self.now for known in self.told)
+            assert any(other.sequence >= sequence for other in known)
 
     @rule(peer=st.sampled_from("ABC"))
     def fails(self, peer: str) -> None:

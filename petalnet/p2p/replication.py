@@ -1,0 +1,174 @@
+"""On whom a record is stored, whom a look-up asks, and what it makes of the answers. Pure: no I/O, `now` is passed in.
+
+The records of a key belong on the `REPLICAS` nearest peers that can be asked. Author and reader find them in the
+same way, each from what it knows, so they meet on most of them however little they know: with half of the ten in common, five may fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from petalnet.errors import RecordRejected
+from petalnet.p2p.places import key_place, peer_place
+from petalnet.p2p.record_store import Kept, read_kept
+from petalnet.routing.records import RecordForged
+
+logger = logging.getLogger(__name__)
+
+REPLICAS = 10
+"""Peers on which a record is stored under each key. Half of them may vanish between two renewals and it is still found."""
+MAX_PER_NETWORK = 4
+"""Of them, from one public network: who rents a rack there has not bought the key. Addresses that are not public do not count."""
+LOOK_UP_EVERY_S = 60.0
+"""Seconds for which the peers that a look-up found near a key are gone back to without another one."""
+MAX_LOOK_UPS = 256
+"""Keys whose look-ups are remembered; a client follows a few models, a node that writes an overview one key."""
+
+
+def nearest(key: bytes, peers: Iterable[str], count: int, *, network: Callable[[str], str] = lambda _: "") -> list[str]:
+    """The peers nearest to a key, the nearest first, of one public network at most `MAX_PER_NETWORK`.
+
+    Args:
+        network: the public network that a peer is in; "" where it is not known or not public, which is not counted.
+    """
+    place = key_place(key)
+    chosen: list[str] = []
+    counts: dict[str, int] = {}
+    for peer_id in sorted(set(peers), key=lambda peer_id: peer_place(peer_id) ^ place):
+        if len(chosen) >= count:
+            break
+        name = network(peer_id)
+        if name:
+            counts[name] = counts.get(name, 0) + 1
+            if counts[name] > MAX_PER_NETWORK:
+                continue
+        chosen.append(peer_id)
+    return chosen
+
+
+class Round:
+    """One round of asking the peers nearest to a key, among candidates that may still turn up while it goes on.
+
+    The wanted ones are always the nearest `count` of those that have not failed: a failure moves the wish outward, a nearer candidate
+    inward. `next` gives those that were not asked yet.
+    """
+
+    def __init__(self, key: bytes, count: int = REPLICAS, *, network: Callable[[str], str] = lambda _: "") -> None:
+        self._key = key
+        self._count = count
+        self._network = network
+        self._candidates: set[str] = set()
+        self._asked: set[str] = set()
+        self._failed: set[str] = set()
+
+    def offer(self, peers: Iterable[str]) -> None:
+        """More candidates."""
+        self._candidates.update(peers)
+
+    def next(self) -> list[str]:
+        """Whom to ask now."""
+        wanted = nearest(self._key, self._candidates - self._failed, self._count, network=self._network)
+        new = [peer_id for peer_id in wanted if peer_id not in self._asked]
+        self._asked.update(new)
+        return new
+
+    def failed(self, peer_id: str) -> None:
+        """A peer did not do what it was asked: the next nearest takes its place."""
+        self._failed.add(peer_id)
+
+
+class LookUps:
+    """Which peers look-ups found near which keys, and when it is time for another one."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, tuple[float, list[str]]] = {}
+
+    def is_due(self, key: bytes, now: float) -> bool:
+        """Whether there was no look-up lately; the caller is taken to make one now."""
+        then, peers = self._found.get(key, (float("-inf"), []))
+        if now - then < LOOK_UP_EVERY_S:
+            return False
+        self._found.pop(key, None)
+        self._found[key] = now, peers
+        if len(self._found) > MAX_LOOK_UPS:
+            del self._found[next(iter(self._found))]
+        return True
+
+    def note(self, key: bytes, peers: Sequence[str], now: float) -> None:
+        """A look-up found these."""
+        self._found[key] = now, list(peers)
+
+    def peers(self, key: bytes) -> list[str]:
+        """What the last look-up found."""
+        return self._found.get(key, (0.0, []))[1]
+
+    def forget(self, peer_id: str) -> None:
+        """A peer is of no use any more: look-ups that named it are due again."""
+        for key, (_, peers) in list(self._found.items()):
+            if peer_id in peers:
+                self._found[key] = float("-inf"), [other for other in peers if other != peer_id]
+
+
+class Lie(Exception):
+    """An answer that no honest storer gives."""
+
+
+@dataclass(slots=True)
+class Merge:
+    """What the answers of several storers come to: of each server the newest record.
+
+    Of one and the same record the youngest age that is told counts. Whoever tells too young a one keeps a dead server listed for the
+    length of one record; the other way round, a single liar could make every server vanish.
+    """
+
+    key: bytes
+    now: float
+    most: int
+    """Records that one storer may answer with."""
+    counts: list[int] = field(default_factory=list)
+    _newest: dict[str, Kept] = field(default_factory=dict)
+    _checked: dict[bytes, Kept] = field(default_factory=dict)
+
+    def add(self, kept: Kept) -> None:
+        """A record that was checked before."""
+        known = self._newest.get(kept.peer_id)
+        if known is None or (known.sequence, known.received) < (kept.sequence, kept.received):
+            self._newest[kept.peer_id] = kept
+
+    def answer(self, records: Sequence[bytes], ages: Sequence[float], count: int = 0) -> None:
+        """One storer's answer.
+
+        Raises:
+            Lie: there is something in it that an honest storer, whatever its clock says, would not have kept. The rest of the answer is
+                left out; what was good stays.
+        """
+        self.counts.append(count)
+        if len(records) > self.most or (ages and len(ages) != len(records)):
+            raise Lie(f"an answer of {len(records)} records with {len(ages)} ages")
+        for data, age in zip(records, ages or [0.0] * len(records), strict=True):
+            try:
+                kept = self._read(data, age)
+            except RecordForged as error:
+                raise Lie(str(error)) from error
+            if kept is not None:
+                self.add(kept)
+
+    def result(self) -> list[Kept]:
+        """The newest record of each server, those that have expired left out."""
+        return [kept for kept in self._newest.values() if kept.expires > self.now]
+
+    def _read(self, data: bytes, age: float) -> Kept | None:
+        """A record; None where our clock, or our version, does not believe what the storer's did."""
+        known = self._checked.get(data)  # most storers answer with the same bytes; a signature is checked once
+        if known is None:
+            try:
+                known = self._checked[data] = read_kept(data, (self.key,), now=self.now)
+            except RecordForged:
+                raise
+            except RecordRejected as error:
+                logger.debug("a record was left out: %s", error)
+                return None
+        lifetime = known.expires - known.received
+        return replace(known, received=self.now - age, expires=self.now - age + lifetime)
