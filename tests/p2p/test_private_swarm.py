@@ -176,3 +176,40 @@ async def test_who_breaks_rules_is_dropped_and_kept_away_for_a_while(hosts, unti
     assert "does not admit this node" in await refused(bad, host)
     assert "kept away" in await refused(host, bad)
     assert await talk(good, host, hosts.echo)
+
+
+async def through_relay(hosts, server: Host, relay: Host) -> list[str]:
+    """Addresses at which the server is reached through the relay."""
+    from petalnet.p2p.addresses import parse_peer
+    from petalnet.p2p.relay import Relay
+
+    Relay(relay)
+    addrs = tuple(parse_peer(addr).addr for addr in relay.addrs)
+    await server.connect(relay.peer_id, addrs)
+    reservation = await server.circuits.reserve(relay.peer_id, addrs)
+    server.circuits.reservations = {relay.peer_id: reservation}
+    return list(reservation.addrs)
+
+
+async def test_lists_hold_through_a_relay(hosts) -> None:
+    friend, stranger, relay = await hosts.start(), await hosts.start(), await hosts.start()
+    server = await hosts.start(listen=False, admission=Admission(blocked=[stranger.peer_id]))
+    addrs = await through_relay(hosts, server, relay)
+    await friend.connect(server.peer_id, addrs)
+    with trio.fail_after(5), pytest.raises(NotAdmitted, match="does not admit this node"):
+        await stranger.connect(server.peer_id, addrs)
+    assert server.is_connected(friend.peer_id) and not server.is_connected(stranger.peer_id)
+
+
+async def test_a_private_swarm_through_a_relay(hosts) -> None:
+    """A relay of the swarm carries members only."""
+    relay = await member(hosts)
+    server = await hosts.start(listen=False, admission=Admission(swarm_key=KEY))
+    addrs = await through_relay(hosts, server, relay)
+    insider = await member(hosts)
+    with trio.fail_after(5):
+        await insider.connect(server.peer_id, addrs)
+    statuses = {status.peer_id: (status.direction, status.path, status.relay) for status in insider.peers()}
+    assert statuses == {server.peer_id: ("out", "relay", relay.peer_id), relay.peer_id: ("out", "direct", None)}
+    with trio.fail_after(5), pytest.raises(NotAdmitted, match=f"{relay.peer_id} is in a private swarm"):
+        await (await hosts.start()).connect(server.peer_id, addrs)
