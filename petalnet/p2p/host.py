@@ -336,21 +336,6 @@ class Host:
         self._heartbeats[peer_id] = heartbeat = Heartbeat(peer_id)
         self._nursery.start_soon(self._keep_watch, heartbeat)
 
-    def set_announced(self, addrs: Sequence[str]) -> None:
-        """Tell others these addresses (without /p2p/ at their end) from now on."""
-        self._plain_addrs = list(dict.fromkeys(addrs))
-
-    def measure_again(self, peer_id: str) -> None:
-        """Measure the round trip to a peer anew: there is a better connection to it now."""
-        heartbeat = self._heartbeats.pop(peer_id, None)
-        if heartbeat is not None:
-            heartbeat.stop()
-            self._watch(peer_id)
-
-    def _watch(self, peer_id: str) -> None:
-        self._heartbeats[peer_id] = heartbeat = Heartbeat(peer_id)
-        self._nursery.start_soon(self._keep_watch, heartbeat)
-
     def on_peer_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(peer_id)` whenever the last connection to a peer is gone, be it closed, broken or silent."""
         self._lost_callbacks.append(callback)
