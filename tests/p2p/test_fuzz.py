@@ -260,7 +260,7 @@ def test_the_multiplexer(count: int) -> None:
         data = rest + fuzzer.frame()
         rest = b""
         if chance.random() < 0.2:
-            cut = chance.randrange(len(data))
+            cut = chance.randrange(len(data) + 1)
             data, rest = data[:cut], data[cut:]
         try:
             fuzzer.feed(data)
