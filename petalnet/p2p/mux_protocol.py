@@ -147,6 +147,9 @@ class Mux:
     Args:
         initiator: whether this side dialled.
         max_streams: streams that the peer may have open; more are refused.
+
+    Attributes:
+        finished: streams that are over since this side's END has followed the peer's; for its user to take note of and to clear.
     """
 
     def __init__(self, *, initiator: bool, max_streams: int) -> None:
@@ -156,6 +159,7 @@ class Mux:
         self._remote_parity = 0 if initiator else 1
         self._last_remote = 0
         self._remote_count = 0
+        self.finished: list[int] = []
         self._stray = 0  # bytes that may still come for streams which were reset here
         self._control: list[bytes] = []
         self._short: deque[_Stream] = deque()
@@ -305,6 +309,7 @@ class Mux:
         to.append(HEADER.pack(END, 0, 0, stream.number, 0))
         if stream.remote_ended:
             self._forget(stream)
+            self.finished.append(stream.number)
 
     # ---- receiving
 

@@ -54,6 +54,7 @@ class _Wire(Protocol):
     """What a session needs of the connection beneath: a TcpStream has it."""
 
     def established(self) -> None: ...
+    def round_trip_s(self) -> float | None: ...
     def try_send(self, data: Buffer) -> int: ...
     async def send_some(self, data: Buffer) -> int: ...
     async def receive_into(self, buffer: memoryview) -> int: ...
@@ -67,6 +68,9 @@ class _Circuit:
 
     def established(self) -> None:
         """A relay has admitted the connection long ago."""
+
+    def round_trip_s(self) -> float | None:
+        return None
 
     def try_send(self, data: Buffer) -> int:
         return 0
@@ -133,6 +137,10 @@ class NoiseSession(BaseSession):
     def established(self) -> None:
         """Say that the connection is through with its handshakes."""
         self._wire.established()
+
+    def round_trip_s(self) -> float | None:
+        """The shortest round trip on the wire, seconds, where it is known there."""
+        return self._wire.round_trip_s()
 
     # ---- receiving
 

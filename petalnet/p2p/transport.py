@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -34,6 +35,10 @@ UNSENT_BYTES = 128 * 1024
 """Bytes that the kernel takes beyond what is under way: whatever lies there goes out before a short message that comes later."""
 
 _READ_SIZE = 64 * 1024
+
+_MIN_RTT = struct.Struct("=148xI")
+"""`tcpi_min_rtt` (microseconds) in Linux's struct tcp_info, since Linux 4.6."""
+_NO_RTT = 2**31
 
 Handler = Callable[["TcpStream"], Awaitable[None]]
 
@@ -89,6 +94,17 @@ class TcpStream(ReadWriteCloser):
         if self._on_established is not None:
             self._on_established()
             self._on_established = None
+
+    def round_trip_s(self) -> float | None:
+        """The shortest round trip that the kernel has seen, seconds; None where it does not say."""
+        if not hasattr(socket, "TCP_INFO") or self._closed:
+            return None
+        try:
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
+        except OSError:
+            return None
+        microseconds: int = _MIN_RTT.unpack(info)[0] if len(info) == _MIN_RTT.size else 0
+        return microseconds / 1e6 if 0 < microseconds < _NO_RTT else None
 
     def try_send(self, data: bytes | bytearray | memoryview) -> int:
         """How many bytes the kernel took at once, maybe 0. Raises ConnectionClosedError."""
