@@ -28,7 +28,7 @@ ANSWER_WITHIN_S = 3.0
 MOST_BYTES = 64 * 1024 * 1024
 
 
-async def serve_inspection(report: Callable[[], dict[str, Any]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def serve_inspection(report: Callable[[], dict[str, Any]], *, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED) -> None:
     """Answer everybody who connects with what `report` gives, until cancelled. A node that cannot have its socket goes on without."""
     path = _folder() / f"{os.getpid()}.sock"
     try:

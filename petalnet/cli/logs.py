@@ -29,12 +29,15 @@ class _Json(logging.Formatter):
 
 
 def set_up(level: str, form: str) -> None:
-    """Send the log of petalnet to standard error; other libraries are heard only where it is serious, or with `level` "debug"."""
+    """Send the log of petalnet to standard error; other libraries are heard only where it is serious, with `level` "debug" a bit sooner.
+
+    Their own debug lines would drown ours: one of them writes a dozen for each address that it reads.
+    """
     # Read when the hub's library is imported: it has a handler of its own, which would say everything twice.
     os.environ.setdefault("HF_HUB_VERBOSITY", "debug" if level == "debug" else "error")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Pretty())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    root.setLevel(logging.INFO if level == "debug" else logging.WARNING)
     logging.getLogger("petalnet").setLevel(level.upper())

@@ -26,7 +26,7 @@ from petalnet.p2p.addresses import ip_of, own_interfaces, parse_addr, plain_addr
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.circuit import Circuits, is_relayed
 from petalnet.p2p.identity import public_key_bytes
-from petalnet.p2p.libp2p_host import Libp2pHost
+from petalnet.p2p.libp2p_host import Libp2pHost, reason_of
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.security import NoiseSession
 
@@ -186,13 +186,6 @@ async def abort(connection: INetConn) -> None:
     session = connection.muxed_conn.secured_conn  # type: ignore[attr-defined]
     if isinstance(session, NoiseSession):
         await session.abort()
-
-
-def reason_of(error: BaseException) -> str:
-    """The innermost cause of an error in a few words."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__
 
 
 @lru_cache(maxsize=4096)

@@ -33,10 +33,10 @@ from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, 
 from petalnet.p2p.addresses import parse_addr, plain_addr, reachable_addrs
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.budget import Budget
-from petalnet.p2p.dialler import Dialler, abort, is_good, reason_of
+from petalnet.p2p.dialler import Dialler, abort, is_good
 from petalnet.p2p.heartbeat import Heartbeat, serve_ping
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream
+from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream, reason_of
 from petalnet.p2p.messages import Error
 from petalnet.p2p.mux import MuxConnection, MuxStream
 from petalnet.p2p.protocols import PING, Limits, Protocol
@@ -397,6 +397,7 @@ class Host:
         connected, known = self.is_connected(peer_id), peer_id in self._heartbeats
         if connected and not known:
             self._watch(peer_id)
+            logger.debug("peer %s is connected", peer_id)
             for callback in self._found_callbacks:
                 callback(peer_id)
         elif known and not connected:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p import new_swarm
-from libp2p.abc import INetStream, ISecureConn
+from libp2p.abc import IMuxedConn, INetStream, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
@@ -25,6 +25,7 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from multiaddr import Multiaddr
 
+from petalnet.errors import PetalnetError
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.mux import MUX_ID, MuxConnection, MuxStream
@@ -119,6 +120,8 @@ class Libp2pHost(BasicHost):
         self._inbound: Counter[ID] = Counter()
         self._serve_stream = network.common_stream_handler
         network.set_stream_handler(self._guarded)
+        self._upgrade_inbound = network.upgrade_inbound_raw_conn
+        network.upgrade_inbound_raw_conn = self._admit_inbound  # type: ignore[method-assign]
 
     def get_addrs(self) -> list[Multiaddr]:
         """The announced addresses with this host's id at their end (stock strips all after a relay's id)."""
@@ -126,6 +129,17 @@ class Libp2pHost(BasicHost):
 
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> NetStream:
         return await self._opener(peer_id, protocol_ids)
+
+    async def _admit_inbound(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
+        """As the swarm does it, which keeps to itself why somebody was turned away."""
+        try:
+            return await self._upgrade_inbound(raw_conn, maddr)
+        except Exception as error:  # raised again, whatever it is
+            address = raw_conn.get_remote_address()
+            source = f"{address[0]} port {address[1]}" if address is not None else str(maddr)
+            step, reason = str(error.__cause__ or error), reason_of(error)
+            logger.debug("a connection from %s came to nothing: %s", source, reason if step == reason else f"{step} ({reason})")
+            raise
 
     async def _guarded(self, stream: INetStream) -> None:
         """Serve an inbound stream, whatever happens on it; an exception that got away from here would end the whole node."""
@@ -143,7 +157,7 @@ class Libp2pHost(BasicHost):
             else:
                 await self._serve_stream(stream)
         except Exception as error:
-            logger.debug("a stream of %s with peer %s failed: %r", stream.get_protocol(), peer_id, error)
+            logger.debug("%s with peer %s failed: %r", stream.get_protocol(), peer_id, error)
             await stream.reset()
         else:
             await finish_stream(stream, self._limits.linger)
@@ -186,6 +200,13 @@ async def finish_stream(stream: NetStream, linger_s: float = Limits.linger) -> N
             while not muxed.closed:  # type: ignore[attr-defined]  # an attribute of yamux's streams, not of the interface
                 await muxed.read(64 * 1024)
     except (BaseLibp2pError, OSError) as error:  # the end of the stream is one too
-        logger.debug("a stream of %s ended: %r", stream.get_protocol(), error)
+        logger.debug("%s with peer %s ended: %r", stream.get_protocol(), stream.muxed_conn.peer_id, error)
     if not muxed.closed:  # type: ignore[attr-defined]
         await stream.reset()
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost cause of an error in a few words, or the error of ours on the way there, which says all."""
+    while error.__cause__ is not None and not isinstance(error, PetalnetError):
+        error = error.__cause__
+    return str(error) or type(error).__name__

@@ -94,3 +94,13 @@ def test_nothing_heavy_is_imported_to_explain(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == ""
+
+
+def test_debugging_hears_petalnet_and_not_every_line_of_others() -> None:
+    code = (
+        "import logging; from petalnet.cli.logs import set_up; set_up('debug', 'json');"
+        "logging.getLogger('petalnet.p2p').debug('ours %s', 1); logging.getLogger('multiaddr').debug('theirs')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert (line["message"], line["logger"], line["level"]) == ("ours 1", "petalnet.p2p", "debug")

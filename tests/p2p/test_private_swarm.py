@@ -149,6 +149,18 @@ async def test_a_blocked_peer_is_refused_whoever_dials(hosts) -> None:
     await hosts.check_alive(b)
 
 
+async def test_the_log_says_who_was_refused_and_why(hosts, until, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "petalnet")
+    blocked, keyless = await hosts.start(), await hosts.start()
+    host = await hosts.start(admission=Admission(blocked=[blocked.peer_id]))
+    private = await member(hosts)
+    await refused(blocked, host)
+    await refused(keyless, private)
+    reasons = (f"peer {blocked.peer_id} is blocked by this node's --block-peers", "failed to negotiate the secure protocol (")
+    for reason in reasons:
+        await until(lambda: any("from 127.0.0.1 port" in line and reason in line for line in caplog.messages))  # noqa: B023
+
+
 async def test_only_those_on_the_list_are_admitted(hosts) -> None:
     friend, stranger = Identity.generate(), await hosts.start()
     host = await hosts.start(admission=Admission(allowed=[friend.peer_id]))
