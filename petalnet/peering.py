@@ -21,16 +21,17 @@ from petalnet.p2p.access import Access
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.gossip import Gossip
-from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.hole_punching import HolePunching
+from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.offences import Offences
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.rates import Rates
 from petalnet.p2p.reachability import Reachability
 from petalnet.p2p.relay import Relay
+from petalnet.p2p.replication import REPLICAS
 from petalnet.p2p.signed import open_signed, sign
-from petalnet.routing.pace import beat_s, gossip_every_s
+from petalnet.routing.pace import beat_s, gossip_every_s, refresh_every_s
 from petalnet.routing.records import SWARM_KEY, RecordForged, ServerRecord, discovery_key, next_sequence
 from petalnet.routing.sequences import Sequences
 from petalnet.routing.swarm import MAX_REMEMBERED, SwarmView
@@ -40,7 +41,10 @@ logger = logging.getLogger(__name__)
 GOSSIP_TOPIC = "petalnet/records/1"
 PORTS_TRIED = 20
 """How many ports after the default one are tried before giving up."""
-REFRESH_EVERY_S = 10.0
+ASK_ALL_EVERY_S = 60.0
+"""Seconds between two look-ups that ask all keepers of a key."""
+FEW_KEEPERS = 3
+"""Keepers that a look-up in between asks: each tells all it has, so more would mostly say the same."""
 
 
 AUTHOR_RATE = (0.5, 8.0)
@@ -84,6 +88,7 @@ class Peering:
         self._authors = Rates(*AUTHOR_RATE, capacity=MAX_REMEMBERED)
         self._announced: ServerRecord | None = None
         self._gossiped_at = float("-inf")
+        self._asked_all: dict[bytes, float] = {}
         host.on_peer_lost(self._on_peer_lost)
         host.on_peer_found(self._on_peer_found)
 
@@ -104,10 +109,15 @@ class Peering:
         return beat_s(self.discovery.crowd)
 
     async def look_up(self, model: str | None = None) -> None:
-        """Ask the swarm who serves a model (None: any)."""
+        """Ask the swarm who serves a model (None: any): all that keep its records once in a minute, a few of them in between."""
+        key = SWARM_KEY if model is None else discovery_key(model)
         if model is not None:
             self.view.follow(model)
-        for kept in await self.discovery.find(SWARM_KEY if model is None else discovery_key(model)):
+        now = trio.current_time()
+        everybody = now - self._asked_all.get(key, float("-inf")) >= ASK_ALL_EVERY_S
+        if everybody:
+            self._asked_all[key] = now
+        for kept in await self.discovery.find(key, keepers=REPLICAS if everybody else FEW_KEEPERS):
             if self.view.is_news(kept.peer_id, kept.sequence):
                 self._take(kept.data, age=time.time() - kept.received)
 
@@ -118,7 +128,7 @@ class Peering:
                 await self.look_up(model)
             except PetalnetError as error:
                 logger.debug("the swarm could not be looked up: %s", error)
-            await trio.sleep(REFRESH_EVERY_S)
+            await trio.sleep(refresh_every_s(len(self.view)))
             self.view.expire(time.time())
             self._gossiped.expire(time.time())
 

@@ -146,8 +146,12 @@ class Discovery:
         self.newest_own = max(newest)
         return len(stored)
 
-    async def find(self, key: bytes) -> list[Kept]:
-        """The records under `key`, the newest of each peer, from this node and those that keep them; within 2 s."""
+    async def find(self, key: bytes, *, keepers: int = REPLICAS) -> list[Kept]:
+        """The records under `key`, the newest of each peer, from this node and those that keep them; within 2 s.
+
+        Args:
+            keepers: how many of those that keep them are asked: all for certainty, a few, by chance, to stay in the picture.
+        """
         now = self._clock()
         merge = Merge(key, now, most=MAX_ANSWER_RECORDS)
         for kept in self._store.find(key, now=now):
@@ -165,15 +169,17 @@ class Discovery:
                 return False
             return True
 
-        await self._ask_around([key], query)
+        await self._ask_around([key], query, keepers)
         return merge.result()
 
-    async def _ask_around(self, keys: Sequence[bytes], ask: Callable[[str, Sequence[bytes]], Awaitable[bool]]) -> None:
+    async def _ask_around(
+        self, keys: Sequence[bytes], ask: Callable[[str, Sequence[bytes]], Awaitable[bool]], count: int = REPLICAS
+    ) -> None:
         """Run `ask` for the peers nearest to each key, with the keys that they are near to: the nearest of all that are found in time.
 
         Where `ask` says that it came to nothing, the next nearest peer is asked.
         """
-        rounds = {key: Round(key, REPLICAS, network=self._network) for key in keys}
+        rounds = {key: Round(key, count, network=self._network) for key in keys}
         now = trio.current_time()
 
         with trio.move_on_after(ROUND_TIMEOUT_S):

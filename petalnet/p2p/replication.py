@@ -7,6 +7,7 @@ same way, each from what it knows, so they meet on most of them however little t
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -51,14 +52,23 @@ def nearest(key: bytes, peers: Iterable[str], count: int, *, network: Callable[[
 class Round:
     """One round of asking the peers nearest to a key, among candidates that may still turn up while it goes on.
 
-    The wanted ones are always the nearest `count` of those that have not failed: a failure moves the wish outward, a nearer candidate
-    inward. `next` gives those that were not asked yet.
+    Those that matter are always the nearest `REPLICAS` of those that have not failed: a failure moves the wish outward, a nearer
+    candidate inward. `next` gives those that were not asked yet.
+
+    Args:
+        key: what it is about.
+        count: how many of those that matter are asked; fewer than all are drawn by chance, so that nobody is asked every time.
+        network: see `nearest`.
+        rng: draws.
     """
 
-    def __init__(self, key: bytes, count: int = REPLICAS, *, network: Callable[[str], str] = lambda _: "") -> None:
+    def __init__(
+        self, key: bytes, count: int = REPLICAS, *, network: Callable[[str], str] = lambda _: "", rng: random.Random | None = None
+    ) -> None:
         self._key = key
         self._count = count
         self._network = network
+        self._random = rng or random.Random()
         self._candidates: set[str] = set()
         self._asked: set[str] = set()
         self._failed: set[str] = set()
@@ -69,8 +79,11 @@ class Round:
 
     def next(self) -> list[str]:
         """Whom to ask now."""
-        wanted = nearest(self._key, self._candidates - self._failed, self._count, network=self._network)
+        wanted = nearest(self._key, self._candidates - self._failed, REPLICAS, network=self._network)
         new = [peer_id for peer_id in wanted if peer_id not in self._asked]
+        if self._count < REPLICAS:
+            missing = max(self._count - len(self._asked - self._failed), 0)
+            new = self._random.sample(new, min(missing, len(new)))
         self._asked.update(new)
         return new
 

@@ -12,6 +12,9 @@ STORES_PER_SECOND = 20.0
 GOSSIP_PER_SECOND = 4.0
 """Announcements a second that the whole swarm gossips: everybody gets each of them, several times over. Changes of state come on top."""
 SHORTEST_GOSSIP_S, LONGEST_GOSSIP_S = 3.0, 900.0
+REFRESH_S, LONGEST_REFRESH_S = 10.0, 300.0
+RECORDS_PER_SECOND = 4.0
+"""Records a second that a node which only wants to stay in the picture looks up, from each of the few keepers that it asks."""
 LEFT_LIFETIME_S = 1500.0
 """Seconds for which a record that says that its server has left is valid: as long as any copy of an earlier one might pass for valid by
 a clock that is ten minutes slow, were it signed by one that is ten minutes fast."""
@@ -25,3 +28,8 @@ def beat_s(crowd: int) -> float:
 def gossip_every_s(servers: int) -> float:
     """Seconds between two announcements of a server that are gossiped and tell of no change, in a swarm of so many."""
     return min(max(SHORTEST_GOSSIP_S, servers / GOSSIP_PER_SECOND), LONGEST_GOSSIP_S)
+
+
+def refresh_every_s(servers: int) -> float:
+    """Seconds between two look-ups of a node that knows of so many servers and wants to stay in the picture."""
+    return min(max(REFRESH_S, servers / RECORDS_PER_SECOND), LONGEST_REFRESH_S)
