@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import random
 import socket
 from collections.abc import Sequence
 
@@ -41,8 +42,11 @@ DCUTR = TProtocol("/libp2p/dcutr")
 ATTEMPTS = 2
 ATTEMPT_S = 3.0
 """Seconds for which both dial: the second packet of a dial goes out after one, the third after three."""
-AGAIN_AFTER_S = 0.05
-"""Seconds between dials where a router answers the one that comes too early with a refusal."""
+PAUSE_S = (0.0005, 0.004)
+"""Seconds between dials, drawn anew each time, where a router answers those that come too early with a refusal: then the two dials have to
+be under way at the same time, which for near peers is a matter of luck, and of short pauses."""
+MOST_REFUSED = 60
+"""Refusals of one target after which it is left alone."""
 EXCHANGE_S = 15.0
 """For a whole attempt, the handshakes included."""
 MAX_TARGETS = 2
@@ -200,7 +204,8 @@ class _Port:
         won: list[trio.socket.SocketType] = []
 
         async def dial(ip: IpAddress, port: int) -> None:
-            while not won:
+            refusal = ""
+            for _ in range(MOST_REFUSED):
                 dialling = trio.socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6)
                 try:
                     dialling.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -208,8 +213,8 @@ class _Port:
                     await dialling.connect((str(ip), port))
                 except OSError as error:
                     dialling.close()
-                    logger.debug("dialling %s port %d: %s", ip, port, error)
-                    await trio.sleep(AGAIN_AFTER_S)
+                    refusal = str(error)
+                    await trio.sleep(random.uniform(*PAUSE_S))
                 except BaseException:
                     dialling.close()
                     raise
@@ -219,6 +224,8 @@ class _Port:
                     else:
                         won.append(dialling)
                         nursery.cancel_scope.cancel()
+                    return
+            logger.debug("%s port %d: %s, %d times", ip, port, refusal, MOST_REFUSED)
 
         with trio.move_on_after(ATTEMPT_S):
             async with trio.open_nursery() as nursery:

@@ -272,6 +272,7 @@ class Reachability:
 
     def _conclude(self, answers: Sequence[Answer], own: Sequence[IpAddress]) -> None:
         before, self.verdict = self.verdict, judge(answers, own)
+        logger.debug("%d peers dialled back: %s", len(answers), self.verdict.state)
         if self.verdict.state == "unknown" and before.state != "unknown":
             self.verdict = before  # nobody was there to ask; nothing speaks against what was found before
             return

@@ -107,6 +107,15 @@ class LabPeer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.05)
 
+    def wait_for_log(self, text: str, within_s: float = 30.0) -> None:
+        """Block until it has logged a text (it logs at debug level)."""
+        deadline = time.monotonic() + within_s
+        while text not in self.log_file.read_text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the peer on {self.host} did not log {text!r}:\n{self.log_file.read_text()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.05)
+
     def wait_for_circuit(self) -> str:
         """A full address of it through a relay."""
         addrs = self.wait_for_addrs(lambda addrs: any("p2p-circuit" in addr for addr in addrs))

@@ -5,8 +5,9 @@
         lab.add_nated("alice")                  # 192.168.1.2 behind a router whose public side is 203.0.113.11
         process = lab.popen("alice", ["petalnet", "node", ...])
 
-The routers do what routers at home do: they let answers in and drop whatever else comes from outside. Everything lies in namespaces that
-are made here and taken down at the end, processes included; the machine's own network is not touched. Needs root, `ip` and `nft`.
+The routers do what routers at home do: they let answers in and drop whatever else comes from outside.
+Everything lies in namespaces that are made here and taken down at the end, processes included; the machine's own network is not touched.
+Needs root, `ip` and `nft`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _END_WITHIN_S = 10.0
 _ROUTER_RULES = """
 table ip nat {{
     chain prerouting {{ type nat hook prerouting priority dstnat; {forwards} }}
-    chain postrouting {{ type nat hook postrouting priority srcnat; oifname "wan" masquerade; }}
+    chain postrouting {{ type nat hook postrouting priority srcnat; oifname "wan" masquerade {ports}; }}
 }}
 table ip filter {{
     chain input {{ type filter hook input priority filter; iifname "wan" ct state new drop; }}
@@ -45,7 +46,7 @@ def why_not() -> str | None:
     name = f"petalnet-probe-{os.getpid()}"
     try:
         _run("ip", "netns", "add", name)
-        _run("ip", "netns", "exec", name, "nft", "-f", "-", stdin=_ROUTER_RULES.format(forwards=""))
+        _run("ip", "netns", "exec", name, "nft", "-f", "-", stdin=_ROUTER_RULES.format(forwards="", ports=""))
     except subprocess.CalledProcessError as error:
         return f"cannot make network namespaces with NAT here: {error.stderr.strip()}"
     finally:
@@ -63,6 +64,7 @@ class _Host:
     ip: str
     router: str | None = None
     public_ip: str = ""
+    keeps_ports: bool = True
     forwards: list[str] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -109,8 +111,12 @@ class Lab:
         self._plug_in(self._prefix + name, "eth", ip)
         return ip
 
-    def add_nated(self, name: str, *, neighbour: str | None = None) -> str:
-        """A host behind a router of its own, or behind the one of `neighbour`; returns its (private) address."""
+    def add_nated(self, name: str, *, neighbour: str | None = None, keeps_ports: bool = True) -> str:
+        """A host behind a router of its own, or behind the one of `neighbour`; returns its (private) address.
+
+        Args:
+            keeps_ports: whether connections leave the router from the port that they have inside, or from any.
+        """
         netns = self._make_netns(self._prefix + name)
         number = len(self._hosts)
         if neighbour is None:
@@ -133,7 +139,7 @@ class Lab:
         _run("ip", "-n", netns, "addr", "add", f"{ip}/24", "dev", "eth")
         _run("ip", "-n", netns, "link", "set", "eth", "up")
         _run("ip", "-n", netns, "route", "add", "default", "via", f"{ip.rpartition('.')[0]}.1")
-        self._hosts[name] = _Host(netns, ip, router, public_ip)
+        self._hosts[name] = _Host(netns, ip, router, public_ip, keeps_ports)
         if neighbour is None:
             self._set_rules(self._hosts[name])
         return ip
@@ -191,7 +197,10 @@ class Lab:
     def _set_rules(self, host: _Host) -> None:
         if host.router is None:
             raise ValueError("a host on the public segment has no router")
-        rules = _ROUTER_RULES.format(forwards=" ".join(host.forwards))
+        rules = _ROUTER_RULES.format(
+            forwards=" ".join(host.forwards),
+            ports="" if host.keeps_ports else "fully-random",
+        )
         _run("ip", "netns", "exec", host.router, "nft", "-f", "-", stdin=f"flush ruleset\n{rules}")
 
     def _destroy(self) -> None:

@@ -1,7 +1,7 @@
 """A small peer without a model, to be run on hosts of the lab: it serves an echo, or visits one and prints what it finds, as JSON.
 
-    python peer.py serve ENTRY           a server that joins through ENTRY, until it is ended
-    python peer.py visit ENTRY ADDR      a client that joins through ENTRY and visits the server at ADDR
+python peer.py serve ENTRY           a server that joins through ENTRY, until it is ended
+python peer.py visit ENTRY ADDR...   a client that joins through ENTRY and visits the server at one of its addresses
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ async def echo(stream: Stream) -> None:
         await stream.send(Ping(len(message.output.data)) if isinstance(message, ForwardDone) else message)
 
 
-async def visit(entry: str, addr: str) -> None:
-    target = parse_peer(addr)
+async def visit(entry: str, *addrs: str) -> None:
+    targets = [parse_peer(addr) for addr in addrs]
+    target = targets[0]
     async with open_peering(Identity.generate(), initial_peers=[entry], listen=(), server=False) as peering:
         began = time.perf_counter()
-        await peering.host.connect(target.peer_id, [target.addr])
+        await peering.host.connect(target.peer_id, [target.addr for target in targets])
         found = {"connected_s": time.perf_counter() - began, "direct_at_first": peering.host.is_direct(target.peer_id)}
         found["first"] = await measure(peering, target.peer_id)
         with trio.move_on_after(DIRECT_WITHIN_S):
