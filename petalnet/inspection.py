@@ -33,6 +33,9 @@ async def serve_inspection(report: Callable[[], dict[str, Any]], *, task_status:
     path = _folder() / f"{os.getpid()}.sock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for other in path.parent.glob("*.sock"):
+            with contextlib.suppress(OSError):
+                _connect(other).close()
         listening = _listen(path)
     except OSError as error:
         logger.warning("`petalnet peers` will not see this node: cannot make the socket %s: %s", path, error.strerror or error)
@@ -63,8 +66,7 @@ def ask_nodes() -> list[dict[str, Any]]:
         try:
             found.append(_ask(path))
         except ConnectionRefusedError:
-            with contextlib.suppress(OSError):
-                path.unlink()  # its node was killed
+            logger.debug("the node of %s was killed", path)
         except (OSError, ValueError) as error:
             logger.warning("the node of %s does not answer: %s", path, error)
     return found
@@ -98,11 +100,24 @@ def _listen(path: Path) -> socket.socket:
     return opened
 
 
-def _ask(path: Path) -> dict[str, Any]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(ANSWER_WITHIN_S)
+def _connect(path: Path) -> socket.socket:
+    """A connection to a node's socket, which is removed where its node is gone. Raises OSError."""
+    asking = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    asking.settimeout(ANSWER_WITHIN_S)
+    try:
         with _short(path) as name:
             asking.connect(name)
+    except OSError as error:
+        asking.close()
+        if isinstance(error, ConnectionRefusedError):  # nobody listens any more
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+    return asking
+
+
+def _ask(path: Path) -> dict[str, Any]:
+    with _connect(path) as asking:
         data = bytearray()
         while len(data) < MOST_BYTES and (more := asking.recv(256 * 1024)):
             data += more

@@ -71,6 +71,21 @@ async def test_nodes_that_were_killed_or_hang_are_passed_over(folder: Path, nurs
     assert len(modes(folder)) == 3  # the folder, and the sockets that somebody listens on
 
 
+async def test_a_node_that_starts_clears_away_what_killed_ones_left(
+    folder: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with trio.open_nursery() as other:
+        await other.start(serve_inspection, dict)
+        monkeypatch.chdir(folder)
+        with socket.socket(socket.AF_UNIX) as killed, socket.socket(socket.AF_UNIX) as running:
+            killed.bind("1.sock")
+            running.bind("2.sock")
+            running.listen()
+            await nursery.start(serve_inspection, dict)
+            assert len(modes(folder)) == 3  # the folder, the running one's and ours
+        other.cancel_scope.cancel()
+
+
 async def test_a_reader_that_does_not_read_is_given_up(
     autojump_clock: trio.testing.MockClock, folder: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

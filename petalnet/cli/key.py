@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -17,13 +18,17 @@ def command() -> None:
 
 @command.command("new")
 @click.argument("file", type=click.Path(path_type=Path))
-def new(file: Path) -> None:
+@click.option("as_json", "--json", is_flag=True, help="as JSON")
+def new(file: Path, as_json: bool) -> None:
     """Make a new key in FILE, which only you can read; a file that exists is left alone.
 
     Bring it to each machine of the swarm by a way that you trust, such as scp, and start every node with --swarm-key FILE.
     """
     key = SwarmKey.generate()
     key.save_new(file.expanduser())
+    if as_json:
+        click.echo(json.dumps({"path": str(file.expanduser().absolute()), "fingerprint": key.fingerprint}))
+        return
     click.echo(f"{file}: a new swarm key; its fingerprint is {key.fingerprint}")
     click.echo("Copy the file to each machine of the swarm by a way that you trust. Every node needs it:")
     click.echo(f"  petalnet node --serve 0:12 --swarm-key {shlex.quote(str(file))}")

@@ -29,6 +29,12 @@ def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert key.text().splitlines()[1] not in said
 
 
+def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "swarm.key"
+    assert run(["key", "new", "--json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(path), "fingerprint": SwarmKey.load(path).fingerprint}
+
+
 def test_a_key_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "swarm.key"
     assert run(["key", "new", str(path)]) == 0
