@@ -27,6 +27,7 @@ from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
+from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, PetalnetError, ServerError, UnsupportedError, UsageError
@@ -43,7 +44,7 @@ from petalnet.p2p.protocols import PING, Limits, Protocol
 from petalnet.p2p.quiet import tame_logging
 from petalnet.p2p.rates import Rates
 from petalnet.p2p.security import NoiseSession
-from petalnet.p2p.stock_streams import StockStream
+from petalnet.p2p.stock_streams import StockStream, bound
 from petalnet.p2p.streams import ByteStream, Served, Stream
 from petalnet.p2p.transport import is_address_in_use
 
@@ -448,6 +449,8 @@ class _Notifee(INotifee):
         self._host = host
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
+        if isinstance(conn.muxed_conn, Yamux):
+            bound(conn.muxed_conn)
         self._host._check_peer(str(conn.muxed_conn.peer_id))
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:

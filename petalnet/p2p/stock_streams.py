@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
 
 import trio
-from libp2p.abc import ISecureConn
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.stream.net_stream import NetStream
-from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamReset
 from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, MAX_MESSAGE_SIZE, Yamux, YamuxStream
 
@@ -31,21 +28,20 @@ MAX_HELD = 32 * 1024 * 1024
 """Bytes in all unread streams of one connection: two of the widest windows that yamux grants by itself."""
 
 
-class GuardedYamux(Yamux):
-    """Yamux on a session that is given up where the peer sends much more than was granted."""
+def bound(muxed: Yamux) -> None:
+    """Give up a connection of the stock muxer once much more is held in it than was granted. (It takes no class of ours for itself.)"""
+    unchecked = 0
 
-    def __init__(self, secured_conn: ISecureConn, peer_id: ID, is_initiator: bool | None = None, **options: Any) -> None:
-        super().__init__(secured_conn, peer_id, is_initiator, **options)
-        self._unchecked = 0
-        if isinstance(secured_conn, NoiseSession):
-            secured_conn.on_received = self._check
-
-    def _check(self, size: int) -> bool:
-        self._unchecked += size
-        if self._unchecked < MAX_HELD // 8:
+    def check(size: int) -> bool:
+        nonlocal unchecked
+        unchecked += size
+        if unchecked < MAX_HELD // 8:
             return True
-        self._unchecked = 0
-        return sum(map(len, self.stream_buffers.values())) <= MAX_HELD
+        unchecked = 0
+        return sum(map(len, muxed.stream_buffers.values())) <= MAX_HELD
+
+    if isinstance(muxed.secured_conn, NoiseSession):
+        muxed.secured_conn.on_received = check
 
 
 class StockStream:

@@ -104,6 +104,7 @@ class Stream:
         self._window = INITIAL_WINDOW  # what the peer may send ahead between two messages
         self._taken = 0  # of the budget
         self._kept = 0  # the part of it that lasts as long as the stream
+        self._is_long = protocol.limits.header + protocol.limits.payload > INITIAL_WINDOW  # whether its messages may need wide windows
         self._deadline = float("inf")  # for the message under way, whole
         self._idle_since = float("inf")
 
@@ -187,10 +188,11 @@ class Stream:
                 await self._refuse(error)
             raise
         if self._served is not None:
-            if not self._kept and self._served.budget.take(self.peer_id, self._limits.busy_window):
-                self._taken = self._kept = self._window = self._limits.busy_window
+            if not self._kept and self._is_long and self._served.budget.take(self.peer_id, self._limits.busy_window):
+                self._kept = self._window = self._limits.busy_window
+                self._taken += self._kept
             await self._served.pace()
-        else:
+        elif self._is_long:
             self._window = self._limits.busy_window
         return message
 
