@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -214,6 +215,20 @@ def test_proofs_of_roles_and_handshakes_differ(secret: bytes, one: bytes, other:
         assert len(first) == PROOF_SIZE
         assert first != await sent(one, initiator=False)
         assert (first == await sent(other, initiator=True)) == (one == other)
+
+    trio.run(check)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=48), max_size=6), st.booleans())
+def test_no_bytes_but_the_proof_are_one(pieces: list[bytes], initiator: bool) -> None:
+    async def attack(channel: MemoryChannel) -> None:
+        for piece in pieces:
+            with contextlib.suppress(ConnectionClosedError):
+                await channel.write(piece)
+
+    async def check() -> None:
+        refusal = await against(Admission(swarm_key=KEY), attack, initiator=initiator)
+        assert refusal is not None and "\n" not in str(refusal)
 
     trio.run(check)
 
