@@ -19,10 +19,12 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
+from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from petalnet.errors import PetalnetError
@@ -30,9 +32,9 @@ from petalnet.p2p.admission import Admission
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.mux import MUX_ID, MuxConnection, MuxStream
 from petalnet.p2p.mux_protocol import Reason
+from petalnet.p2p.negotiation import BoundedMultiselect, BoundedMultiselectClient, bound_negotiations
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.security import Noise
-from petalnet.p2p.stock_streams import GuardedYamux
 from petalnet.p2p.transport import Tcp
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class Libp2pHost(BasicHost):
             key_pair=key_pair,
             # Nothing else: the default list ends in plaintext.
             sec_opt={TProtocol(admission.security_id): Noise(key_pair, admission, limits)},
-            muxer_opt={TProtocol(MUX_ID): mux, TProtocol(YAMUX_ID): GuardedYamux},  # type: ignore[dict-item]  # called like a class
+            muxer_opt={TProtocol(MUX_ID): mux, TProtocol(YAMUX_ID): Yamux},  # type: ignore[dict-item]  # called like a class
             transports=[self.transport],
             retry_config=RetryConfig(max_retries=0),
             connection_config=ConnectionConfig(
@@ -115,6 +117,11 @@ class Libp2pHost(BasicHost):
             # What strangers claim to see would be announced to others; whoever is behind a NAT passes --announce-maddrs.
             disable_identify_address_discovery=True,
         )
+        self.multiselect = BoundedMultiselect(self.multiselect.handlers)
+        self.multiselect_client = BoundedMultiselectClient()
+        bound_negotiations(network)
+        self._add_conn = network.add_conn
+        network.add_conn = self._add_connection  # type: ignore[method-assign]
         self.swarm = network
         self._opener = opener
         self._inbound: Counter[ID] = Counter()
@@ -140,6 +147,16 @@ class Libp2pHost(BasicHost):
             step, reason = str(error.__cause__ or error), reason_of(error)
             logger.debug("a connection from %s came to nothing: %s", source, reason if step == reason else f"{step} ({reason})")
             raise
+
+    async def _add_connection(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """Add a connection to the swarm's; one that ends while it is being added would stay among them for ever."""
+        try:
+            return await self._add_conn(muxed_conn, direction)
+        finally:
+            if muxed_conn.is_closed:
+                for connection in self.swarm.connections.get(muxed_conn.peer_id, []):
+                    if isinstance(connection, SwarmConn) and connection.muxed_conn is muxed_conn:
+                        self.swarm.remove_conn(connection)
 
     async def _guarded(self, stream: INetStream) -> None:
         """Serve an inbound stream, whatever happens on it; an exception that got away from here would end the whole node."""

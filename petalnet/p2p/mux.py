@@ -197,7 +197,8 @@ class MuxStream(IMuxedStream):
         if self._allowed > 0:
             self._refill()
         if not self._chunks or len(data) >= _TINY:
-            self._chunks.append(data)
+            # A view would keep all that it was decrypted with: a small piece is copied.
+            self._chunks.append(data if 2 * len(data) >= len(data.obj) else bytes(data))  # type: ignore[arg-type]
             self._tail = None
         elif self._tail is None:
             self._tail = bytearray(data)

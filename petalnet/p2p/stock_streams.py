@@ -42,6 +42,7 @@ def bound(muxed: Yamux) -> None:
 
     if isinstance(muxed.secured_conn, NoiseSession):
         muxed.secured_conn.on_received = check
+        muxed.secured_conn.established()  # or it would count as one in its handshakes, of which the oldest have to go
 
 
 class StockStream:
