@@ -120,13 +120,13 @@ class Node:
             await self._join(stack)
             services = await stack.enter_async_context(trio.open_nursery())
             stack.callback(services.cancel_scope.cancel)
+            await services.start(serve_inspection, self._describe_peers)
             if self.role == "server":
                 await self._serve(services, opening, model)
             else:
                 await self._peering.look_up()
                 services.start_soon(self._peering.keep_fresh)
             await self._start_http(services)
-            await services.start(serve_inspection, self._describe_peers)
             if self.role == "client":
                 await services.start(self._keep_state)
                 logger.info("joined the swarm; Python programs and `petalnet status` of this user find it without being told its peers")
