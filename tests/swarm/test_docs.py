@@ -1,4 +1,4 @@
-"""The commands and the program of the README and of docs/nodes.md are true."""
+"""The commands and the program of the README and of the pages for hosts are true."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from petalnet.cli import cli
 from petalnet.models.checkpoint import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/nodes.md", "Makefile")}
-COMMANDS = [line for name in ("README.md", "docs/nodes.md") for line in re.findall(r"^    (petalnet [^#\n]+)", TEXTS[name], re.MULTILINE)]
+PAGES = ("README.md", "docs/nodes.md", "docs/reachability.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*PAGES, "Makefile")}
+COMMANDS = [line for name in PAGES for line in re.findall(r"^    (petalnet [^#\n]+)", TEXTS[name], re.MULTILINE)]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -38,7 +39,7 @@ def test_a_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.
 def test_flags_and_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", TEXTS["Makefile"], re.MULTILINE))
     flags = {flag for verb in cli.list_commands(None) for param in cli.get_command(None, verb).params for flag in param.opts}  # type: ignore
-    for name in ("README.md", "docs/nodes.md"):
+    for name in PAGES:
         assert set(re.findall(r"\bmake ([a-z-]+)", TEXTS[name])) <= targets
         assert {flag for flag in re.findall(r"(?<![\w-])--[a-z-]+", TEXTS[name])} <= flags | {"--help"}
         prose = re.sub(r"```.*?```", "", TEXTS[name], flags=re.DOTALL)
