@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
-import time
 
 import msgpack
 import pytest
@@ -26,16 +25,24 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr
 
 from petalnet.errors import PeerLost, PetalnetError
+from petalnet.p2p.admission import PROOF_SIZE, Admission
 from petalnet.p2p.discovery import Discovery
 from petalnet.p2p.frames import PREFIX, FrameDecoder, FrameLimits, encode_frame
 from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.host import Host, Stream
 from petalnet.p2p.messages import Error, Ping, Store, decode_message, encode_message
+from petalnet.p2p.mux import MUX_ID
 from petalnet.p2p.protocols import PING, RECORDS, Limits, Protocol
+from petalnet.p2p.security import TAG
+from petalnet.p2p.swarm_key import SwarmKey
+
+from .attackers import Attacker, Stalled
+from .conftest import round_trip
 
 MESHSUB = "/meshsub/1.1.0"
 KADEMLIA = "/ipfs/kad/1.0.0"
@@ -148,24 +155,21 @@ async def test_rubbish_on_bare_sockets(hosts, victim: Host) -> None:
         await stream.aclose()
 
 
-async def test_rubbish_in_the_encrypted_channel(hosts, victim: Host) -> None:
-    """Frames of the muxer that make no sense, from a peer that has proved who it is."""
+@pytest.mark.parametrize("muxer", [MUX_ID, YAMUX_ID])
+async def test_rubbish_in_the_encrypted_channel(hosts, victim: Host, muxer: str) -> None:
+    """Frames of the muxer that make no sense, from peers that have proved who they are."""
     chance = random.Random(5)
     frames = [chance.randbytes(chance.choice([12, 13, 400])) for _ in range(20)]
     frames += [
-        struct.pack("!BBHII", 0, kind, flags, number, length)
-        for kind in range(5)
-        for flags in (0, 1, 4, 8, 15)
-        for number, length in ((0, 0), (2, 2**32 - 1))
+        struct.pack("!BBHII", first, second, third, number, length)
+        for first, second, third in ((0, 0, 1), (0, 1, 1), (0, 2, 1), (0, 3, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0), (6, 9, 0), (9, 0, 0))
+        for number, length in ((0, 0), (2, 2**32 - 1), (1, 70_000))
     ]
-    mallory = await hosts.start()
     for data in frames:
-        await mallory.connect(victim.peer_id, victim.addrs)
-        connection = mallory._dialler.live(victim.peer_id)
-        with trio.move_on_after(0.02):
-            await connection.muxed_conn._write_frame(data)  # by turns with the muxer's own writes
-            await trio.sleep(0.01)
-        await mallory.disconnect(victim.peer_id)
+        async with Attacker(victim.addrs[0]).connected(muxer=muxer) as channel:
+            with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(0.02):
+                await channel.send(data)
+                await channel.wire.wait_closed()
     await hosts.check_alive(victim)
 
 
@@ -302,15 +306,20 @@ async def test_a_peer_that_opens_all_streams_it_can_hinders_itself_only(hosts, v
     await hosts.check_alive(victim)
 
 
-async def test_a_flood_of_records_stays_within_bounds(hosts, victim: Host) -> None:
+async def test_a_peer_that_floods_with_records_of_no_worth_is_dropped(hosts, victim: Host) -> None:
     mallory = await hosts.start()
-    async with await mallory.open_stream(victim.peer_id, RECORDS, addrs=victim.addrs) as stream:
-        began = time.monotonic()
-        for number in range(300):
-            await stream.send(Store((struct.pack("!32s", b"%d" % number),), random.Random(number).randbytes(4000)))
-            answer = await stream.receive()
-            assert isinstance(answer, Error)
-        assert time.monotonic() - began < 10
+    refused = 0
+    with contextlib.suppress(PetalnetError):
+        async with await mallory.open_stream(victim.peer_id, RECORDS, addrs=victim.addrs) as stream:
+            for number in range(300):
+                await stream.send(Store((struct.pack("!32s", b"%d" % number),), random.Random(number).randbytes(4000)))
+                assert isinstance(await stream.receive(), Error)
+                refused += 1
+    assert 0 < refused < 100
+    assert not victim.is_connected(mallory.peer_id)
+    with pytest.raises(PetalnetError):
+        await mallory.connect(victim.peer_id, victim.addrs)
+        await round_trip(mallory, victim, hosts.echo)
     await hosts.check_alive(victim)
 
 
@@ -342,3 +351,25 @@ async def test_a_peer_that_never_reads_its_answers_is_given_up(hosts, victim: Ho
         with trio.fail_after(10):
             await over.wait()
     await hosts.check_alive(victim)
+
+
+async def test_slow_loris_with_the_proof_of_a_swarm_key(hosts) -> None:
+    """Whoever stops in the middle of its proof, or waits for the other side's, is gone after the handshakes' deadline."""
+    key = SwarmKey.generate()
+    victim = await hosts.start(admission=Admission(swarm_key=key), limits=Limits(handshake_timeout=0.4))
+    member = Attacker(victim.addrs[0], admission=Admission(swarm_key=key))
+    wire = await member.wire()
+    await member.handshake(wire, muxer="")
+    total = wire.written
+    proof = PROOF_SIZE + 2 + TAG
+    for most in (total - proof, total - proof + 1, total - proof // 2, total - 1):
+        stalling = await member.wire(most=most)
+        with pytest.raises(Stalled):
+            await member.handshake(stalling)
+        with trio.fail_after(5):
+            await stalling.wait_closed()
+    with trio.fail_after(5):
+        await wire.wait_closed()  # it never said which multiplexer it wants
+    friend = await hosts.start(admission=Admission(swarm_key=key))
+    assert await round_trip(friend, victim, hosts.echo)
+    assert victim.connected_peers() == [friend.peer_id]
