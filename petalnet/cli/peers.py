@@ -46,7 +46,7 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
         name = f" {node['public_name']}" if node["public_name"] else ""
         swarm = f", private swarm (key {node['swarm_key']})" if node["swarm_key"] else ""
         count = f"{len(peers)} peer{'s' if len(peers) != 1 else ''}"
-        console.print(Text(f"{node['role']}{name} {node['peer_id']}, pid {node['pid']}{swarm}: {count}"))
+        click.echo(f"{node['role']}{name} {node['peer_id']}, pid {node['pid']}{swarm}: {count}")
         if not peers:
             continue
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
