@@ -33,7 +33,7 @@ from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_byt
 from multiaddr import Multiaddr
 
 from petalnet.errors import PeerUnreachable, ProtocolError, UsageError
-from petalnet.p2p.addresses import PeerAddress, circuit_addr, parse_peer, relay_of
+from petalnet.p2p.addresses import PeerAddress, circuit_addr, ip_of, parse_peer, relay_of
 from petalnet.p2p.identity import public_key_bytes
 from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream
 from petalnet.p2p.mux import MuxStream
@@ -181,8 +181,9 @@ class Circuit(ReadWriteCloser):
             await self._stream.close_write()
         except (BaseLibp2pError, OSError) as error:
             logger.debug("a circuit through %s ended: %r", self.relay_id, error)
-        if self._on_close is not None:
-            self._on_close(self._stream)
+        finally:
+            if self._on_close is not None:
+                self._on_close(self._stream)
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """None: where the other end is, only the relay knows."""
@@ -222,7 +223,12 @@ class Circuits:
                 relays.append(parse_peer(_text(data, relay_id)))
             except UsageError as error:
                 logger.debug("relay %s told an address that is none: %s", relay_id, error)
-        usable = [relay for relay in dict.fromkeys(relays) if relay.peer_id == relay_id and relay_of(relay.addr) is None]
+        far = any(not _is_loopback(addr) for addr in relay_addrs)  # then what the relay calls itself on its own machine helps nobody
+        usable = [
+            relay
+            for relay in dict.fromkeys(relays)
+            if relay.peer_id == relay_id and relay_of(relay.addr) is None and not (far and _is_loopback(relay.addr))
+        ]
         addrs = tuple(circuit_addr(relay) for relay in usable[:MAX_RELAY_ADDRS])
         return Reservation(relay_id, addrs, min(expires, now + self._limits.relay_reservation))
 
@@ -261,15 +267,16 @@ class Circuits:
         """
         stream, _ = await self._request(relay_id, HopMessage(type=HopMessage.CONNECT, peer=PeerId(id=peer.to_bytes())))
         circuit = Circuit(stream, self._limits.circuit_window, self._finish)
+        connection: SwarmConn | None = None
         try:
             with trio.fail_after(self._limits.handshake_timeout):
-                return await self._libp2p.swarm.upgrade_outbound_raw_conn(_raw(circuit, addr, initiator=True), peer)
+                connection = await self._libp2p.swarm.upgrade_outbound_raw_conn(_raw(circuit, addr, initiator=True), peer)
+            return connection
         except trio.TooSlowError:
             raise PeerUnreachable(f"peer {peer} did not answer through relay {relay_id}", str(peer)) from None
         finally:
-            if peer not in self._libp2p.swarm.connections:
-                with trio.CancelScope(shield=True):
-                    await circuit.close()
+            if connection is None:
+                await _reset(stream)
 
     async def _accept(self, stream: INetStream) -> None:
         """Serve `stop`: somebody wants to reach this node through a relay."""
@@ -310,6 +317,11 @@ def _raw(circuit: Circuit, addr: str, *, initiator: bool) -> RawConnection:
 def _relay_addr(reservation: Reservation) -> str:
     relay = relay_of(reservation.addrs[0]) if reservation.addrs else None
     return relay.addr if relay is not None else "/ip4/0.0.0.0/tcp/0"
+
+
+def _is_loopback(addr: str) -> bool:
+    ip = ip_of(addr)
+    return ip is not None and ip.is_loopback
 
 
 def _text(data: bytes, relay_id: str) -> str:

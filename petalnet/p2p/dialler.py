@@ -136,6 +136,10 @@ class Dialler:
         refusals: list[NotAdmitted] = []
         won: list[SwarmConn] = []
 
+        relays: dict[str, list[str]] = {}  # and their addresses: one circuit through each is enough
+        for relay in filter(None, map(relay_of, candidates)):
+            relays.setdefault(relay.peer_id, []).append(relay.addr)
+
         async def dial(addr: str, over: trio.Event) -> None:
             relay = relay_of(addr)
             try:
@@ -143,7 +147,7 @@ class Dialler:
                     async with self._dials:
                         connection = await self._libp2p.swarm.dial_addr(Multiaddr(addr), peer)
                 else:
-                    await self.connection(relay.peer_id, [relay.addr], RELAY_TIMEOUT_S, direct=True)
+                    await self.connection(relay.peer_id, relays[relay.peer_id], RELAY_TIMEOUT_S, direct=True)
                     connection = await self.circuits.dial(relay.peer_id, peer, addr)
             except (BaseLibp2pError, OSError, PeerUnreachable) as error:
                 failures[addr] = reason_of(error)
@@ -160,6 +164,9 @@ class Dialler:
 
         async with trio.open_nursery() as nursery:
             for addr in candidates:
+                through = relay_of(addr)
+                if through is not None and through.addr != relays[through.peer_id][0]:
+                    continue
                 over = trio.Event()
                 nursery.start_soon(dial, addr, over)
                 with trio.move_on_after(STAGGER_S):
