@@ -38,10 +38,11 @@ print(json.dumps({
 
 
 @pytest.mark.long
-def test_text_is_generated_through_a_relay(lab: Lab, nodes: LabNodes) -> None:
+@pytest.mark.parametrize("keeps_ports", [False, True], ids=["through-the-relay", "after-hole-punching"])
+def test_text_is_generated_behind_three_routers(lab: Lab, nodes: LabNodes, keeps_ports: bool) -> None:
     lab.add_public("relay")
     for name in ("alice", "bob", "carol"):
-        lab.add_nated(name)
+        lab.add_nated(name, keeps_ports=keeps_ports)
     relay = nodes.launch("relay", "--bootstrap", "--relay").wait_ready()
     entry = f"/ip4/{lab.ip('relay')}/tcp/31330/p2p/{relay.peer_id}"
     assert entry in relay.addrs
@@ -55,4 +56,7 @@ def test_text_is_generated_through_a_relay(lab: Lab, nodes: LabNodes) -> None:
         assert server.log().count("open TCP port 31330") == 1
     answer = json.loads(nodes.run_python("carol", GENERATE, entry).splitlines()[-1])
     assert answer["equal"], answer
-    print(f"\n{answer['tokens_s']:.1f} tokens/s through the relay: {answer['text']!r}")
+    for server in servers:
+        assert ("connected directly" in server.log()) == keeps_ports
+    way = "after hole punching" if keeps_ports else "through the relay"
+    print(f"\n{answer['tokens_s']:.1f} tokens/s {way}: {answer['text']!r}")
