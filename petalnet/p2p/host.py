@@ -10,10 +10,8 @@ What lies beneath is libp2p. No peer can end a node by what it sends: whatever g
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
@@ -30,7 +28,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
-from petalnet.errors import AddressInUse, BusyError, PeerLost, PeerUnreachable, PetalnetError, ServerError, UnsupportedError, UsageError
+from petalnet.errors import AddressInUse, PeerUnreachable, PetalnetError, UnsupportedError, UsageError
 from petalnet.p2p.addresses import parse_addr, plain_addr, reachable_addrs
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.budget import Budget
@@ -38,11 +36,12 @@ from petalnet.p2p.dialler import Dialler, abort, is_good
 from petalnet.p2p.heartbeat import Heartbeat, serve_ping
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream, reason_of
-from petalnet.p2p.messages import Error
-from petalnet.p2p.mux import MuxConnection, MuxStream
+from petalnet.p2p.mux import MuxConnection
+from petalnet.p2p.mux_stream import MuxStream
+from petalnet.p2p.peer_status import PeerStatus
+from petalnet.p2p.protocol_server import ProtocolServer
 from petalnet.p2p.protocols import PING, Limits, Protocol
 from petalnet.p2p.quiet import tame_logging
-from petalnet.p2p.rates import Rates
 from petalnet.p2p.security import NoiseSession
 from petalnet.p2p.stock_streams import StockStream, bound
 from petalnet.p2p.streams import ByteStream, Served, Stream
@@ -57,61 +56,6 @@ CONNECT_TIMEOUT_S = 10.0
 LIBP2P_CONNECT_TIMEOUT_S = 3.0
 """Seconds for what libp2p dials by itself: peers that it heard of, many of which are long gone."""
 CLOSE_TIMEOUT_S = 0.5
-IDLE_LOOKS = 8
-"""Looks at idle streams within their time-out; they end at most one interval late."""
-RATE_BURST_S = 2.0
-"""Seconds' worth of requests that a peer may send at once."""
-
-Handler = Callable[[Stream], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class PeerStatus:
-    """One connection to a peer.
-
-    Attributes:
-        peer_id: the peer, base58.
-        addr: the multiaddr of its other end; "" where that is not known.
-        direction: "in" where the peer dialled, "out" where this node did.
-        path: "direct" or "relay".
-        relay: the id of the relay that carries it, or None.
-        round_trip_s: seconds, or None where it is not known yet.
-        bytes_in, bytes_out: on the wire since the handshake.
-        streams: streams that are open on it.
-        muxer: the protocol id of the multiplexer.
-        since: when it was made, unix seconds.
-    """
-
-    peer_id: str
-    addr: str
-    direction: str
-    path: str
-    relay: str | None
-    round_trip_s: float | None
-    bytes_in: int
-    bytes_out: int
-    streams: int
-    muxer: str
-    since: float
-
-    @classmethod
-    def of(cls, connection: SwarmConn, session: NoiseSession, round_trip_s: float | None) -> PeerStatus:
-        muxed = connection.muxed_conn
-        addr = next(map(str, session.get_transport_addresses()), "")
-        head, relayed, _ = addr.partition("/p2p-circuit")
-        return cls(
-            peer_id=str(muxed.peer_id),
-            addr=addr,
-            direction="out" if session.is_initiator else "in",
-            path="relay" if relayed else "direct",
-            relay=head.rpartition("/p2p/")[2] if relayed else None,
-            round_trip_s=round_trip_s,
-            bytes_in=session.bytes_in,
-            bytes_out=session.bytes_out,
-            streams=len(muxed.streams) if isinstance(muxed, MuxConnection) else len(connection.streams),
-            muxer=str(getattr(muxed, "negotiated_muxer_protocol", "")),
-            since=connection._created_at,
-        )
 
 
 class Host:
@@ -163,44 +107,9 @@ class Host:
         The stream is closed when the handler returns. A PetalnetError that it raises is told to the peer; any other exception is
         logged, and the peer learns only that there was one.
         """
-        counts: Counter[str] = Counter()
-        streams: set[Stream] = set()
-        rates = Rates(protocol.max_rate, protocol.max_rate * RATE_BURST_S, capacity=self.limits.max_connections)
-
-        async def run(raw: INetStream) -> None:
-            if not isinstance(raw, NetStream):
-                raise TypeError(f"libp2p gave a {type(raw).__name__} for a stream")
-            peer_id = str(raw.muxed_conn.peer_id)
-
-            async def pace() -> None:
-                if wait := rates.wait(peer_id, trio.current_time()):
-                    await trio.sleep(wait)
-                rates.charge(peer_id, trio.current_time(), 1.0)
-
-            served = Served(self._budget, pace, offence=lambda reason: self.offence(peer_id, reason))
-            stream = self._stream(self._byte_stream(raw), peer_id, protocol, served)
-            if counts[peer_id] >= protocol.max_streams_per_peer or counts.total() >= protocol.max_streams:
-                logger.debug("%s: a stream of peer %s was refused: too many are open", protocol.id, peer_id)
-                await _tell(stream, BusyError(f"too many streams of {protocol.id} are open"))
-                return
-            counts[peer_id] += 1
-            streams.add(stream)
-            try:
-                await _serve_stream(stream, handler)
-            finally:
-                streams.remove(stream)
-                counts[peer_id] -= 1
-                if not counts[peer_id]:
-                    del counts[peer_id]
-
-        async def end_idle() -> None:
-            while True:
-                await trio.sleep(protocol.idle_timeout_s / IDLE_LOOKS)
-                for stream in streams:
-                    stream.end_if_idle(trio.current_time())
-
-        self.libp2p.set_stream_handler(TProtocol(protocol.id), run)
-        self._nursery.start_soon(end_idle)
+        server = ProtocolServer(protocol, handler, wrap=self._served_stream, capacity=self.limits.max_connections)
+        self.libp2p.set_stream_handler(TProtocol(protocol.id), server.serve)
+        self._nursery.start_soon(server.end_idle_streams)
 
     async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         """Make sure that there is a connection to the peer.
@@ -241,6 +150,11 @@ class Host:
         except trio.TooSlowError:
             raise PeerUnreachable(f"peer {peer_id} did not open a stream of {protocol.id} within {timeout_s:g} s", peer_id) from None
         return self._stream(self._byte_stream(raw), peer_id, protocol)
+
+    def _served_stream(self, raw: NetStream, protocol: Protocol, pace: Callable[[], Awaitable[None]]) -> Stream:
+        peer_id = str(raw.muxed_conn.peer_id)
+        served = Served(self._budget, pace, offence=lambda reason: self.offence(peer_id, reason))
+        return self._stream(self._byte_stream(raw), peer_id, protocol, served)
 
     def _stream(self, raw: ByteStream, peer_id: str, protocol: Protocol, served: Served | None = None) -> Stream:
         return Stream(raw, peer_id, protocol, limits=self.limits, on_lost=lambda: self._check_peer(peer_id), served=served)
@@ -527,34 +441,3 @@ def _listen_error(addr: str, error: OSError) -> UsageError:
     if is_address_in_use(error):
         return AddressInUse(f"cannot listen on {addr}: another program uses this port")
     return UsageError(f"cannot listen on {addr}: {error.strerror or error}")
-
-
-async def _serve_stream(stream: Stream, handler: Handler) -> None:
-    """Run a handler on a stream and end the stream as its outcome asks."""
-    try:
-        await handler(stream)
-    except PeerLost as error:
-        logger.debug("%s: %s", stream.protocol.id, error)
-        await stream.reset()
-    except PetalnetError as error:
-        logger.debug("%s with peer %s: %s", stream.protocol.id, stream.peer_id, error)
-        await _tell(stream, error)
-    except Exception:
-        # A defect of ours, met by one peer's request: it is logged and told, and must not end the node, as libp2p would have it.
-        logger.exception("the handler of %s failed on a stream of peer %s", stream.protocol.id, stream.peer_id)
-        await _tell(stream, ServerError("internal error"))
-    except BaseException:
-        await stream.reset()
-        raise
-    else:
-        await stream.close()
-
-
-async def _tell(stream: Stream, error: PetalnetError) -> None:
-    """Send an error and close, as far as the peer lets us."""
-    with trio.move_on_after(1):
-        try:
-            await stream.send(Error.of(error))
-        except PeerLost as lost:
-            logger.debug("%s", lost)
-    await stream.close()

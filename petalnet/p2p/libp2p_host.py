@@ -30,8 +30,9 @@ from multiaddr import Multiaddr
 from petalnet.errors import PetalnetError
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.mux import MUX_ID, MuxConnection, MuxStream
+from petalnet.p2p.mux import MUX_ID, MuxConnection
 from petalnet.p2p.mux_protocol import Reason
+from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.negotiation import BoundedMultiselect, BoundedMultiselectClient, bound_negotiations
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.security import Noise
@@ -173,11 +174,14 @@ class Libp2pHost(BasicHost):
                 await self._serve_named(stream, stream.muxed_stream)
             else:
                 await self._serve_stream(stream)
+            await finish_stream(stream, self._limits.linger)
         except Exception as error:
             logger.debug("%s with peer %s failed: %r", stream.get_protocol(), peer_id, error)
-            await stream.reset()
-        else:
-            await finish_stream(stream, self._limits.linger)
+            try:
+                await stream.reset()
+            except Exception:
+                # What fails here is a defect of ours or of libp2p's, and costs a stream whose connection is about to end anyway.
+                logger.exception("a stream of peer %s could not be reset", peer_id)
         finally:
             self._inbound[peer_id] -= 1
             if not self._inbound[peer_id]:

@@ -8,24 +8,18 @@ send the rest when it can. What has been encrypted is always sent: no cancellati
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
+from collections.abc import Awaitable, Callable
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from multiaddr import Multiaddr
 
-from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Buffer, Closed, Ended, Event, Mux, MuxError, Opened, Reason, Received, WasReset
+from petalnet.p2p.mux_protocol import Closed, Ended, Event, Mux, MuxError, Opened, Reason, Received, WasReset
+from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.security import NoiseSession
 
@@ -46,236 +40,6 @@ _FIRST_WINDOW = 1024 * 1024
 """On a machine's own loopback half of it costs half of the rate, and a short message beside four long ones waits 2.5 ms either way."""
 _WIDEST_WINDOW = 16 * 1024 * 1024
 """What is under way at 1 Gbit/s and a round trip of 128 ms."""
-_TINY = 2048
-"""Bytes below which pieces that wait to be read are put together: kept apart, each would take hundreds of bytes besides its own."""
-
-
-class TookNothing(MuxedStreamReset):
-    """The peer has read nothing of what was sent for too long; the stream was reset."""
-
-
-class MuxStream(IMuxedStream):
-    """One stream. One task may receive while others send; made by `MuxConnection`.
-
-    Attributes:
-        muxed_conn: the connection that it runs on.
-        number: its number on the connection.
-        protocol: what is spoken on it by the word of who opened it; "" if that is negotiated.
-    """
-
-    muxed_conn: MuxConnection
-
-    def __init__(self, connection: MuxConnection, number: int, protocol: str) -> None:
-        self.muxed_conn = connection
-        self.number = number
-        self.protocol = protocol
-        self.ended = False  # the peer sends no more
-        self.ended_here = False
-        self.reset_reason: Reason | None = None
-        self._chunks: list[Buffer] = []
-        self._tail: bytearray | None = None  # the last of the chunks, where it is put together from tiny ones
-        self._held = 0
-        self._wanted = 1
-        self._allowed = 0  # bytes that may be granted as the peer sends
-        self._granted_at = float("-inf")
-        self._consumed = 0
-        self._readable = trio.lowlevel.ParkingLot()
-        self._writable = trio.lowlevel.ParkingLot()
-
-    # ---- what petalnet's own streams use
-
-    @property
-    def held(self) -> int:
-        """Bytes that have come and were not taken yet."""
-        return self._held
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the connection has ended beneath the stream."""
-        return self.muxed_conn.is_closed
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more can come or be sent."""
-        return self.number not in self.muxed_conn.streams
-
-    async def wait(self, count: int) -> None:
-        """Until `count` bytes are held, or the stream has ended in one way or another. Safe to cancel."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if not self._held:
-            self.muxed_conn.pump()  # it may have been opened just now
-        self._wanted = count
-        while self._held < count and not (self.ended or self.is_over):
-            await self._readable.park()
-
-    def take(self) -> list[Buffer]:
-        """The bytes that have come, in pieces; without granting the peer any more."""
-        chunks, self._chunks, self._tail, self._held = self._chunks, [], None, 0
-        return chunks
-
-    def allow(self, count: int) -> None:
-        """Let the peer send until `count` bytes are held: not all at once, but as it sends, a window's worth ahead."""
-        self._allowed = count - self._held - self.muxed_conn.mux.window(self.number)
-        if self._allowed > 0:
-            self._refill()
-            self.muxed_conn.pump()
-
-    def _refill(self) -> None:
-        """Grant what is allowed, once half of the window is used."""
-        connection = self.muxed_conn
-        window = connection.mux.window(self.number)
-        if window > connection.window // 2 or self.ended:
-            return
-        now = trio.current_time()
-        connection.tune(connection.window - window, now - self._granted_at)
-        self._granted_at = now
-        size = min(connection.window - window, self._allowed)
-        self._allowed -= size
-        connection.mux.grant(self.number, size)
-
-    async def send(self, parts: Sequence[Buffer], patience: float = float("inf")) -> None:
-        """Send bytes, given in parts, which must not change until this returns.
-
-        A call that is cancelled may have sent a part of them; where that is so, the stream is reset.
-
-        Args:
-            patience: seconds without a byte sent, after which the stream is reset.
-        Raises:
-            MuxedStreamReset, MuxedStreamClosed: it is over, or was closed by this side.
-            TookNothing: `patience` is at an end.
-        """
-        connection = self.muxed_conn
-        await connection.turn()
-        self._check_open()
-        mux = connection.mux
-        mux.send(self.number, parts)
-        total = mux.pending(self.number)
-        connection.pump()
-        if mux.pending(self.number):
-            connection.waiting.add(self)
-            try:
-                while (before := mux.pending(self.number)) and not connection.is_closed:
-                    with trio.move_on_after(patience):
-                        await self._writable.park()
-                        continue
-                    if mux.pending(self.number) == before:
-                        self.abandon()
-                        raise TookNothing(f"the peer took nothing for {patience:g} s")
-            except trio.Cancelled:
-                if mux.pending(self.number) != total:
-                    self.abandon()
-                else:
-                    mux.withdraw(self.number)
-                raise
-            finally:
-                connection.waiting.discard(self)
-        if self.reset_reason is not None or connection.is_closed:
-            self._check_open()
-
-    def abandon(self, reason: Reason = Reason.CANCELLED) -> None:
-        """Reset the stream at once, which never waits."""
-        self.muxed_conn.mux.reset(self.number, reason)
-        if self.reset_reason is None:
-            self.reset_reason = Reason.CANCELLED
-        self.muxed_conn.forget(self)
-        self.muxed_conn.pump()
-
-    def finish(self) -> None:
-        """Send no more, after what is queued, and drop what still comes; never waits. A peer that does not end its side is reset later."""
-        self.ended_here = True
-        self.muxed_conn.mux.end(self.number)
-        self.take()
-        self.muxed_conn.let_go(self)
-        self.muxed_conn.pump()
-
-    # ---- what the connection calls
-
-    def on_received(self, data: memoryview) -> None:
-        if self in self.muxed_conn.lingering:
-            return
-        self._held += len(data)
-        if self._allowed > 0:
-            self._refill()
-        if not self._chunks or len(data) >= _TINY:
-            # A view would keep all that it was decrypted with: a small piece is copied.
-            self._chunks.append(data if 2 * len(data) >= len(data.obj) else bytes(data))  # type: ignore[arg-type]
-            self._tail = None
-        elif self._tail is None:
-            self._tail = bytearray(data)
-            self._chunks.append(self._tail)
-        else:
-            self._tail += data
-        if self._held >= self._wanted:
-            self._readable.unpark_all()
-
-    def on_change(self) -> None:
-        """The stream has ended, in one way or another."""
-        self._readable.unpark_all()
-        self._writable.unpark_all()
-
-    def on_sent(self) -> None:
-        self._writable.unpark_all()
-
-    def _check_open(self) -> None:
-        if self.muxed_conn.is_closed:
-            raise MuxedStreamReset("the connection has ended")
-        if self.reset_reason is not None or self.is_over:
-            raise MuxedStreamReset("the stream was reset")
-        if self.ended_here:
-            raise MuxedStreamClosed("the stream was closed for sending")
-
-    # ---- libp2p's interface, for its own protocols
-
-    @property
-    def closed(self) -> bool:
-        """Whether both sides have ended the stream."""
-        return self.is_over
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Up to `n` bytes, with None whatever has come; raises MuxedStreamEOF at the end."""
-        if n == 0:
-            return b""
-        await self.wait(1)
-        if not self._held:
-            if self.ended and self.reset_reason is None:
-                raise MuxedStreamEOF("the peer has ended the stream")
-            raise MuxedStreamReset("the stream was reset")
-        data = b"".join(self.take())
-        if n is not None and 0 < n < len(data):
-            self._chunks, self._tail, self._held = [memoryview(data)[n:]], None, len(data) - n
-            data = data[:n]
-        self._consumed += len(data)
-        if self._consumed >= INITIAL_WINDOW // 2 and not self.ended:
-            consumed, self._consumed = self._consumed, 0
-            self.muxed_conn.mux.grant(self.number, consumed)
-            self.muxed_conn.pump()
-        return data
-
-    async def write(self, data: bytes) -> None:
-        await self.send([data])
-
-    async def close(self) -> None:
-        """Send no more; what comes can still be read."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self.ended_here = True
-        self.muxed_conn.mux.end(self.number)
-        self.muxed_conn.pump()
-
-    async def reset(self) -> None:
-        self.abandon()
-
-    def set_deadline(self, ttl: int) -> None:
-        """Not offered: deadlines are trio's cancel scopes here."""
-        raise MuxedStreamError("streams have no deadlines of their own; use a cancel scope")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return self.muxed_conn.secured_conn.get_remote_address()
-
-    async def __aenter__(self) -> MuxStream:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
 
 
 class MuxConnection(IMuxedConn):
@@ -484,11 +248,15 @@ class MuxConnection(IMuxedConn):
         self.secured_conn.established()
         try:
             with self._scope:
-                async with trio.open_nursery() as self._nursery:
-                    self._nursery.start_soon(self._write)
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._write)
                     self.pump()
-                    await self._read()
-                    self._nursery.cancel_scope.cancel()
+                    try:
+                        await self._read()
+                    finally:
+                        self._nursery = None  # from now on it takes no more tasks
+                    nursery.cancel_scope.cancel()
         except* Exception as failure:
             # A defect of ours that one peer's bytes met: it ends that peer's connection; libp2p would let it end the node.
             logger.error("the connection to peer %s failed", self.peer_id, exc_info=failure)

@@ -85,7 +85,7 @@ class Limits:
 
     # -- offences (see `offences`)
     offence_threshold: float = 10.0
-    """Weights summed up to which a peer is dropped: ten messages that nobody sends by accident."""
+    """Weights summed up to which a peer is dropped: about ten messages that nobody sends by accident."""
     offence_half_life: float = 300.0
     """After which an offence counts half: a buggy but harmless peer is never dropped."""
     ban: float = 900.0
@@ -106,6 +106,7 @@ class Protocol:
         idle_timeout_s: seconds without a message after which a served stream is closed.
         frame_timeout_s: seconds without a byte in the middle of a frame after which a stream is given up, on both sides.
         max_rate: requests a second that are read from one peer, over all its streams; above that it waits. A burst of two seconds is free.
+            None where what a request takes (KV cache, a place in the queue) bounds it well enough.
     """
 
     id: str
@@ -114,7 +115,7 @@ class Protocol:
     max_streams: int = 1024
     idle_timeout_s: float = 60.0
     frame_timeout_s: float = 30.0
-    max_rate: float = 1000.0
+    max_rate: float | None = None
 
 
 INFERENCE = Protocol(

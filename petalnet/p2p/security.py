@@ -314,7 +314,10 @@ class Noise(Transport):
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         try:
-            secured = await super().secure_outbound(conn, peer_id)
+            with trio.fail_after(self._limits.handshake_timeout):  # libp2p's own deadline is for what comes after it
+                secured = await super().secure_outbound(conn, peer_id)
+        except trio.TooSlowError as error:
+            raise SecurityUpgradeFailure(f"the peer did not finish the handshake within {self._limits.handshake_timeout:g} s") from error
         except (InvalidTag, IOException, OSError) as error:
             # With another key, each side finds the other's messages unreadable, and whoever finds it first goes away.
             if self._admission.handshake_key is not None:

@@ -15,8 +15,8 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.stream_muxer.exceptions import MuxedStreamReset
 from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, MAX_MESSAGE_SIZE, Yamux, YamuxStream
 
-from petalnet.p2p.mux import TookNothing
 from petalnet.p2p.mux_protocol import Buffer, Reason
+from petalnet.p2p.mux_stream import TookNothing
 from petalnet.p2p.security import NoiseSession
 
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]

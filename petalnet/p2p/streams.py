@@ -22,8 +22,8 @@ from petalnet.errors import BusyError, PeerLost, PetalnetError, ProtocolError, U
 from petalnet.p2p.budget import Budget
 from petalnet.p2p.frames import FrameDecoder
 from petalnet.p2p.messages import Error, Message, decode_message, encode_message
-from petalnet.p2p.mux import TookNothing
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Buffer, Reason
+from petalnet.p2p.mux_stream import TookNothing
 from petalnet.p2p.protocols import Limits, Protocol
 
 _REFUSAL_TIMEOUT_S = 1.0
