@@ -36,7 +36,7 @@ from petalnet.errors import PeerUnreachable, ProtocolError, UsageError
 from petalnet.p2p.addresses import PeerAddress, circuit_addr, ip_of, parse_peer, relay_of
 from petalnet.p2p.identity import public_key_bytes
 from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream
-from petalnet.p2p.mux import MuxStream
+from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
 
 logger = logging.getLogger(__name__)
