@@ -296,6 +296,28 @@ async def test_a_handler_that_fails_ends_its_stream_only(hosts, victim: Host) ->
     await hosts.check_alive(victim)
 
 
+@pytest.mark.parametrize("ticks", range(4))
+async def test_a_handler_that_returns_while_its_connection_ends(hosts, victim: Host, ticks: int) -> None:
+    """In whichever moment of the end: once, one of them ended the node."""
+    returned = trio.Event()
+
+    async def return_at_the_end(stream: NetStream) -> None:
+        stream.muxed_conn._scope.cancel()  # type: ignore[attr-defined]  # what the end of the connection does first
+        for _ in range(ticks):
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
+        returned.set()
+
+    victim.libp2p.set_stream_handler(TProtocol("/end/1.0.0"), return_at_the_end)
+    mallory = await hosts.start()
+    for _ in range(40):
+        with contextlib.suppress(BaseLibp2pError, PetalnetError):
+            await raw_stream(mallory, victim, "/end/1.0.0")
+    with trio.fail_after(5):
+        await returned.wait()
+    await hosts.check_alive(victim)
+
+
 async def test_a_peer_that_opens_all_streams_it_can_hinders_itself_only(hosts, victim: Host) -> None:
     mallory = await hosts.start()
     streams = []
