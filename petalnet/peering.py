@@ -31,7 +31,7 @@ from petalnet.p2p.reachability import Reachability
 from petalnet.p2p.relay import Relay
 from petalnet.p2p.replication import REPLICAS
 from petalnet.p2p.signed import open_signed, sign
-from petalnet.routing.pace import beat_s, gossip_every_s, refresh_every_s
+from petalnet.routing.pace import BEAT_S, beat_s, gossip_every_s, list_every_s, refresh_every_s
 from petalnet.routing.records import SWARM_KEY, RecordForged, ServerRecord, discovery_key, next_sequence
 from petalnet.routing.sequences import Sequences
 from petalnet.routing.swarm import MAX_REMEMBERED, SwarmView
@@ -74,20 +74,22 @@ class Peering:
         host: the libp2p host.
         view: what is known of the swarm's servers, itself included. Times in it are unix seconds.
         discovery: the records protocol over Kademlia.
-        reachability: whether others can reach this node; None where it does not listen.
+        reachability: whether others can reach this node; None for a client, which nobody has to reach, and where it does not listen.
     """
 
     def __init__(self, host: Host, *, server: bool) -> None:
         self.host = host
         self.view = SwarmView(host.peer_id)
         self.discovery = Discovery(host, server=server, on_record=self._take)
-        self.reachability = Reachability(host) if host.addrs else None
+        self.reachability = Reachability(host) if server and host.addrs else None
         self._hole_punching = HolePunching(host)
         self._gossip = Gossip(host)
         self._gossiped = Sequences(MAX_REMEMBERED)
         self._authors = Rates(*AUTHOR_RATE, capacity=MAX_REMEMBERED)
         self._announced: ServerRecord | None = None
         self._gossiped_at = float("-inf")
+        self._listed_at = float("-inf")
+        self._list_every_s = BEAT_S
         self._asked_all: dict[bytes, float] = {}
         host.on_peer_lost(self._on_peer_lost)
         host.on_peer_found(self._on_peer_found)
@@ -105,8 +107,8 @@ class Peering:
 
     @property
     def beat_s(self) -> float:
-        """Seconds after which a server should announce itself again: the more there are, the longer."""
-        return beat_s(self.discovery.crowd)
+        """Seconds after which a server should announce itself again: the more there are of its model, the longer."""
+        return beat_s(0 if self._announced is None else self.discovery.crowds.get(self._announced.keys[0], 0))
 
     async def look_up(self, model: str | None = None) -> None:
         """Ask the swarm who serves a model (None: any): all that keep its records once in a minute, a few of them in between."""
@@ -153,7 +155,15 @@ class Peering:
         if changed or now - self._gossiped_at >= gossip_every_s(len(self.view)):
             self._gossiped_at = now
             await self._gossip.publish(GOSSIP_TOPIC, data)
-        return await self.discovery.announce(record.keys, data)
+        keys = [discovery_key(record.model)]
+        if changed or now - self._listed_at >= self._list_every_s:
+            keys.append(SWARM_KEY)
+        stored = await self.discovery.announce(keys, data)
+        if SWARM_KEY in keys:
+            crowd = self.discovery.crowds[SWARM_KEY]
+            self._list_every_s = list_every_s(crowd, self._list_every_s, record.expires - record.issued)
+            self._listed_at = now
+        return stored
 
     def _take(self, data: bytes, age: float = 0.0) -> None:
         """A signed record from wherever. One that does not hold is dropped."""
@@ -236,7 +246,7 @@ async def open_peering(
         host = await (_open_on_free_port(stack, open_at) if listen is None else stack.enter_async_context(open_at(listen=listen)))
         peering = Peering(host, server=server)
         if relay:
-            Relay(host)
+            Relay(host, is_reachable=lambda: peering.reachability is None or peering.reachability.verdict.state != "unreachable")
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(peering.run, initial_peers)
         if initial_peers and not peering.discovery.joined:

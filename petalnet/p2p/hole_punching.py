@@ -33,6 +33,7 @@ from petalnet.p2p.addresses import IpAddress, ip_of, parse_addr, plain_addr, por
 from petalnet.p2p.circuit import read_protobuf, write_protobuf
 from petalnet.p2p.host import Host
 from petalnet.p2p.libp2p_host import finish_stream
+from petalnet.p2p.rates import Rates
 from petalnet.p2p.reachability import ask_to_dial_back
 from petalnet.p2p.transport import TcpStream, tune
 
@@ -49,6 +50,8 @@ MOST_REFUSED = 60
 """Refusals of one target after which it is left alone."""
 EXCHANGE_S = 15.0
 """For a whole attempt, the handshakes included."""
+AGAIN_AFTER_S = 60.0
+"""Seconds after which the same peer may make this node try again; two attempts in a row are free."""
 MAX_TARGETS = 2
 LOWEST_PORT = 1024
 """Nobody is made to knock at the doors of well-known services."""
@@ -65,6 +68,7 @@ class HolePunching:
         self._limits = host.limits
         self._nursery: trio.Nursery | None = None
         self._under_way: set[str] = set()
+        self._rates = Rates(1 / AGAIN_AFTER_S, 2, capacity=host.limits.max_connections)
         self._observed: dict[str, tuple[IpAddress, float]] = {}  # where a relay sees this node, and until when (trio time) that counts
         host.libp2p.set_stream_handler(DCUTR, self._serve)
         host.on_peer_found(self._on_peer_found)
@@ -122,8 +126,8 @@ class HolePunching:
         peer_id = str(stream.muxed_conn.peer_id)
         if self._relay_to(peer_id, direction="out") is None or len(self._under_way) >= self._limits.max_hole_punches:
             raise ProtocolError(f"peer {peer_id} asks for a hole to be punched where none is wanted", peer_id)
-        if peer_id in self._under_way:
-            raise ProtocolError(f"peer {peer_id} asks for two holes at once", peer_id)
+        if peer_id in self._under_way or not self._rates.take(peer_id, trio.current_time()):
+            raise ProtocolError(f"peer {peer_id} asks for too many holes", peer_id)
         self._under_way.add(peer_id)
         try:
             with trio.fail_after(EXCHANGE_S):

@@ -30,7 +30,7 @@ from petalnet.p2p.addresses import IpAddress, ip_of, own_interfaces, port_of, re
 from petalnet.p2p.circuit import Reservation
 from petalnet.p2p.host import Host
 from petalnet.p2p.messages import DialBack, DialBackDone, Error
-from petalnet.p2p.protocols import REACHABILITY, Limits
+from petalnet.p2p.protocols import REACHABILITY
 from petalnet.p2p.reservations import Reservations
 from petalnet.p2p.streams import Stream
 
@@ -160,9 +160,9 @@ class Reachability:
         verdict: the present one.
     """
 
-    def __init__(self, host: Host, limits: Limits | None = None) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
-        self._limits = limits or host.limits
+        self._limits = host.limits
         self._dials = trio.CapacityLimiter(self._limits.max_dial_backs)
         self._wake = trio.Event()
         self._relaying: trio.CancelScope | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -27,7 +28,6 @@ from petalnet.p2p.addresses import relay_of
 from petalnet.p2p.circuit import HOP, STOP, Incoming, peer_of, read_protobuf, status_name, write_protobuf
 from petalnet.p2p.host import Host
 from petalnet.p2p.libp2p_host import finish_stream
-from petalnet.p2p.protocols import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,17 @@ class _Place:
 class Relay:
     """Relays for others on a host, from when it is made.
 
+    Args:
+        is_reachable: whether others reach this host by themselves, as far as it knows; else it could not stand in for anybody.
+
     Attributes:
         bytes_relayed: bytes copied so far, both directions of all circuits.
     """
 
-    def __init__(self, host: Host, limits: Limits | None = None) -> None:
+    def __init__(self, host: Host, is_reachable: Callable[[], bool] = lambda: True) -> None:
         self._host = host
-        self._limits = limits or host.limits
+        self._limits = host.limits
+        self._is_reachable = is_reachable
         self._reservations: dict[str, _Place] = {}
         self._circuits: Counter[str] = Counter()  # by the peer at either end
         self._circuits_in_all = 0
@@ -116,7 +120,8 @@ class Relay:
         address = self._host.remote_ip(peer_id) or ""
         others = [place for other, place in self._reservations.items() if other != peer_id]
         from_there = sum(place.address == address for place in others)
-        if len(others) >= self._limits.max_reservations or from_there >= self._limits.max_reservations_per_address:
+        full = len(others) >= self._limits.max_reservations or from_there >= self._limits.max_reservations_per_address
+        if full or not self._is_reachable():
             raise _Refused(Status.RESERVATION_REFUSED)
         self._reservations[peer_id] = _Place(now + self._limits.relay_reservation, address)
         logger.debug("peer %s has a reservation; %d in all", peer_id, len(self._reservations))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import pytest
+import trio
 
-from petalnet.p2p.addresses import PeerAddress, circuit_addr
+from petalnet.errors import BusyError, CallerError, PeerUnreachable
+from petalnet.p2p.addresses import PeerAddress, circuit_addr, parse_peer, port_of
 from petalnet.p2p.circuit import Reservation
+from petalnet.p2p.host import Host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.reachability import Answer, Verdict, choose_addrs, judge
+from petalnet.p2p.protocols import REACHABILITY, Limits
+from petalnet.p2p.reachability import Answer, Reachability, Verdict, ask_to_dial_back, choose_addrs, judge
+from petalnet.p2p.relay import Relay
+
+from .conftest import Hosts
 
 OWN = [ipaddress.ip_address("192.168.1.2"), ipaddress.ip_address("127.0.0.1")]
 RELAY = Identity(bytes(32)).peer_id
@@ -80,3 +88,79 @@ class TestChoice:
     def test_what_the_owner_tells_to_announce_is_announced(self) -> None:
         told = ["/dns4/example.org/tcp/443"]
         assert choose_addrs(told, judge([answer("203.0.113.9")], OWN), reserved(), fixed=True) == [*told, CIRCUIT]
+
+
+def listening_port(host: Host) -> int:
+    return port_of(parse_peer(host.addrs[0]).addr)
+
+
+class TestDialBack:
+    async def test_a_peer_dials_back_and_says_what_it_found(self, hosts: Hosts, unused_port: int) -> None:
+        asker, asked = await hosts.start(), await hosts.start()
+        Reachability(asked)
+        await asker.connect(asked.peer_id, asked.addrs)
+        port = listening_port(asker)
+        with trio.fail_after(5):
+            found = await ask_to_dial_back(asker, asked.peer_id, (port, unused_port))
+        assert found == answer("127.0.0.1", port)
+        assert asked.is_connected(asker.peer_id) and len(asked.peers()) == 1  # the dial was for the answer only
+
+    async def test_without_ports_it_tells_where_it_sees_the_asker(self, hosts: Hosts) -> None:
+        asker, asked = await hosts.start(listen=False), await hosts.start()
+        Reachability(asked)
+        await asker.connect(asked.peer_id, asked.addrs)
+        assert await ask_to_dial_back(asker, asked.peer_id, ()) == answer("127.0.0.1")
+
+    async def test_another_peer_at_the_port_does_not_count(self, hosts: Hosts) -> None:
+        asker, asked, other = await hosts.start(), await hosts.start(), await hosts.start()
+        Reachability(asked)
+        await asker.connect(asked.peer_id, asked.addrs)
+        with trio.fail_after(5):
+            assert (await ask_to_dial_back(asker, asked.peer_id, (listening_port(other),))).ports == frozenset()
+        await hosts.check_alive(other)
+
+    async def test_a_port_that_says_nothing_costs_the_asked_a_bounded_while(self, hosts: Hosts) -> None:
+        asker, asked = await hosts.start(), await hosts.start(limits=Limits(dial_back_timeout=0.3))
+        Reachability(asked)
+        await asker.connect(asked.peer_id, asked.addrs)
+        (mute,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with mute:
+            with trio.fail_after(5):
+                found = await ask_to_dial_back(asker, asked.peer_id, (mute.socket.getsockname()[1], listening_port(asker)))
+        assert found.ports == {listening_port(asker)}
+
+    async def test_who_is_busy_dialling_says_so(self, hosts: Hosts) -> None:
+        asker, asked = await hosts.start(), await hosts.start(limits=Limits(max_dial_backs=0))
+        Reachability(asked)
+        await asker.connect(asked.peer_id, asked.addrs)
+        with pytest.raises(BusyError):
+            await ask_to_dial_back(asker, asked.peer_id, (1024,))
+
+    async def test_a_peer_behind_a_relay_is_not_dialled(self, hosts: Hosts) -> None:
+        relay, server, asker = await hosts.start(), await hosts.start(listen=False), await hosts.start(listen=False)
+        Relay(relay)
+        Reachability(server)
+        await server.connect(relay.peer_id, relay.addrs)
+        reservation = await server.circuits.reserve(relay.peer_id, tuple(relay.plain_addrs))
+        server.circuits.reservations = {relay.peer_id: reservation}
+        await asker.connect(server.peer_id, reservation.addrs)
+        with pytest.raises(CallerError, match="behind a relay"):
+            await ask_to_dial_back(asker, server.peer_id, (31330,))
+
+    async def test_silence_is_waited_out(self, hosts: Hosts) -> None:
+        asker, asked = await hosts.start(limits=Limits(dial_back_timeout=0.1)), await hosts.start()
+
+        async def say_nothing(stream: object) -> None:
+            await trio.sleep_forever()
+
+        asked.serve(REACHABILITY, say_nothing)
+        await asker.connect(asked.peer_id, asked.addrs)
+        with pytest.raises(PeerUnreachable), trio.fail_after(5):
+            await ask_to_dial_back(asker, asked.peer_id, (31330,))
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])

@@ -152,6 +152,15 @@ class TestBounds:
         with pytest.raises(PeerUnreachable, match="refused"):
             await reserve(server, host)
 
+    async def test_a_relay_that_nobody_reaches_takes_nobody_in(self, hosts: Hosts) -> None:
+        host, server = await hosts.start(), await hosts.start(listen=False)
+        reachable = False
+        Relay(host, is_reachable=lambda: reachable)
+        with pytest.raises(PeerUnreachable, match="reservation refused"):
+            await reserve(server, host)
+        reachable = True
+        await reserve(server, host)
+
     async def test_reservations_are_counted_by_address(self, hosts: Hosts, until: Until) -> None:
         host, relay = await start_relay(hosts, max_reservations_per_address=2)
         servers = [await hosts.start(listen=False) for _ in range(3)]
