@@ -195,6 +195,8 @@ class Callers:
             evicted = next(other for other, its_address in self._handshakes.items() if its_address == address)
         elif len(self._handshakes) >= limits.max_handshakes:
             evicted = next(iter(self._handshakes))
+        if evicted is not None:
+            self.established(evicted)  # at once: its task ends later, and of many that come together each has to find another one
         self._connections[address] += 1
         self._handshakes[caller] = address
         self._by_address[address] += 1
