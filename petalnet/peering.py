@@ -156,7 +156,7 @@ class Peering:
             self._gossiped_at = now
             await self._gossip.publish(GOSSIP_TOPIC, data)
         keys = [discovery_key(record.model)]
-        if changed or now - self._listed_at >= self._list_every_s:
+        if changed or self._list_every_s <= self.beat_s or now - self._listed_at >= self._list_every_s:
             keys.append(SWARM_KEY)
         stored = await self.discovery.announce(keys, data)
         if SWARM_KEY in keys:

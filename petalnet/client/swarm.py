@@ -25,6 +25,7 @@ from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
+from petalnet.routing.pace import refresh_every_s
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.routes import Hop, Work, find_route
 
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REFRESH_EVERY_S = 10.0
-"""How often the servers of a model in use are looked up; what servers announce in between arrives by itself or is looked up on need."""
+TIDY_EVERY_S = 10.0
+"""How often what has expired is forgotten. The servers of a model in use are looked up about as often, less so in large swarms; what
+they announce in between arrives by itself or is looked up on need."""
 SETTLE_S = 3.0
 """How long after joining a missing block may still turn up: a server that became ready with us, a look-up that met a dead peer."""
 RETRY_LOOKUP_S = 0.25
@@ -188,12 +190,15 @@ class Membership:
             self._warming.discard(record.peer_id)
 
     async def _keep_fresh(self) -> None:
+        refreshed = trio.current_time()
         while True:
-            await trio.sleep(REFRESH_EVERY_S)
+            await trio.sleep(TIDY_EVERY_S)
             self._peering.view.expire(time.time())
             await self.idle_streams.close_old()
-            for model in list(self._watched):
-                await self._refresh(model)
+            if trio.current_time() - refreshed >= refresh_every_s(len(self._peering.view)):
+                refreshed = trio.current_time()
+                for model in list(self._watched):
+                    await self._refresh(model)
 
     async def _refresh(self, model: str) -> None:
         try:

@@ -16,7 +16,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from statistics import median_low
 
 import trio
 
@@ -28,7 +27,7 @@ from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
 from petalnet.p2p.record_keeper import MAX_ANSWER_RECORDS, RecordKeeper, RecordService
 from petalnet.p2p.record_store import Kept, RecordStore, read_kept
-from petalnet.p2p.replication import REPLICAS, Lie, LookUps, Merge, Round
+from petalnet.p2p.replication import REPLICAS, Announcement, Asking, Lie, LookUps, Merge, may_end
 from petalnet.p2p.routing_table import RoutingTable
 from petalnet.p2p.signed import open_signed
 from petalnet.p2p.sources import network_of, source_of
@@ -43,6 +42,8 @@ DIAL_TIMEOUT_S = 5.0
 """Seconds to connect to a peer that is to be asked. Whoever asks does not wait for that longer than for the rest."""
 ROUND_TIMEOUT_S = 1.8
 """Seconds for asking around: two deadlines one after the other, for a peer that took the place of one that did not answer."""
+SHORTEST_PATIENCE_S = 0.1
+"""Seconds that the last few get at least, when the others have answered a look-up."""
 LOOK_UP_TIMEOUT_S = 0.8
 """Seconds for Kademlia to find peers nearer to a key than those that are known; then those that are known have to do."""
 LOOK_UP_FROM = 20
@@ -71,13 +72,13 @@ class Discovery:
 
     Attributes:
         joined: whether the swarm was reached, or there was none to reach.
-        crowd: records under the most crowded of the keys of the last announcement, as its keepers say (the median: most would have to lie).
+        crowds: how many records there are under each key that this node announced itself under, as most of its keepers say.
         newest_own: the highest sequence number that keepers remember of this node's own records, though one of them may have lied.
     """
 
     def __init__(self, host: Host, *, server: bool, on_record: Callable[[bytes], object], clock: Callable[[], float] = time.time) -> None:
         self.joined = False
-        self.crowd = 0
+        self.crowds: dict[bytes, int] = {}
         self.newest_own = 0
         self._host = host
         self._clock = clock
@@ -101,15 +102,16 @@ class Discovery:
     async def run(self, bootstrap: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Join through the bootstrap peers (full multiaddrs) and stay joined until cancelled; started after the first attempt."""
         self._bootstrap = [peer for text in bootstrap if (peer := parse_peer(text)).peer_id != self._host.peer_id]
-        try:
-            async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._table.run)
-                self._nursery.start_soon(self._take_in)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._table.run)
+            nursery.start_soon(self._take_in)
+            self._nursery = nursery
+            try:
                 await self._join()
                 task_status.started()
                 await self._maintain()
-        finally:
-            self._nursery = None
+            finally:
+                self._nursery = None
 
     # ---- what a node does with records
 
@@ -126,25 +128,19 @@ class Discovery:
         if kept.peer_id != self._host.peer_id:
             raise RecordRejected(f"a node announces its own record, not that of {kept.peer_id}")
         self._store.add(kept, now=self._clock())
-        stored = {self._host.peer_id}
-        counts = {key: [self._store.count(key)] for key in keys}
-        newest = [0]
+        announcement = Announcement(kept, {key: self._store.count(key) for key in keys})
 
         async def store(peer_id: str, its_keys: Sequence[bytes]) -> bool:
             answer = await self._ask(peer_id, Store(tuple(its_keys), record))
             if not isinstance(answer, Stored):
                 return False
-            for key, count in zip(its_keys, answer.counts, strict=False):
-                counts[key].append(count)
-            newest.append(answer.newest)
-            if answer.newest <= kept.sequence:
-                stored.add(peer_id)
+            announcement.answer(peer_id, its_keys, newest=answer.newest, counts=answer.counts)
             return True
 
         await self._ask_around(keys, store)
-        self.crowd = max(median_low(told) for told in counts.values())
-        self.newest_own = max(newest)
-        return len(stored)
+        self.crowds |= announcement.crowds
+        self.newest_own = announcement.newest
+        return len(announcement.stored)
 
     async def find(self, key: bytes, *, keepers: int = REPLICAS) -> list[Kept]:
         """The records under `key`, the newest of each peer, from this node and those that keep them; within 2 s.
@@ -155,61 +151,84 @@ class Discovery:
         now = self._clock()
         merge = Merge(key, now, most=MAX_ANSWER_RECORDS)
         for kept in self._store.find(key, now=now):
-            merge.add(kept)
+            merge.add_own(kept)
 
         async def query(peer_id: str, _: Sequence[bytes]) -> bool:
             answer = await self._ask(peer_id, Find(key))
             if not isinstance(answer, Records):
                 return False
             try:
-                merge.answer(answer.records, answer.ages)
+                merge.answer(answer.records, answer.ages, answer.count)
             except Lie as lie:
                 self._host.offence(peer_id, f"it keeps a record that does not hold: {lie}")
                 self._avoid(peer_id, Reason.LYING)
                 return False
             return True
 
-        await self._ask_around([key], query, keepers)
+        await self._ask_around([key], query, keepers, hurry=True)
         return merge.result()
 
     async def _ask_around(
-        self, keys: Sequence[bytes], ask: Callable[[str, Sequence[bytes]], Awaitable[bool]], count: int = REPLICAS
+        self, keys: Sequence[bytes], ask: Callable[[str, Sequence[bytes]], Awaitable[bool]], count: int = REPLICAS, *, hurry: bool = False
     ) -> None:
         """Run `ask` for the peers nearest to each key, with the keys that they are near to: the nearest of all that are found in time.
 
-        Where `ask` says that it came to nothing, the next nearest peer is asked.
+        Where `ask` says that it came to nothing, the next nearest peer is asked. Those that take long are still waited for, in the
+        background, when this returns: so it comes out who is silent.
+
+        Args:
+            count: how many peers are asked for each key.
+            hurry: return when most have answered.
         """
-        rounds = {key: Round(key, count, network=self._network) for key in keys}
-        now = trio.current_time()
+        asking = Asking(keys, count, network=self._network)
+        began = trio.current_time()
+        asked = answered = under_way = 0
+        changed = trio.lowlevel.ParkingLot()
+        nursery = self._nursery
+        if nursery is None:  # not joined yet, or not any more
+            return
 
-        with trio.move_on_after(ROUND_TIMEOUT_S):
-            async with trio.open_nursery() as nursery:
+        def pump() -> None:
+            nonlocal asked, under_way
+            for peer_id, its_keys in asking.next().items():
+                asked += 1
+                under_way += 1
+                nursery.start_soon(run, peer_id, its_keys)
 
-                def pump() -> None:
-                    wanted: dict[str, list[bytes]] = {}
-                    for key, turn in rounds.items():
-                        for peer_id in turn.next():
-                            wanted.setdefault(peer_id, []).append(key)
-                    for peer_id, its_keys in wanted.items():
-                        nursery.start_soon(run, peer_id, its_keys)
-
-                async def run(peer_id: str, its_keys: Sequence[bytes]) -> None:
-                    if not await ask(peer_id, its_keys):
-                        for key in its_keys:
-                            rounds[key].failed(peer_id)
-                        pump()
-
-                async def look_further(key: bytes) -> None:
-                    with trio.move_on_after(LOOK_UP_TIMEOUT_S):
-                        self._look_ups.note(key, await self._table.look_up(key, 2 * REPLICAS), trio.current_time())
-                    rounds[key].offer(self._candidates(key))
+        async def run(peer_id: str, its_keys: Sequence[bytes]) -> None:
+            nonlocal answered, under_way
+            fine = await ask(peer_id, its_keys)
+            if fine:
+                answered += 1
+            else:
+                asking.failed(peer_id, its_keys)
+                if trio.current_time() < began + ROUND_TIMEOUT_S:
                     pump()
+            under_way -= 1
+            changed.unpark_all()
 
-                for key, turn in rounds.items():
-                    turn.offer(self._candidates(key))
-                    if len(self._table) >= LOOK_UP_FROM and self._look_ups.is_due(key, now):
-                        nursery.start_soon(look_further, key)
-                pump()
+        async def look_further(key: bytes) -> None:
+            nonlocal under_way
+            with trio.move_on_after(LOOK_UP_TIMEOUT_S):
+                self._look_ups.note(key, await self._table.look_up(key, 2 * REPLICAS), trio.current_time())
+            asking.offer(key, self._candidates(key))
+            pump()
+            under_way -= 1
+            changed.unpark_all()
+
+        for key in keys:
+            asking.offer(key, self._candidates(key))
+            if len(self._table) >= LOOK_UP_FROM and self._look_ups.is_due(key, began):
+                under_way += 1
+                nursery.start_soon(look_further, key)
+        pump()
+        deadline = began + ROUND_TIMEOUT_S
+        while under_way and trio.current_time() < deadline:
+            if hurry and may_end(asked, answered):
+                deadline = min(deadline, trio.current_time() + max(trio.current_time() - began, SHORTEST_PATIENCE_S))
+                hurry = False
+            with trio.move_on_at(deadline):
+                await changed.park()
 
     def _candidates(self, key: bytes) -> Iterable[str]:
         peers = {*self._table.peers(), *self._look_ups.peers(key)}

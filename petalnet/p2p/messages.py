@@ -241,7 +241,7 @@ class Records(Message):
 
     Attributes:
         ages: for each record the seconds since it came from its server, or none at all where they are not known.
-        count: records that are kept under the key.
+        count: records that there are under the key: more than these where they are a sample.
     """
 
     records: tuple[bytes, ...] = _is(many(octets(8192), 1024))

@@ -89,15 +89,18 @@ class RecordKeeper:
         records: list[bytes] = []
         ages: list[float] = []
         size = 64
+        count = self.store.count(request.key)
+        complete = count <= most
         for kept in self.store.find(request.key, now=now, most=most):
             if size + len(kept.data) + 16 > MAX_ANSWER_BYTES:
+                complete = False
                 break
             size += len(kept.data) + 16
             records.append(kept.data)
             ages.append(max(now - kept.received, 0.0))
         for bucket, name in ((self._peer_bytes, peer_id), (self._source_bytes, source), (self._all_bytes, "")):
             bucket.charge(name, now, size)
-        return Records(tuple(records), tuple(ages), self.store.count(request.key))
+        return Records(tuple(records), tuple(ages), len(records) if complete else count)
 
     def _store(self, request: Store, peer_id: str, source: str, now: float) -> Stored:
         if not 1 <= len(request.keys) <= MAX_KEYS or any(len(key) != 32 for key in request.keys):

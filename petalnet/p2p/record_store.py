@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -42,6 +42,7 @@ class Kept:
         expires: until when it is valid, by our clock.
         keys: the keys under which it is kept.
         source: where its author stored it from.
+        left: whether it says that its server has left.
     """
 
     data: bytes
@@ -51,6 +52,7 @@ class Kept:
     expires: float
     keys: frozenset[bytes]
     source: str = ""
+    left: bool = False
 
 
 def read_kept(data: bytes, keys: Iterable[bytes], *, now: float, age: float = 0.0, source: str = "") -> Kept:
@@ -66,7 +68,7 @@ def read_kept(data: bytes, keys: Iterable[bytes], *, now: float, age: float = 0.
     if not wanted.issubset(record.keys):
         raise RecordRejected(f"a record of {signer} does not belong under the key")
     record = record.received(now, age)
-    return Kept(data, signer, record.sequence, record.issued, record.expires, wanted, source)
+    return Kept(data, signer, record.sequence, record.issued, record.expires, wanted, source, record.state == "left")
 
 
 @dataclass(slots=True)
@@ -97,8 +99,7 @@ class RecordStore:
         self._entries: dict[str, _Entry] = {}
         self._all: _Members[str] = _Members()
         self._sources: defaultdict[str, _Members[str]] = defaultdict(_Members)
-        self._keys: defaultdict[bytes, defaultdict[str, _Members[str]]] = defaultdict(lambda: defaultdict(_Members))
-        self._counts: defaultdict[bytes, int] = defaultdict(int)
+        self._present, self._left = _Index(), _Index()
         self._sequences = Sequences(MAX_REMEMBERED)
 
     def __len__(self) -> int:
@@ -141,22 +142,17 @@ class RecordStore:
         """The records under a key that have not expired and whose authors are not known to be gone.
 
         Args:
-            most: where there are more, this many are drawn, as evenly from all sources as there are records of them.
+            most: where there are more, this many are drawn, as evenly from all sources as there are records of them; those that say that
+                their servers have left only where there is room.
         """
-        groups = self._keys.get(key)
-        if groups is None:
-            return []
-        limit = self._counts[key] if most is None else most
-        found: list[Kept] = []
-        for peer_id in self._draw(list(groups.values()), limit):
-            entry = self._entries[peer_id]
-            if entry.kept.expires > now and not entry.lost:
-                found.append(entry.kept)
-        return found
+        drawn = self._present.draw(key, most, self._random)
+        drawn += self._left.draw(key, None if most is None else most - len(drawn), self._random)
+        entries = [self._entries[peer_id] for peer_id in drawn]
+        return [entry.kept for entry in entries if entry.kept.expires > now and not entry.lost]
 
     def count(self, key: bytes) -> int:
-        """Records that are kept under a key."""
-        return self._counts.get(key, 0)
+        """Records that are kept under a key, without those that say that their servers have left."""
+        return self._present.count(key)
 
     def newest(self, peer_id: str) -> int:
         """The highest sequence number that is remembered of a peer, 0 where there is none."""
@@ -194,16 +190,6 @@ class RecordStore:
         candidates.sort(key=lambda peer_id: self._entries[peer_id].since)
         return self._random.choice(candidates[3 * len(candidates) // 4 :])  # those that are longer known stay
 
-    def _draw(self, groups: list[_Members[str]], most: int) -> Iterator[str]:
-        """At most `most` members of the groups: the same share of each, and what the small ones leave goes to the large."""
-        if len(groups) > most:
-            groups = self._random.sample(groups, most)
-        groups.sort(key=len)
-        for index, group in enumerate(groups):
-            share = min(len(group), -(-most // (len(groups) - index)))
-            most -= share
-            yield from group.sample(share, self._random)
-
     def _replace(self, entry: _Entry, kept: Kept) -> None:
         self._unlink(entry.kept)
         entry.kept = kept
@@ -212,18 +198,49 @@ class RecordStore:
     def _link(self, kept: Kept) -> None:
         self._all.add(kept.peer_id)
         self._sources[kept.source].add(kept.peer_id)
-        for key in kept.keys:
-            self._keys[key][kept.source].add(kept.peer_id)
-            self._counts[key] += 1
+        (self._left if kept.left else self._present).add(kept)
 
     def _unlink(self, kept: Kept) -> None:
         self._all.discard(kept.peer_id)
         _discard(self._sources, kept.source, kept.peer_id)
+        (self._left if kept.left else self._present).discard(kept)
+
+
+class _Index:
+    """Which peers' records are under which keys, by source."""
+
+    def __init__(self) -> None:
+        self._keys: defaultdict[bytes, defaultdict[str, _Members[str]]] = defaultdict(lambda: defaultdict(_Members))
+        self._counts: defaultdict[bytes, int] = defaultdict(int)
+
+    def count(self, key: bytes) -> int:
+        return self._counts.get(key, 0)
+
+    def add(self, kept: Kept) -> None:
+        for key in kept.keys:
+            self._keys[key][kept.source].add(kept.peer_id)
+            self._counts[key] += 1
+
+    def discard(self, kept: Kept) -> None:
         for key in kept.keys:
             _discard(self._keys[key], kept.source, kept.peer_id)
             self._counts[key] -= 1
             if not self._counts[key]:
                 del self._keys[key], self._counts[key]
+
+    def draw(self, key: bytes, most: int | None, rng: random.Random) -> list[str]:
+        """At most `most` peers: the same share of each source, and what the small ones leave goes to the large."""
+        groups = list(self._keys.get(key, {}).values())
+        room = self.count(key) if most is None else most
+        if len(groups) > room:
+            groups = rng.sample(groups, room)
+        groups.sort(key=len)
+        drawn: list[str] = []
+        for index, group in enumerate(groups):
+            share = min(len(group), -(-room // (len(groups) - index)))
+            room -= share
+            drawn += group.sample(share, rng)
+        return drawn
 
 
 class _Members(Generic[T]):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median_low
 
 from petalnet.errors import RecordRejected
 from petalnet.p2p.places import key_place, peer_place
@@ -22,6 +24,10 @@ REPLICAS = 10
 """Peers on which a record is stored under each key. Half of them may vanish between two renewals and it is still found."""
 MAX_PER_NETWORK = 4
 """Of them, from one public network: who rents a rack there has not bought the key. Addresses that are not public do not count."""
+ANSWERS_FOR_ONE = 3
+"""Storers of which one at least has to know of a server: three of ten. Author and reader have seven or more in common as a rule."""
+MOST = 0.7
+"""Share of those that were asked whose answers do for a look-up; the others get as much time again as these took."""
 LOOK_UP_EVERY_S = 60.0
 """Seconds for which the peers that a look-up found near a key are gone back to without another one."""
 MAX_LOOK_UPS = 256
@@ -92,6 +98,79 @@ class Round:
         self._failed.add(peer_id)
 
 
+class Asking:
+    """One round for several keys at once: a peer that is near to more than one of them is asked once, with all of those.
+
+    Args:
+        keys: what it is about.
+        count, network, rng: as for `Round`.
+    """
+
+    def __init__(
+        self,
+        keys: Iterable[bytes],
+        count: int = REPLICAS,
+        *,
+        network: Callable[[str], str] = lambda _: "",
+        rng: random.Random | None = None,
+    ) -> None:
+        self._rounds = {key: Round(key, count, network=network, rng=rng) for key in keys}
+
+    def offer(self, key: bytes, peers: Iterable[str]) -> None:
+        """More candidates for a key."""
+        self._rounds[key].offer(peers)
+
+    def next(self) -> dict[str, list[bytes]]:
+        """Whom to ask now, and with which keys."""
+        wanted: dict[str, list[bytes]] = {}
+        for key, turn in self._rounds.items():
+            for peer_id in turn.next():
+                wanted.setdefault(peer_id, []).append(key)
+        return wanted
+
+    def failed(self, peer_id: str, keys: Iterable[bytes]) -> None:
+        """A peer did not do what it was asked with these keys."""
+        for key in keys:
+            self._rounds[key].failed(peer_id)
+
+
+def may_end(asked: int, answered: int) -> bool:
+    """Whether so many answers do, though others may still come. What the rest would say was mostly said by then."""
+    return answered >= max(MOST * asked, 2)
+
+
+class Announcement:
+    """What keepers answer to those that announce one record.
+
+    Args:
+        kept: the record.
+        counts: how many records this node itself keeps under each key.
+
+    Attributes:
+        stored: peers that keep it.
+        newest: the highest sequence number of this server that any of them remembers; one of them may have lied.
+    """
+
+    def __init__(self, kept: Kept, counts: Mapping[bytes, int]) -> None:
+        self.stored = {kept.peer_id}
+        self.newest = 0
+        self._sequence = kept.sequence
+        self._counts = {key: [count] for key, count in counts.items()}
+
+    def answer(self, peer_id: str, keys: Sequence[bytes], *, newest: int, counts: Sequence[int]) -> None:
+        """One keeper's answer."""
+        for key, count in zip(keys, counts, strict=False):
+            self._counts[key].append(count)
+        self.newest = max(self.newest, newest)
+        if newest <= self._sequence:
+            self.stored.add(peer_id)
+
+    @property
+    def crowds(self) -> dict[bytes, int]:
+        """Records under each of the keys, as its keepers say: the median, for which most of them would have to lie."""
+        return {key: median_low(told) for key, told in self._counts.items()}
+
+
 class LookUps:
     """Which peers look-ups found near which keys, and when it is time for another one."""
 
@@ -132,56 +211,83 @@ class Lie(Exception):
 class Merge:
     """What the answers of several storers come to: of each server the newest record.
 
-    Of one and the same record the youngest age that is told counts. Whoever tells too young a one keeps a dead server listed for the
-    length of one record; the other way round, a single liar could make every server vanish.
+    A server's record is on most of the peers near the key, so one that few of many storers know of is left out: it is a copy of a dead
+    server's that somebody hands on, or one whose keepers, but for a few, know that it is dead. Of one and the same record the youngest
+    age that is told counts. Whoever tells too young a one keeps a dead server listed for the length of one record; the other way round,
+    a single liar could make every server vanish.
+
+    Args:
+        key: what was asked for.
+        now: unix seconds.
+        most: records that one storer may answer with.
     """
 
     key: bytes
     now: float
     most: int
-    """Records that one storer may answer with."""
-    counts: list[int] = field(default_factory=list)
+    _own: set[str] = field(default_factory=set)
     _newest: dict[str, Kept] = field(default_factory=dict)
-    _checked: dict[bytes, Kept] = field(default_factory=dict)
+    _checked: dict[bytes, Kept | None] = field(default_factory=dict)
+    _told: Counter[str] = field(default_factory=Counter)
+    _answers: int = 0
+    _samples: int = 0
 
-    def add(self, kept: Kept) -> None:
-        """A record that was checked before."""
-        known = self._newest.get(kept.peer_id)
-        if known is None or (known.sequence, known.received) < (kept.sequence, kept.received):
-            self._newest[kept.peer_id] = kept
+    def add_own(self, kept: Kept) -> None:
+        """A record that this node keeps itself: its server stored it here."""
+        self._own.add(kept.peer_id)
+        self._add(kept)
 
     def answer(self, records: Sequence[bytes], ages: Sequence[float], count: int = 0) -> None:
         """One storer's answer.
 
+        Args:
+            records, ages, count: as in the message.
         Raises:
             Lie: there is something in it that an honest storer, whatever its clock says, would not have kept. The rest of the answer is
                 left out; what was good stays.
         """
-        self.counts.append(count)
         if len(records) > self.most or (ages and len(ages) != len(records)):
             raise Lie(f"an answer of {len(records)} records with {len(ages)} ages")
+        self._answers += 1
+        self._samples += count > len(records)
+        told: set[str] = set()
         for data, age in zip(records, ages or [0.0] * len(records), strict=True):
             try:
                 kept = self._read(data, age)
             except RecordForged as error:
                 raise Lie(str(error)) from error
             if kept is not None:
-                self.add(kept)
+                self._add(kept)
+                told.add(kept.peer_id)
+        self._told.update(told)
 
     def result(self) -> list[Kept]:
         """The newest record of each server, those that have expired left out."""
-        return [kept for kept in self._newest.values() if kept.expires > self.now]
+        # Where answers are samples, a server that few name may be in the others' rest; a single storer may say so of its answer for spite.
+        needed = 0 if 2 * self._samples > self._answers else self._answers // ANSWERS_FOR_ONE
+        return [
+            kept
+            for peer_id, kept in self._newest.items()
+            if kept.expires > self.now and (self._told[peer_id] >= needed or peer_id in self._own)
+        ]
+
+    def _add(self, kept: Kept) -> None:
+        known = self._newest.get(kept.peer_id)
+        if known is None or (known.sequence, known.received) < (kept.sequence, kept.received):
+            self._newest[kept.peer_id] = kept
 
     def _read(self, data: bytes, age: float) -> Kept | None:
         """A record; None where our clock, or our version, does not believe what the storer's did."""
-        known = self._checked.get(data)  # most storers answer with the same bytes; a signature is checked once
-        if known is None:
+        if data not in self._checked:  # most storers answer with the same bytes; a signature is checked once
             try:
-                known = self._checked[data] = read_kept(data, (self.key,), now=self.now)
+                self._checked[data] = read_kept(data, (self.key,), now=self.now)
             except RecordForged:
                 raise
             except RecordRejected as error:
                 logger.debug("a record was left out: %s", error)
-                return None
+                self._checked[data] = None
+        known = self._checked[data]
+        if known is None:
+            return None
         lifetime = known.expires - known.received
         return replace(known, received=self.now - age, expires=self.now - age + lifetime)

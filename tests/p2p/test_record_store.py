@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -118,6 +119,19 @@ def test_an_answer_from_a_full_store_costs_little() -> None:
     for _ in range(20):
         assert len(store.find(KEYS[0], now=0, most=256)) == 256
     assert (time.perf_counter() - began) / 20 < 0.02
+
+
+def test_those_that_left_are_named_only_where_there_is_room() -> None:
+    store = RecordStore()
+    for number in range(20):
+        store.add(kept(name(number), 1, KEYS[0]), now=0)
+        store.add(replace(kept(name(number, "L"), 1, KEYS[0]), left=True), now=0)
+    assert store.count(KEYS[0]) == 20
+    for most, living in ((10, 10), (20, 20), (25, 20), (None, 20)):
+        answer = store.find(KEYS[0], now=0, most=most)
+        assert sum(not entry.left for entry in answer) == living and len(answer) == (40 if most is None else most)
+    store.add(kept("L1", 2, KEYS[0]), now=0)
+    assert store.count(KEYS[0]) == 21, "it is back"
 
 
 class Against(RuleBasedStateMachine):
