@@ -80,10 +80,10 @@ class Peering:
     def __init__(self, host: Host, *, server: bool) -> None:
         self.host = host
         self.view = SwarmView(host.peer_id)
-        self.discovery = Discovery(host, server=server, on_record=self._take)
+        self._gossip = Gossip(host)
+        self.discovery = Discovery(host, server=server, on_record=self._take, neighbours=self._gossip.neighbours)
         self.reachability = Reachability(host) if server and host.addrs else None
         self._hole_punching = HolePunching(host)
-        self._gossip = Gossip(host)
         self._gossiped = Sequences(MAX_REMEMBERED)
         self._authors = Rates(*AUTHOR_RATE, capacity=MAX_REMEMBERED)
         self._announced: ServerRecord | None = None

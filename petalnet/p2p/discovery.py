@@ -22,6 +22,7 @@ import trio
 from petalnet.errors import PeerUnreachable, PetalnetError, ProtocolError, RecordRejected, UnsupportedError
 from petalnet.p2p.addresses import PeerAddress, parse_peer
 from petalnet.p2p.avoidance import Avoidance, Reason
+from petalnet.p2p.gossip import MIN_NEIGHBOURS
 from petalnet.p2p.host import Host
 from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
@@ -50,7 +51,6 @@ LOOK_UP_FROM = 20
 """Peers in the table (a bucket's worth) below which it holds the whole swarm, so that there is nobody nearer to be found."""
 JOIN_TIMEOUT_S = 8.0
 REFRESH_TIMEOUT_S = 1.0
-MIN_NEIGHBOURS = 3
 MAINTAIN_EVERY_S = 2.0
 REFRESH_EVERY_S = 60.0
 CHECK_TIMEOUT_S = 3.0
@@ -68,6 +68,7 @@ class Discovery:
         host: its host.
         server: whether it keeps records and routes for others; clients that come and go do not.
         on_record: is given the signed bytes of each record that a server has just stored on this node.
+        neighbours: the peers that gossip with this node, which looks for more where they are few; by default all that are connected.
         clock: unix time.
 
     Attributes:
@@ -76,11 +77,20 @@ class Discovery:
         newest_own: the highest sequence number that keepers remember of this node's own records, though one of them may have lied.
     """
 
-    def __init__(self, host: Host, *, server: bool, on_record: Callable[[bytes], object], clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        server: bool,
+        on_record: Callable[[bytes], object],
+        neighbours: Callable[[], Sequence[str]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.joined = False
         self.crowds: dict[bytes, int] = {}
         self.newest_own = 0
         self._host = host
+        self._neighbours = neighbours or host.connected_peers
         self._clock = clock
         self._store = RecordStore(host.peer_id)
         self._avoidance = Avoidance()
@@ -340,7 +350,7 @@ class Discovery:
             await trio.sleep(MAINTAIN_EVERY_S * random.uniform(0.8, 1.2))
             self._store.expire(self._clock())
             self._avoidance.expire(trio.current_time())
-            if len(self._host.connected_peers()) < MIN_NEIGHBOURS:
+            if len(self._neighbours()) < MIN_NEIGHBOURS:
                 await self._find_neighbours()
             if trio.current_time() - refreshed > REFRESH_EVERY_S:
                 refreshed = trio.current_time()

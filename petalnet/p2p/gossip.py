@@ -8,6 +8,7 @@ or not, is checked here, before a signature costs time.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Set
 
 import trio
@@ -33,6 +34,9 @@ MAX_RATE, MAX_BURST = 50.0, 500.0
 and each neighbour brings nearly all of them; the burst is for the history that a newcomer is handed, and for a swarm that starts."""
 HEARTBEAT_S = 1
 REMIND_EVERY_S = 10.0
+MEND_EVERY_S = 3.0
+MIN_NEIGHBOURS = 3
+"""Below which a node looks for more: with one, it hears what that one lets it hear."""
 _RESTART_S = 1.0
 _PROTOCOLS = [PROTOCOL_ID_V11]
 """Version 1.2 announces each message beside sending it, which pays for large ones; for ours it fills the queues of 32."""
@@ -74,6 +78,13 @@ class Gossip:
         except BaseLibp2pError as error:
             logger.debug("a message was not published: %r", error)
 
+    def neighbours(self) -> list[str]:
+        """Peers that this node tells what it hears, and that want to hear it."""
+        if self._pubsub is None:
+            return []
+        listening = set[ID]().union(*(self._pubsub.peer_topics.get(topic, set()) for topic in self._topics))
+        return [str(peer) for peer in self._pubsub.peers if peer in listening]
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Gossip until cancelled; started once messages can be published. Where libp2p's service fails, a new one takes its place."""
         status: trio.TaskStatus[None] = task_status
@@ -110,6 +121,7 @@ class Gossip:
                 for peer_id in self._host.connected_peers():  # it is told of the later ones by itself
                     nursery.start_soon(pubsub.ensure_peer_stream, ID.from_string(peer_id))
                 nursery.start_soon(self._remind, pubsub)
+                nursery.start_soon(self._mend, pubsub)
                 self._pubsub = pubsub
                 task_status.started()
                 await pubsub.get_manager().wait_finished()
@@ -127,6 +139,16 @@ class Gossip:
         while True:
             await trio.sleep(REMIND_EVERY_S)
             await pubsub.message_all_peers(reminder)
+
+    async def _mend(self, pubsub: Pubsub) -> None:
+        """Open what is missing of the streams to connected peers, as long as there are few neighbours: libp2p gives up after a while."""
+        while True:
+            await trio.sleep(MEND_EVERY_S * random.uniform(0.8, 1.2))
+            if len(self.neighbours()) < MIN_NEIGHBOURS:
+                missing = [peer for name in self._host.connected_peers() if (peer := ID.from_string(name)) not in pubsub.peers]
+                async with trio.open_nursery() as nursery:
+                    for peer in random.sample(missing, min(len(missing), MIN_NEIGHBOURS)):
+                        nursery.start_soon(pubsub.ensure_peer_stream, peer, MEND_EVERY_S)
 
     async def _reset_streams(self) -> None:
         """End the streams of a service that is over, so that peers open new ones instead of writing into the void."""

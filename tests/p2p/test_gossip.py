@@ -6,6 +6,7 @@ import trio
 from petalnet.p2p import gossip as module
 from petalnet.p2p.gossip import MAX_MESSAGE_BYTES, Gossip
 from petalnet.p2p.host import Host
+from petalnet.routing.records import RecordForged
 
 TOPIC = "petalnet/test/1"
 
@@ -21,6 +22,8 @@ class Node:
     def _check(self, author: str, data: bytes) -> bool:
         if data == b"raise":
             raise KeyError("a validator that fails")
+        if data == b"forged":
+            raise RecordForged("a record that no honest peer makes")
         if data.startswith(b"bad"):
             self.refused.append(data)
             return False
@@ -131,3 +134,42 @@ async def test_the_service_is_started_again_where_it_fails(line, until, monkeypa
     await until(reached, within_s=15)
     pubsub_notifees = [entry for entry in nodes[0].host.libp2p.swarm.notifees if type(entry).__name__ == "PubsubNotifee"]
     assert len(pubsub_notifees) == 1
+
+
+async def test_a_neighbour_that_passes_on_what_no_honest_peer_does_is_dropped(line, until) -> None:
+    nodes = await line(3)
+    nodes[1].gossip._topics[TOPIC] = (lambda author, data: True, lambda author, data: None)
+    nodes[1].gossip._pubsub.set_topic_validator(TOPIC, lambda forwarder, message: True, False)  # it does not check anything
+    nodes[2].gossip._pubsub.set_topic_validator(TOPIC, lambda forwarder, message: True, False)
+    for number in range(30):
+        await nodes[2].gossip.publish(TOPIC, b"forged")
+        await trio.sleep(0.02)
+    await until(lambda: not nodes[0].host.is_connected(nodes[1].host.peer_id))
+
+
+async def test_a_neighbour_that_brings_too_much_is_not_listened_to(line, until, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAX_BURST", 50.0)
+    nodes = await line(2)
+    sent = 400
+    for number in range(sent):
+        await nodes[1].gossip.publish(TOPIC, b"flood %d" % number)
+        await trio.sleep(0)
+    await trio.sleep(1)
+    assert 0 < len(nodes[0].got) < sent / 2
+    await trio.sleep(1)
+    await nodes[1].gossip.publish(TOPIC, b"later")
+    await until(lambda: nodes[0].got[-1][1] == b"later")
+
+
+async def test_gossip_that_was_cut_between_connected_peers_is_mended(line, until, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MEND_EVERY_S", 0.2)
+    nodes = await line(2)
+    for node in nodes:
+        assert len(node.gossip.neighbours()) == 1
+        pubsub = node.gossip._pubsub
+        pubsub._peer_is_connected = lambda peer_id: False  # libp2p gives up on it
+        for peer in list(pubsub.peers):
+            pubsub._handle_dead_peer(peer)
+        assert node.gossip.neighbours() == []
+        del pubsub._peer_is_connected
+    await until(lambda: all(len(node.gossip.neighbours()) == 1 for node in nodes), within_s=15)
