@@ -25,6 +25,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.multiselect import Multiselect
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 
@@ -134,6 +135,15 @@ class Attacker:
         assert isinstance(session, NoiseSession)
         if muxer:
             await client.select_one_of([TProtocol(muxer)], MultiselectCommunicator(session))
+        return session
+
+    async def answer(self, wire: Wire) -> NoiseSession:
+        """All that comes before the multiplexer, as the side that was dialled."""
+        raw = RawConnection(wire, False)
+        await Multiselect({TProtocol(self._admission.security_id): None}).negotiate(MultiselectCommunicator(raw))
+        session = await self._noise.secure_inbound(raw)
+        assert isinstance(session, NoiseSession)
+        await Multiselect({TProtocol(MUX_ID): None}).negotiate(MultiselectCommunicator(session))
         return session
 
     @asynccontextmanager

@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 
 import msgpack
 import pytest
 import trio
 from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair as create_ed25519_key_pair
 from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.custom_types import TProtocol
@@ -23,8 +27,12 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.pubsub.pb import rpc_pb2
+from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID as PLAINTEXT_ID
+from libp2p.security.insecure.transport import InsecureTransport
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport
+from libp2p.security.tls.transport import PROTOCOL_ID as TLS_ID
+from libp2p.security.tls.transport import TLSTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr
@@ -41,7 +49,7 @@ from petalnet.p2p.protocols import PING, RECORDS, Limits, Protocol
 from petalnet.p2p.security import TAG
 from petalnet.p2p.swarm_key import SwarmKey
 
-from .attackers import Attacker, Stalled
+from .attackers import Attacker, Stalled, Wire
 from .conftest import round_trip
 
 MESHSUB = "/meshsub/1.1.0"
@@ -395,3 +403,93 @@ async def test_slow_loris_with_the_proof_of_a_swarm_key(hosts) -> None:
     friend = await hosts.start(admission=Admission(swarm_key=key))
     assert await round_trip(friend, victim, hosts.echo)
     assert victim.connected_peers() == [friend.peer_id]
+
+
+@asynccontextmanager
+async def listening(serve: Callable[[trio.SocketStream], Awaitable[object]]) -> AsyncIterator[str]:
+    """The multiaddr of a port where connections get what `serve` does with them."""
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        yield f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+async def test_whom_we_dial_may_stall_at_any_byte(hosts) -> None:
+    """The dial fails in time, wherever in its handshakes the other side stops."""
+    host = await hosts.start(limits=Limits(handshake_timeout=0.3))
+    liar = Attacker(host.addrs[0])
+    written: list[int] = []
+
+    async def answer(stream: trio.SocketStream, most: int | None) -> None:
+        wire = Wire(stream, most)
+        with contextlib.suppress(Stalled, BaseLibp2pError, trio.BrokenResourceError):
+            await liar.answer(wire)
+        written.append(wire.written)
+        await wire.wait_closed()
+
+    async with listening(partial(answer, most=None)) as addr:
+        await host.connect(liar.identity.peer_id, [addr])
+        await host.disconnect(liar.identity.peer_id)
+    (total,) = written
+    for most in {*range(0, total, total // 12), total - 1}:
+        async with listening(partial(answer, most=most)) as addr:
+            with trio.fail_after(5), pytest.raises(PetalnetError):
+                await host.connect(liar.identity.peer_id, [addr], timeout_s=1)
+    assert host.connected_peers() == []
+    await hosts.check_alive(host)
+
+
+async def test_whom_we_dial_may_announce_words_of_four_gigabytes(hosts) -> None:
+    host = await hosts.start(limits=Limits(handshake_timeout=5.0))
+    liar = Attacker(host.addrs[0])
+    sent = 0
+
+    async def flood(stream: trio.SocketStream) -> None:
+        nonlocal sent
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(b"\xff\xff\xff\xff\x0f")
+            while True:
+                await stream.send_all(bytes(65536))
+                sent += 65536
+
+    async with listening(flood) as addr:
+        with trio.fail_after(4), pytest.raises(PetalnetError):
+            await host.connect(liar.identity.peer_id, [addr])
+    assert sent < 64 * 1024 * 1024
+    await hosts.check_alive(host)
+
+
+@pytest.mark.parametrize("channel", ["plaintext", "tls"])
+async def test_only_noise_is_spoken(hosts, victim: Host, channel: str) -> None:
+    keys = create_ed25519_key_pair()
+    channels = {"plaintext": (PLAINTEXT_ID, InsecureTransport(keys)), "tls": (TLS_ID, TLSTransport(keys))}
+    name, transport = channels[channel]
+    stranger = new_host(key_pair=keys, sec_opt={TProtocol(name): transport})
+    async with stranger.run(listen_addrs=[]):
+        with trio.move_on_after(5), contextlib.suppress(BaseLibp2pError):
+            await stranger.connect(info_from_p2p_addr(Multiaddr(victim.addrs[0])))
+        assert victim.connected_peers() == []
+    await hosts.check_alive(victim)
+
+
+async def test_gossip_of_a_size_that_nobody_honest_sends(hosts, victim: Host) -> None:
+    """Messages so long that libp2p's own writes of them come apart: they are neither taken nor passed on."""
+    mallory, witness = await hosts.start(), await hosts.start()
+    got: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+        gossip = Gossip(witness)
+        gossip.subscribe(TOPIC, lambda author, data: True, lambda author, data: got.append(data))
+        await nursery.start(gossip.run)
+        await witness.connect(victim.peer_id, victim.addrs)
+        for size in (70_000, 250_000, 3_000_000):
+            with contextlib.suppress(BaseLibp2pError, PetalnetError):
+                stream = await raw_stream(mallory, victim, MESHSUB)
+                me = ID.from_string(mallory.peer_id).to_bytes()
+                message = rpc_pb2.Message(from_id=me, seqno=b"1", data=bytes(size), topicIDs=[TOPIC])
+                with trio.move_on_after(2):
+                    await stream.write(encode_varint_prefixed(rpc_pb2.RPC(publish=[message]).SerializeToString()))
+                await drain(stream, 0.1)
+        await hosts.check_alive(victim)
+        assert witness.is_connected(victim.peer_id) and got == []
+        nursery.cancel_scope.cancel()
