@@ -286,6 +286,8 @@ class MuxConnection(IMuxedConn):
     def _on_event(self, event: Event) -> bool:
         """Act on anything but data; False where the connection is over."""
         match event:
+            case _ if self._closing:  # this side ended it while the bytes were on their way to here
+                return False
             case Opened(number, protocol):
                 self.streams[number] = stream = MuxStream(self, number, protocol)
                 try:
