@@ -41,6 +41,8 @@ SILENCE_S = 1.0
 """What a keeper that does not answer costs whoever asks it: `discovery.QUERY_TIMEOUT_S`."""
 ROUND_S = 1.8
 """`discovery.ROUND_TIMEOUT_S`."""
+DIAL_S = 5.0
+"""Until an attempt to connect to a machine that is gone is given up; where only the process is gone, that is known at once."""
 KNOWN = 0.85
 """Chance that a look-up comes across any one of the nodes near a key."""
 STALE_S = 300.0
@@ -285,38 +287,54 @@ class Simulation:
 
     # ---- the network between
 
-    def _ask_around(self, node: Node, keys: Sequence[bytes], ask: Callable[[Node, Sequence[bytes]], bool], count: int = REPLICAS) -> float:
-        """As `Discovery._ask_around`, in rounds instead of all at once; returns the seconds that it took."""
+    def _ask_around(
+        self, node: Node, keys: Sequence[bytes], ask: Callable[[Node, Sequence[bytes]], bool], count: int = REPLICAS, *, hurry: bool = False
+    ) -> float:
+        """As `Discovery._ask_around`; returns the seconds that it took. What is asked takes effect at once."""
         asking = Asking(keys, count, rng=self._random)
-        now = self.now
         for key in keys:
-            if node.look_ups.is_due(key, now):
-                node.look_ups.note(key, list(self._nearby(node, key)), now)
-            asking.offer(key, (peer_id for peer_id in node.look_ups.peers(key) if not node.avoidance.is_avoided(peer_id, now)))
-        took, asked, answered = 0.0, 0, 0
-        while took < ROUND_S and not (asked and may_end(asked, answered)) and (wanted := asking.next()):
-            asked += len(wanted)
-            slowest = last_failure = 0.0
-            for peer_id, its_keys in wanted.items():
-                keeper = self.nodes[peer_id]
-                if keeper.died <= now:
-                    reason, seconds = Reason.UNREACHABLE, self._random.choice((0.1, ROUND_S))
-                elif keeper.behaviour == "silent":
-                    keeper.requests += 1
-                    reason, seconds = Reason.SILENT, SILENCE_S
-                else:
-                    slowest = max(slowest, self._random.uniform(*ROUND_TRIP_S))
-                    if ask(keeper, its_keys):
-                        answered += 1
-                        continue
-                    reason, seconds = Reason.LYING, 0.0
-                last_failure = max(last_failure, seconds)
-                node.avoidance.add(peer_id, reason, now)
+            if node.look_ups.is_due(key, self.now):
+                node.look_ups.note(key, list(self._nearby(node, key)), self.now)
+            asking.offer(key, (peer_id for peer_id in node.look_ups.peers(key) if not node.avoidance.is_avoided(peer_id, self.now)))
+        under_way: list[tuple[float, str, list[bytes], Reason | None]] = []
+        wanted = answered = 0
+        took, deadline = 0.0, ROUND_S
+
+        def pump() -> None:
+            nonlocal wanted
+            for peer_id, its_keys in asking.next().items():
+                wanted += 1
+                seconds, failure = self._contact(self.nodes[peer_id], its_keys, ask)
+                heapq.heappush(under_way, (took + seconds, peer_id, its_keys, failure))
+
+        pump()
+        while under_way:
+            moment, peer_id, its_keys, failure = heapq.heappop(under_way)
+            if failure is not None:  # also of those that are not waited for any more
+                node.avoidance.add(peer_id, failure, self.now)
                 node.look_ups.forget(peer_id)
                 asking.failed(peer_id, its_keys)
-            # Where most have answered, the others get as long again.
-            took += max(slowest, min(last_failure, 2 * slowest) if may_end(asked, answered) else last_failure)
-        return min(took, ROUND_S)
+                wanted -= 1
+            if moment > deadline:
+                took = deadline
+                continue
+            took = moment
+            if failure is None:
+                answered += 1
+            else:
+                pump()
+            if hurry and may_end(wanted, answered):
+                deadline, hurry = min(deadline, 2 * took), False
+        return took
+
+    def _contact(self, keeper: Node, keys: list[bytes], ask: Callable[[Node, Sequence[bytes]], bool]) -> tuple[float, Reason | None]:
+        """One request: the seconds until it is over, and how it failed, if it did."""
+        if keeper.died <= self.now:
+            return self._random.choice((0.1, DIAL_S)), Reason.UNREACHABLE
+        if keeper.behaviour == "silent":
+            keeper.requests += 1
+            return SILENCE_S, Reason.SILENT
+        return self._random.uniform(*ROUND_TRIP_S), None if ask(keeper, keys) else Reason.LYING
 
     def _nearby(self, node: Node, key: bytes) -> Iterator[str]:
         """What a look-up of Kademlia's comes to: nodes near the key, not all of them, and some that died lately."""
@@ -346,7 +364,7 @@ class Simulation:
                 return False
             return True
 
-        self.outcome.look_up_s.append(self._ask_around(reader, [key], query))
+        self.outcome.look_up_s.append(self._ask_around(reader, [key], query, hurry=True))
         return {kept.peer_id for kept in merge.result() if kept.data not in self._farewells}
 
     def _answer(self, keeper: Node, key: bytes, model: str) -> tuple[list[bytes], list[float], int]:

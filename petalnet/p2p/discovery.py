@@ -192,25 +192,26 @@ class Discovery:
         """
         asking = Asking(keys, count, network=self._network)
         began = trio.current_time()
-        asked = answered = under_way = 0
+        wanted = answered = under_way = 0
         changed = trio.lowlevel.ParkingLot()
         nursery = self._nursery
         if nursery is None:  # not joined yet, or not any more
             return
 
         def pump() -> None:
-            nonlocal asked, under_way
+            nonlocal wanted, under_way
             for peer_id, its_keys in asking.next().items():
-                asked += 1
+                wanted += 1
                 under_way += 1
                 nursery.start_soon(run, peer_id, its_keys)
 
         async def run(peer_id: str, its_keys: Sequence[bytes]) -> None:
-            nonlocal answered, under_way
+            nonlocal wanted, answered, under_way
             fine = await ask(peer_id, its_keys)
             if fine:
                 answered += 1
             else:
+                wanted -= 1
                 asking.failed(peer_id, its_keys)
                 if trio.current_time() < began + ROUND_TIMEOUT_S:
                     pump()
@@ -234,7 +235,7 @@ class Discovery:
         pump()
         deadline = began + ROUND_TIMEOUT_S
         while under_way and trio.current_time() < deadline:
-            if hurry and may_end(asked, answered):
+            if hurry and may_end(wanted, answered):
                 deadline = min(deadline, trio.current_time() + max(trio.current_time() - began, SHORTEST_PATIENCE_S))
                 hurry = False
             with trio.move_on_at(deadline):

@@ -134,9 +134,9 @@ class Asking:
             self._rounds[key].failed(peer_id)
 
 
-def may_end(asked: int, answered: int) -> bool:
-    """Whether so many answers do, though others may still come. What the rest would say was mostly said by then."""
-    return answered >= max(MOST * asked, 2)
+def may_end(wanted: int, answered: int) -> bool:
+    """Whether so many answers do, of those that were asked and have not failed: what the rest would say was mostly said by then."""
+    return answered >= max(MOST * wanted, 2)
 
 
 class Announcement:
