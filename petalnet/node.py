@@ -211,7 +211,13 @@ class Node:
         return {"usable": self._usable, "role": self.role, "peer_id": self._peering.host.peer_id, "version": __version__}
 
     def _status(self) -> dict[str, Any]:
-        node = self._health() | {"addrs": self._peering.host.addrs, "connected_peers": len(self._peering.host.connected_peers())}
+        host, reachability = self._peering.host, self._peering.reachability
+        node = self._health() | {
+            "addrs": host.addrs,
+            "connected_peers": len(host.connected_peers()),
+            "reachability": None if reachability is None else reachability.verdict.state,
+            "relays": [] if reachability is None else reachability.relays,
+        }
         return {"node": node, **describe_swarm(self._peering.view, now=time.time())}
 
     def _describe_peers(self) -> dict[str, Any]:
