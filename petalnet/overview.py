@@ -25,7 +25,8 @@ def describe_swarm(view: SwarmView, *, now: float, model: str | None = None) -> 
 
     Returns:
         `{"models": [{"model", "name", "num_blocks", "missing": [block, …], "servers": [{"peer_id", "span", "state", …}, …]}, …]}`;
-        servers are ordered by their first block; one that failed lately has `failed_for_s`, the seconds for which it is avoided.
+        servers are ordered by their first block; one that failed lately has `failed_for_s`, the seconds for which it is avoided, and one
+        with `relayed` is reached through relays.
     """
     models = []
     for summary in view.models(now=now):
@@ -50,6 +51,7 @@ def _server(record: ServerRecord, view: SwarmView, now: float) -> dict[str, Any]
         "peer_id": record.peer_id,
         "public_name": record.public_name,
         "addrs": list(record.addrs),
+        "relayed": any(addr.endswith("/p2p-circuit") for addr in record.addrs),
         "span": list(record.span),
         "state": record.state,
         "dtype": record.dtype,
@@ -78,7 +80,7 @@ def _render_model(model: dict[str, Any], width: int) -> Iterator[str]:
     rows = [("blocks", "", "server", "state", "dtype", "decode/s", "prefill/s", "free KV", "queue")]
     for server in servers:
         first, end = server["span"]
-        state = server["state"] if "failed_for_s" not in server else f"failed, avoided for {server['failed_for_s']:.0f} s"
+        state = server["state"] + ", relayed" * server["relayed"] if "failed_for_s" not in server else f"failed, avoided for {server['failed_for_s']:.0f} s"
         name = f"{server['public_name']} " if server["public_name"] else ""
         rows.append(
             (

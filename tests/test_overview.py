@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +38,17 @@ def test_who_serves_what_and_what_is_missing() -> None:
     text = render({"models": [model]}, width=200)
     assert text.splitlines()[0] == "org/model: 8 blocks, 3 servers, blocks 4-7 missing"
     assert "failed, avoided for 5 s" in text and "1,234,567" in text and "joining" in text
+
+
+def test_a_server_behind_a_relay_is_marked() -> None:
+    view = view_of(("A", 0, 4, "online"), ("B", 4, 8, "online"))
+    record = view.record("B")
+    assert record is not None
+    addrs = ("/ip4/203.0.113.2/tcp/1/p2p/12D3KooR/p2p-circuit", *record.addrs)
+    view.add(dataclasses.replace(record, addrs=addrs, sequence=2), now=NOW)
+    (model,) = describe_swarm(view, now=NOW)["models"]
+    assert [server["relayed"] for server in model["servers"]] == [False, True]
+    assert render({"models": [model]}, width=200).count("online, relayed") == 1
 
 
 def test_an_empty_swarm() -> None:
