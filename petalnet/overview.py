@@ -80,7 +80,9 @@ def _render_model(model: dict[str, Any], width: int) -> Iterator[str]:
     rows = [("blocks", "", "server", "state", "dtype", "decode/s", "prefill/s", "free KV", "queue")]
     for server in servers:
         first, end = server["span"]
-        state = server["state"] + ", relayed" * server["relayed"] if "failed_for_s" not in server else f"failed, avoided for {server['failed_for_s']:.0f} s"
+        state = server["state"] + (", relayed" if server["relayed"] else "")
+        if "failed_for_s" in server:
+            state = f"failed, avoided for {server['failed_for_s']:.0f} s"
         name = f"{server['public_name']} " if server["public_name"] else ""
         rows.append(
             (
