@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,7 @@ def test_a_port_that_the_router_forwards_makes_a_server_reachable(lab: Lab, node
     assert found["direct_at_first"]
 
 
+@pytest.mark.long
 def test_a_lost_relay_is_replaced_by_another(lab: Lab, nodes: LabNodes) -> None:
     for name in ("one", "two", "three"):
         lab.add_public(name)
@@ -45,6 +47,21 @@ def test_a_lost_relay_is_replaced_by_another(lab: Lab, nodes: LabNodes) -> None:
     alice.wait_for_addrs(lambda addrs: sum("p2p-circuit" in addr for addr in addrs) >= 2 and not any(lost.peer_id in a for a in addrs))
 
 
+@pytest.mark.long
+def test_the_only_relay_is_found_again_when_it_is_back(lab: Lab, nodes: LabNodes, tmp_path: Path) -> None:
+    lab.add_public("relay")
+    lab.add_nated("alice")
+    arguments = ("relay", "--bootstrap", "--relay", "--identity-path", tmp_path / "relay.key")
+    relay = nodes.launch(*arguments).wait_ready()
+    alice = nodes.launch_peer("alice", "serve", relay.addrs[0])
+    alice.wait_for_addrs(is_relayed)
+    relay.process.kill()
+    alice.wait_for_addrs(lambda addrs: not is_relayed(addrs))
+    nodes.launch(*arguments).wait_ready()
+    alice.wait_for_addrs(is_relayed)
+
+
+@pytest.mark.long
 def test_neighbours_behind_one_router_meet_without_the_relay(lab: Lab, nodes: LabNodes) -> None:
     lab.add_public("relay")
     lab.add_nated("alice")
