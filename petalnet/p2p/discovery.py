@@ -92,6 +92,7 @@ class Discovery:
         self._host = host
         self._neighbours = neighbours or host.connected_peers
         self._clock = clock
+        self._told_refusal = False
         self._store = RecordStore(host.peer_id)
         self._avoidance = Avoidance()
         self._look_ups = LookUps()
@@ -138,16 +139,24 @@ class Discovery:
         if kept.peer_id != self._host.peer_id:
             raise RecordRejected(f"a node announces its own record, not that of {kept.peer_id}")
         self._store.add(kept, now=self._clock())
+        refusals: list[str] = []
         announcement = Announcement(kept, {key: self._store.count(key) for key in keys})
 
         async def store(peer_id: str, its_keys: Sequence[bytes]) -> bool:
             answer = await self._ask(peer_id, Store(tuple(its_keys), record))
+            if isinstance(answer, Error):
+                refusals.append(answer.message)
             if not isinstance(answer, Stored):
                 return False
             announcement.answer(peer_id, its_keys, newest=answer.newest, counts=answer.counts)
             return True
 
         await self._ask_around(keys, store)
+        if len(announcement.stored) > 1:
+            self._told_refusal = False
+        elif refusals and not self._told_refusal:
+            self._told_refusal = True
+            logger.warning("no peer keeps what this node announces, so nobody will find it: %s", refusals[0])
         self.crowds |= announcement.crowds
         self.newest_own = announcement.newest
         return len(announcement.stored)

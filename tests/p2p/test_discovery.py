@@ -168,6 +168,17 @@ async def test_a_clock_that_is_ten_minutes_off_does_no_harm(join, ahead: float) 
     assert await client.found() == {}
 
 
+async def test_a_server_whose_clock_is_wrong_is_told_so_once(join, caplog) -> None:
+    boot = await join()
+    server = await join(boot)
+    server.set_clock(3600)
+    for sequence in (1, 2):
+        data = record(server.host, sequence=sequence, issued=time.time() + 3600)
+        assert await server.discovery.announce([KEY], data) == 1
+    warnings = [entry.message for entry in caplog.records if entry.levelname == "WARNING" and "petalnet" in entry.name]
+    assert len(warnings) == 1 and "in the future" in warnings[0]
+
+
 async def test_a_server_whose_clock_was_ahead_is_told_the_number_to_go_on_from(join) -> None:
     boot = await join()
     server = await join(boot)
