@@ -21,6 +21,7 @@ from multiaddr import Multiaddr
 from petalnet.p2p.mux_protocol import Closed, Ended, Event, Mux, MuxError, Opened, Reason, Received, WasReset
 from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
+from petalnet.p2p.rates import Rates
 from petalnet.p2p.security import NoiseSession
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class MuxConnection(IMuxedConn):
         self._on_offence = on_offence
         self._round_trip_s = round_trip_s
         self.window = _FIRST_WINDOW
+        self._openings = Rates(limits.max_openings, 2 * limits.max_openings)
         self._opened: trio.MemorySendChannel[MuxStream]
         self._opened, self._to_accept = trio.open_memory_channel[MuxStream](limits.max_streams_per_peer)
         self._backlog: memoryview | None = None  # encrypted bytes that the kernel has not taken yet
@@ -267,6 +269,7 @@ class MuxConnection(IMuxedConn):
     async def _read(self) -> None:
         try:
             while True:
+                opened = 0
                 for plain in await self.secured_conn.receive():
                     for event in self.mux.receive(plain):
                         if type(event) is Received:
@@ -274,7 +277,11 @@ class MuxConnection(IMuxedConn):
                                 stream.on_received(event.data)
                         elif not self._on_event(event):
                             return
+                        opened += type(event) is Opened
                 self.pump()
+                if opened:
+                    self._openings.charge("", trio.current_time(), opened)
+                    await trio.sleep(self._openings.wait("", trio.current_time()))
         except ConnectionClosedError as error:
             logger.debug("the connection to peer %s has ended: %s", self.peer_id, error)
         except MuxError as error:

@@ -70,8 +70,12 @@ class ProtocolServer:
         """End streams on which no request has come for too long, until cancelled."""
         while True:
             await trio.sleep(self._protocol.idle_timeout_s / IDLE_LOOKS)
-            for stream in self._streams:
-                stream.end_if_idle(trio.current_time())
+            self._end_idle_streams(trio.current_time())
+
+    def _end_idle_streams(self, now: float) -> None:
+        """Not part of the task above, in whose variable the last stream would live on."""
+        for stream in self._streams:
+            stream.end_if_idle(now)
 
     async def _keep_pace(self, peer_id: str) -> None:
         """Wait until one more request of the peer may be taken."""
