@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import trio
 from libp2p import new_swarm
@@ -20,6 +22,7 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
@@ -130,6 +133,8 @@ class Libp2pHost(BasicHost):
         network.set_stream_handler(self._guarded)
         self._upgrade_inbound = network.upgrade_inbound_raw_conn
         network.upgrade_inbound_raw_conn = self._admit_inbound  # type: ignore[method-assign]
+        self._upgrade_outbound = network.upgrade_outbound_raw_conn
+        network.upgrade_outbound_raw_conn = self._secure_outbound  # type: ignore[method-assign]
 
     def get_addrs(self) -> list[Multiaddr]:
         """The announced addresses with this host's id at their end (stock strips all after a relay's id)."""
@@ -141,13 +146,18 @@ class Libp2pHost(BasicHost):
     async def _admit_inbound(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
         """As the swarm does it, which keeps to itself why somebody was turned away."""
         try:
-            return await self._upgrade_inbound(raw_conn, maddr)
+            with _errors_of_libp2p():
+                return await self._upgrade_inbound(raw_conn, maddr)
         except Exception as error:  # raised again, whatever it is
             address = raw_conn.get_remote_address()
             source = f"{address[0]} port {address[1]}" if address is not None else str(maddr)
             step, reason = str(error.__cause__ or error), reason_of(error)
             logger.debug("a connection from %s came to nothing: %s", source, reason if step == reason else f"{step} ({reason})")
             raise
+
+    async def _secure_outbound(self, raw_conn: IRawConnection, peer_id: ID, pre_scope: Any = None) -> SwarmConn:
+        with _errors_of_libp2p():
+            return await self._upgrade_outbound(raw_conn, peer_id, pre_scope)
 
     async def _add_connection(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
         """Add a connection to the swarm's; one that ends while it is being added would stay among them for ever."""
@@ -197,6 +207,21 @@ class Libp2pHost(BasicHost):
             return
         stream.set_protocol(protocol)
         await handler(stream)
+
+
+@contextmanager
+def _errors_of_libp2p() -> Iterator[None]:
+    """Let nothing but libp2p's errors and ours out of a handshake.
+
+    A stranger's bytes make the libraries beneath raise errors of all kinds, which nobody above expects where it dials through a relay or
+    punches a hole; where the swarm itself dials, it does the same.
+    """
+    try:
+        yield
+    except (BaseLibp2pError, PetalnetError, OSError):
+        raise
+    except Exception as error:
+        raise SwarmException(f"a handshake failed: {error or type(error).__name__}") from error
 
 
 class _NoAutoConnector(AutoConnector):
