@@ -95,7 +95,7 @@ class HolePunching:
                         return
                 if self._host.is_direct(peer_id) or not self._host.is_connected(peer_id):
                     return
-        except (BaseLibp2pError, PetalnetError, OSError, ValueError) as error:  # ValueError: what the reader of lengths raises
+        except (BaseLibp2pError, PetalnetError, OSError, ValueError, trio.TooSlowError) as error:  # ValueError: of lengths
             logger.debug("no direct connection to peer %s: %r", peer_id, error)
         finally:
             self._under_way.discard(peer_id)

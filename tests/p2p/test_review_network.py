@@ -9,6 +9,9 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import Status, StopMessage
 
 from petalnet.errors import PeerUnreachable
 from petalnet.p2p.circuit import STOP, read_protobuf, write_protobuf
+from petalnet.p2p.hole_punching import HolePunching
+from petalnet.p2p.identity import Identity
+from petalnet.p2p.protocols import Limits
 
 from .test_relay import reserve, start_relay
 
@@ -40,3 +43,28 @@ async def test_rubbish_in_a_handshake_through_a_relay_is_an_unreachable_peer(hos
     server.libp2p.set_stream_handler(STOP, mock)
     with trio.fail_after(15), pytest.raises(PeerUnreachable):
         await client.connect(server.peer_id, reservation.addrs)
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x13/multistream/1.0.0\n\x07/noise\n\x00\x20" + bytes(32)])
+async def test_a_hole_behind_which_nobody_shakes_hands(hosts, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    """One who says nothing, or nonsense, where two dials have met: the search for a hole is over, and not the node."""
+    host = await hosts.start(limits=Limits(handshake_timeout=0.3))
+    punching = HolePunching(host)
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        silent = await trio.open_tcp_stream(*listener.socket.getsockname())
+        met = await listener.accept()
+        await silent.send_all(answer)
+
+        class Port:
+            async def dial(self, targets: object) -> trio.socket.SocketType:
+                return met.socket
+
+        async def connect(peer_id: str) -> bool:
+            return await punching._connect(peer_id, Port(), [], initiator=False)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(punching, "_try", connect)
+        with trio.fail_after(5):
+            await punching._lead(Identity.generate().peer_id)
+        await silent.aclose()
+    await hosts.check_alive(host)
