@@ -230,6 +230,9 @@ class _NoAutoConnector(AutoConnector):
     async def maybe_connect(self) -> None:
         """Neighbours are discovery's business, and servers their users'."""
 
+    def record_disconnect(self, peer_id: ID) -> None:
+        """Who is gone matters to nobody here; the stock one keeps every peer that ever was."""
+
 
 async def finish_stream(stream: NetStream, linger_s: float = Limits.linger) -> None:
     """Close a stream for good: say so, wait for the peer to do the same, and reset it where it does not. Never fails.
