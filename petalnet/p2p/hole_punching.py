@@ -40,7 +40,9 @@ from petalnet.p2p.transport import TcpStream, tune
 logger = logging.getLogger(__name__)
 
 DCUTR = TProtocol("/libp2p/dcutr")
-ATTEMPTS = 2
+ATTEMPTS = 3
+PAUSE_BETWEEN_ATTEMPTS_S = 1.0
+"""Seconds before the second attempt, and twice that before the third."""
 ATTEMPT_S = 3.0
 """Seconds for which both dial: the second packet of a dial goes out after one, the third after three."""
 PAUSE_S = (0.0005, 0.004)
@@ -51,7 +53,7 @@ MOST_REFUSED = 60
 EXCHANGE_S = 15.0
 """For a whole attempt, the handshakes included."""
 AGAIN_AFTER_S = 60.0
-"""Seconds after which the same peer may make this node try again; two attempts in a row are free."""
+"""Seconds after which the same peer may make this node try again; the attempts in a row are free."""
 MAX_TARGETS = 2
 LOWEST_PORT = 1024
 """Nobody is made to knock at the doors of well-known services."""
@@ -67,8 +69,9 @@ class HolePunching:
         self._host = host
         self._limits = host.limits
         self._nursery: trio.Nursery | None = None
+        self._asking = trio.Lock()
         self._under_way: set[str] = set()
-        self._rates = Rates(1 / AGAIN_AFTER_S, 2, capacity=host.limits.max_connections)
+        self._rates = Rates(1 / AGAIN_AFTER_S, ATTEMPTS, capacity=host.limits.max_connections)
         self._observed: dict[str, tuple[IpAddress, float]] = {}  # where a relay sees this node, and until when (trio time) that counts
         host.libp2p.set_stream_handler(DCUTR, self._serve)
         host.on_peer_found(self._on_peer_found)
@@ -89,14 +92,16 @@ class HolePunching:
             return
         self._under_way.add(peer_id)
         try:
-            for _ in range(ATTEMPTS):
-                with trio.move_on_after(EXCHANGE_S):
-                    if await self._try(peer_id):
-                        return
+            for attempt in range(ATTEMPTS):
+                await trio.sleep(attempt * PAUSE_BETWEEN_ATTEMPTS_S)
                 if self._host.is_direct(peer_id) or not self._host.is_connected(peer_id):
                     return
-        except (BaseLibp2pError, PetalnetError, OSError, ValueError, trio.TooSlowError) as error:  # ValueError: of lengths
-            logger.debug("no direct connection to peer %s: %r", peer_id, error)
+                try:
+                    with trio.move_on_after(EXCHANGE_S):
+                        if await self._try(peer_id):
+                            return
+                except (BaseLibp2pError, PetalnetError, OSError, ValueError, trio.TooSlowError) as error:  # ValueError: of lengths
+                    logger.debug("no direct connection to peer %s: %r", peer_id, error)
         finally:
             self._under_way.discard(peer_id)
 
@@ -154,11 +159,12 @@ class HolePunching:
         relay_id = self._relay_to(peer_id, direction="in") or self._relay_to(peer_id, direction="out")
         if relay_id is None:
             raise ProtocolError(f"peer {peer_id} is not behind a relay", peer_id)
-        ip, until = self._observed.get(relay_id, (None, 0.0))
-        if ip is None or until < trio.current_time():
-            ip = (await ask_to_dial_back(self._host, relay_id, ())).observed
-            self._observed = {relay: seen for relay, seen in self._observed.items() if seen[1] >= trio.current_time()}
-            self._observed[relay_id] = ip, trio.current_time() + OBSERVED_FOR_S
+        async with self._asking:  # several peers may want to know at once
+            ip, until = self._observed.get(relay_id, (None, 0.0))
+            if ip is None or until < trio.current_time():
+                ip = (await ask_to_dial_back(self._host, relay_id, ())).observed
+                self._observed = {relay: seen for relay, seen in self._observed.items() if seen[1] >= trio.current_time()}
+                self._observed[relay_id] = ip, trio.current_time() + OBSERVED_FOR_S
         return bytes(Multiaddr(f"/ip{ip.version}/{ip}/tcp/{port}").to_bytes())
 
     async def _connect(self, peer_id: str, port: _Port, targets: Sequence[Target], *, initiator: bool) -> bool:

@@ -172,8 +172,8 @@ PING = Protocol(
 REACHABILITY = Protocol(
     "/petalnet/reachability/1.0.0",
     limits=FrameLimits(header=1024, payload=0),
-    # One question at a time, and each makes this node dial.
-    max_streams_per_peer=1,
+    # A question whether it is reached, one where it is seen, and one more for what ends slowly.
+    max_streams_per_peer=3,
     max_streams=64,
     idle_timeout_s=20.0,
     frame_timeout_s=5.0,
