@@ -48,7 +48,13 @@ AGAIN_S = {"unknown": 60.0, "direct": 900.0, "unreachable": 120.0}
 """Seconds after which the question is asked again: soon where an owner may have opened a port."""
 MOST_ANNOUNCED = 16
 
-_PRIVATE = [ipaddress.ip_network(net) for net in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")]
+_NEAR_NETWORKS = [
+    ipaddress.ip_network(net)
+    for net in (
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"),  # private, and providers' own
+        *("127.0.0.0/8", "169.254.0.0/16", "::1/128", "fe80::/10"),  # this machine, this link
+    )
+]
 
 State = Literal["unknown", "direct", "unreachable"]
 
@@ -109,7 +115,7 @@ def judge(answers: Sequence[Answer], own: Collection[IpAddress]) -> Verdict:
 
 
 def _distance(ip: IpAddress, own: Collection[IpAddress]) -> tuple[bool, bool]:
-    return not any(ip in network for network in _PRIVATE if network.version == ip.version), ip not in own
+    return not any(ip in network for network in _NEAR_NETWORKS if network.version == ip.version), ip not in own
 
 
 def choose_addrs(base: Sequence[str], verdict: Verdict, reservations: Sequence[Reservation], *, fixed: bool = False) -> list[str]:
@@ -165,6 +171,7 @@ class Reachability:
         self._limits = host.limits
         self._dials = trio.CapacityLimiter(self._limits.max_dial_backs)
         self._wake = trio.Event()
+        self._asked_far = False
         self._relaying: trio.CancelScope | None = None
         self._reservations = Reservations(host, self._announce)
         self._nursery: trio.Nursery
@@ -242,8 +249,13 @@ class Reachability:
                 due = trio.current_time() + AGAIN_S[self.verdict.state] * random.uniform(0.9, 1.1)
 
     def _on_peer_found(self, peer_id: str) -> None:
-        if self.verdict.answers < ENOUGH:
+        if self.verdict.answers < ENOUGH or (not self._asked_far and self._is_far(peer_id)):
             self._wake.set()
+
+    def _is_far(self, peer_id: str) -> bool:
+        """Whether a peer is somewhere on the internet, not on a private network."""
+        address = self._host.remote_ip(peer_id)
+        return address is not None and _distance(ipaddress.ip_address(address), ())[0]
 
     async def _ask_around(self) -> list[Answer]:
         ports = sorted({port_of(addr) for addr in self._host.listened_addrs if relay_of(addr) is None})[:MAX_PORTS]
@@ -253,6 +265,7 @@ class Reachability:
         async def ask(peer_id: str) -> None:
             try:
                 answers.append(await ask_to_dial_back(self._host, peer_id, ports))
+                self._asked_far |= self._is_far(peer_id)
             except PetalnetError as error:
                 logger.debug("peer %s does not dial back: %s", peer_id, error)
 
@@ -267,7 +280,7 @@ class Reachability:
         for peer_id in self._host.connected_peers():
             address = self._host.remote_ip(peer_id)
             if address is not None and not ipaddress.ip_address(address).is_loopback:
-                found.append((not _distance(ipaddress.ip_address(address), ())[0], random.random(), peer_id))
+                found.append((not self._is_far(peer_id), random.random(), peer_id))
         return [peer_id for _, _, peer_id in sorted(found)[:ASKED]]
 
     def _conclude(self, answers: Sequence[Answer], own: Sequence[IpAddress]) -> None:
