@@ -236,7 +236,7 @@ async def echo(stream):
 
 async def busy(stream):
     await stream.receive()
-    await trio.sleep(3)  # works on it, and reads nothing meanwhile
+    await trio.sleep(1.5)  # works on it, and reads nothing meanwhile
 
 async def talk(stream):
     while True:
