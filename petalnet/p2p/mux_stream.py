@@ -20,7 +20,7 @@ _TINY = 2048
 
 
 class TookNothing(MuxedStreamReset):
-    """The peer has read nothing of what was sent for too long; the stream was reset."""
+    """The peer has read nothing, or next to nothing, of what was sent for too long; the stream was reset."""
 
 
 class MuxStream(IMuxedStream):
@@ -48,6 +48,7 @@ class MuxStream(IMuxedStream):
         self._allowed = 0  # bytes that may be granted as the peer sends
         self._granted_at = float("-inf")
         self._consumed = 0
+        self._senders = 0
         self._readable = trio.lowlevel.ParkingLot()
         self._writable = trio.lowlevel.ParkingLot()
 
@@ -102,16 +103,17 @@ class MuxStream(IMuxedStream):
         self._allowed -= size
         connection.mux.grant(self.number, size)
 
-    async def send(self, parts: Sequence[Buffer], patience: float = float("inf")) -> None:
+    async def send(self, parts: Sequence[Buffer], patience: float = float("inf"), least: int = 1) -> None:
         """Send bytes, given in parts, which must not change until this returns.
 
-        A call that is cancelled may have sent a part of them; where that is so, the stream is reset.
+        A call that is cancelled may have sent a part of them; where that is so, or others are sending too, the stream is reset.
 
         Args:
-            patience: seconds without a byte sent, after which the stream is reset.
+            patience: seconds in which some bytes have to go; else the stream is reset.
+            least: how many.
         Raises:
             MuxedStreamReset, MuxedStreamClosed: it is over, or was closed by this side.
-            TookNothing: `patience` is at an end.
+            TookNothing: the peer took less than `least` bytes in `patience` seconds.
         """
         connection = self.muxed_conn
         await connection.turn()
@@ -122,21 +124,24 @@ class MuxStream(IMuxedStream):
         connection.pump()
         if mux.pending(self.number):
             connection.waiting.add(self)
+            self._senders += 1
             try:
                 while (before := mux.pending(self.number)) and not connection.is_closed:
                     with trio.move_on_after(patience):
                         await self._writable.park()
                         continue
-                    if mux.pending(self.number) == before:
+                    taken = before - mux.pending(self.number)
+                    if 0 <= taken < least:
                         self.abandon()
-                        raise TookNothing(f"the peer took nothing for {patience:g} s")
+                        raise TookNothing(f"the peer took {f'{taken} bytes' if taken else 'nothing'} in {patience:g} s")
             except trio.Cancelled:
-                if mux.pending(self.number) != total:
+                if mux.pending(self.number) != total or self._senders > 1:
                     self.abandon()
                 else:
                     mux.withdraw(self.number)
                 raise
             finally:
+                self._senders -= 1
                 connection.waiting.discard(self)
         if self.reset_reason is not None or connection.is_closed:
             self._check_open()
@@ -209,16 +214,29 @@ class MuxStream(IMuxedStream):
             if self.ended and self.reset_reason is None:
                 raise MuxedStreamEOF("the peer has ended the stream")
             raise MuxedStreamReset("the stream was reset")
-        data = b"".join(self.take())
-        if n is not None and 0 < n < len(data):
-            self._chunks, self._tail, self._held = [memoryview(data)[n:]], None, len(data) - n
-            data = data[:n]
+        data = self._take_some(self._held if n is None or n < 0 else n)
         self._consumed += len(data)
         if self._consumed >= INITIAL_WINDOW // 2 and not self.ended:
             consumed, self._consumed = self._consumed, 0
             self.muxed_conn.mux.grant(self.number, consumed)
             self.muxed_conn.pump()
         return data
+
+    def _take_some(self, most: int) -> bytes:
+        """The next `most` bytes that have come, or all; what is left is not copied, as many readers take byte by byte."""
+        if most >= self._held:
+            return b"".join(self.take())
+        parts: list[Buffer] = []
+        chunks, missing = self._chunks, most
+        used = 0
+        while missing >= len(chunks[used]):
+            parts.append(chunks[used])
+            missing -= len(chunks[used])
+            used += 1
+        first = memoryview(chunks[used])
+        parts.append(first[:missing])
+        self._chunks, self._tail, self._held = [first[missing:], *chunks[used + 1 :]], None, self._held - most
+        return b"".join(parts)
 
     async def write(self, data: bytes) -> None:
         await self.send([data])

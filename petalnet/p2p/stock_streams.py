@@ -111,12 +111,15 @@ class StockStream:
         except (BaseLibp2pError, OSError):
             return  # the connection has ended, as whoever uses the stream will see
 
-    async def send(self, parts: Sequence[Buffer], patience: float = float("inf")) -> None:
+    async def send(self, parts: Sequence[Buffer], patience: float = float("inf"), least: int = 1) -> None:
         data = memoryview(b"".join(parts))
-        sent = 0
+        sent = counted = 0
+        since = trio.current_time()
         try:
             while sent < len(data):
-                await self._wait_for_window(patience)
+                if sent - counted >= least:
+                    counted, since = sent, trio.current_time()
+                await self._wait_for_window(since + patience)
                 size = min(_CHUNK, len(data) - sent, max(self._muxed.send_window, 1))
                 with trio.CancelScope(shield=True):  # the session's write has a deadline
                     await self._muxed.write(data[sent : sent + size])  # type: ignore[arg-type]  # takes any buffer
@@ -126,7 +129,7 @@ class StockStream:
                 self.abandon()
             raise
 
-    async def _wait_for_window(self, patience: float) -> None:
+    async def _wait_for_window(self, deadline: float) -> None:
         """Until the peer has read some of what it was sent; the muxer's own wait would reset the stream after 5 s."""
         await trio.lowlevel.checkpoint_if_cancelled()
         began = trio.current_time()
@@ -134,9 +137,9 @@ class StockStream:
             waited = trio.current_time() - began
             if self.is_over:
                 raise MuxedStreamReset("the stream has ended")
-            if waited >= patience:
+            if trio.current_time() >= deadline:
                 self.abandon()
-                raise TookNothing(f"the peer took nothing for {patience:g} s")
+                raise TookNothing("the peer took nothing, or next to nothing, for too long")
             # Looking less and less often, so that peers that never read do not keep this node busy.
             await trio.sleep(max(_WINDOW_POLL_S, waited / 50))
 

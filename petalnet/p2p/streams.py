@@ -45,7 +45,7 @@ class ByteStream(Interface):
     async def wait(self, count: int) -> None: ...
     def take(self) -> list[Buffer]: ...
     def allow(self, count: int) -> None: ...
-    async def send(self, parts: Sequence[Buffer], patience: float = ...) -> None: ...
+    async def send(self, parts: Sequence[Buffer], patience: float = ..., least: int = ...) -> None: ...
     def abandon(self, reason: Reason = ...) -> None: ...
     def finish(self) -> None: ...
 
@@ -106,6 +106,8 @@ class Stream:
         self._kept = 0  # the part of it that lasts as long as the stream
         self._is_long = protocol.limits.header + protocol.limits.payload > INITIAL_WINDOW  # whether its messages may need wide windows
         self._deadline = float("inf")  # for the message under way, whole
+        # Bytes of a message that have to come, or go, within the protocol's time-out of a frame: half of the slowest rate, as it varies.
+        self._least = int(limits.slowest_rate * protocol.frame_timeout_s / 2)
         self._idle_since = float("inf")
 
     @property
@@ -144,7 +146,7 @@ class Stream:
             if self._closed:
                 raise PeerLost(f"the stream to {self.peer_id} is closed", self.peer_id)
             try:
-                await self._raw.send(parts, self.protocol.frame_timeout_s)
+                await self._raw.send(parts, self.protocol.frame_timeout_s, self._least)
             except TookNothing as error:
                 await self.reset()
                 raise PeerLost(f"peer {self.peer_id}: {error}", self.peer_id) from error
@@ -246,10 +248,10 @@ class Stream:
                 await raw.wait(count)
             if not scope.cancelled_caught:
                 return
-            slow = trio.current_time() >= self._deadline
-            if slow or raw.held == before:
+            # Were any byte enough, a few of them would hold the memory of a long message for hours.
+            if trio.current_time() >= self._deadline or raw.held - before < self._least:
                 await self.reset()
-                how = "was too slow" if slow and raw.held != before else f"was silent for {patience:g} s"
+                how = "was too slow" if raw.held != before else f"was silent for {patience:g} s"
                 raise PeerLost(f"peer {self.peer_id} {how} {what}", self.peer_id)
 
     def _check_clean_end(self) -> None:

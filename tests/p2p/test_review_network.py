@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import pytest
 import trio
+import trio.testing
 from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import Status, StopMessage
+from libp2p.stream_muxer.exceptions import MuxedStreamReset
 
-from petalnet.errors import PeerUnreachable
+from petalnet.errors import PeerLost, PeerUnreachable
 from petalnet.p2p.circuit import STOP, read_protobuf, write_protobuf
+from petalnet.p2p.frames import PREFIX
 from petalnet.p2p.hole_punching import HolePunching
+from petalnet.p2p.host import Host, Stream
 from petalnet.p2p.identity import Identity
+from petalnet.p2p.mux import MuxConnection
+from petalnet.p2p.mux_protocol import INITIAL_WINDOW
+from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
 
+from .test_mux import array
 from .test_relay import reserve, start_relay
+
+
+async def connection(source: Host, target: Host) -> MuxConnection:
+    await source.connect(target.peer_id, target.addrs)
+    muxed = source._dialler.live(target.peer_id).muxed_conn
+    assert isinstance(muxed, MuxConnection)
+    return muxed
 
 
 @pytest.mark.parametrize(
@@ -68,3 +87,102 @@ async def test_a_hole_behind_which_nobody_shakes_hands(hosts, monkeypatch: pytes
             await punching._lead(Identity.generate().peer_id)
         await silent.aclose()
     await hosts.check_alive(host)
+
+
+async def test_a_message_that_drips_does_not_hold_memory_for_hours(hosts, until) -> None:
+    """A byte now and then is not enough, though the message as a whole may take long at the slowest rate."""
+    a, b = await hosts.start(), await hosts.start()
+    stream = (await connection(a, b)).open(hosts.echo.id)
+    await stream.send([PREFIX.pack(1, 0, 0, 1000, 60 << 20)])
+    await until(lambda: b._budget.held == 1000 + (60 << 20))
+    with trio.fail_after(3), contextlib.suppress(MuxedStreamReset):
+        while True:
+            await stream.send([b"x"])
+            await trio.sleep(0.05)
+    await until(lambda: b._budget.held == 0)
+
+
+async def test_an_answer_that_is_read_in_drips_does_not_hold_memory_for_hours(hosts) -> None:
+    a, b = await hosts.start(), await hosts.start(echo=False)
+    failure: list[PeerLost] = []
+    over = trio.Event()
+
+    async def answer(stream: Stream) -> None:
+        try:
+            await stream.send(array(8 << 20))
+        except PeerLost as error:
+            failure.append(error)
+        over.set()
+
+    b.serve(hosts.echo, answer)
+    stream = (await connection(a, b)).open(hosts.echo.id)
+    await stream.wait(1)
+    with trio.fail_after(3):
+        while not over.is_set():
+            stream.muxed_conn.mux.grant(stream.number, 1)
+            stream.muxed_conn.pump()
+            await trio.sleep(0.05)
+    assert failure
+
+
+async def test_a_sender_that_is_cancelled_takes_nobody_else_s_bytes_back(hosts) -> None:
+    """Of two tasks that send on one stream, the one that goes on either sends all, or is told that it did not."""
+    a, b = await hosts.start(), await hosts.start()
+    hold = trio.Event()
+
+    async def ignore(stream: INetStream) -> None:
+        await hold.wait()
+
+    b.libp2p.set_stream_handler(TProtocol("/raw/1"), ignore)
+    stream = (await connection(a, b)).open("/raw/1")
+    await stream.send([bytes(INITIAL_WINDOW)])
+    outcome: list[str] = []
+
+    async def send() -> None:
+        try:
+            await stream.send([b"first"])
+        except MuxedStreamReset:
+            outcome.append("reset")
+        else:
+            outcome.append("sent")
+
+    with trio.fail_after(3):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            with trio.move_on_after(0.05):
+                await stream.send([b"second"])
+    assert outcome == ["reset"]
+    hold.set()
+
+
+async def test_bytes_are_read_in_any_pieces(hosts, until) -> None:
+    """As libp2p's readers do it, who take lengths byte by byte."""
+    chance = random.Random(1)
+    a, b = await hosts.start(), await hosts.start()
+    served: list[INetStream] = []
+    hold = trio.Event()
+
+    async def keep(stream: INetStream) -> None:
+        served.append(stream)
+        await hold.wait()
+
+    b.libp2p.set_stream_handler(TProtocol("/raw/1"), keep)
+    stream = (await connection(a, b)).open("/raw/1")
+    text = chance.randbytes(200_000)
+    read = bytearray()
+    sent = 0
+    while len(read) < len(text):
+        if sent < len(text) and chance.random() < 0.3:
+            size = chance.choice([1, 30, 3000, 30_000])
+            await stream.send([text[sent : sent + size]])
+            sent = min(sent + size, len(text))
+            await until(lambda: bool(served))
+        elif len(read) < sent:
+            piece = await served[0].read(chance.choice([1, 2, 100, 5000, 100_000]))
+            assert piece
+            read += piece
+            raw = served[0].muxed_stream  # type: ignore[attr-defined]
+            assert isinstance(raw, MuxStream) and raw.held == sum(map(len, raw._chunks))
+    assert read == text
+    hold.set()
