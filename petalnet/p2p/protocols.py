@@ -75,6 +75,8 @@ class Limits:
     """Bytes that may be under way on each half of a circuit: 100 Mbit/s at a round trip of 80 ms."""
     max_circuits_per_peer: int = 64
     """That begin, or that end, at one peer: a server's users are many, and a user's servers are few."""
+    max_circuits_per_address: int = 32
+    """That begin at one IP address: half of what a server gets, so that one machine with many identities does not shut others out."""
     circuit_lifetime: float = 12 * 3600.0
     """After which a relay ends a circuit; whoever still needs it dials again. Answers take minutes, so few are cut off."""
     circuit_bytes: int = 64 * 1024 * MIB

@@ -65,7 +65,7 @@ class Relay:
         self._limits = host.limits
         self._is_reachable = is_reachable
         self._reservations: dict[str, _Place] = {}
-        self._circuits: Counter[str] = Counter()  # by the peer at either end
+        self._circuits: Counter[str] = Counter()  # by the peer at either end, and by the address where they begin
         self._circuits_in_all = 0
         self.bytes_relayed = 0
         host.libp2p.set_stream_handler(HOP, self._serve)
@@ -145,11 +145,15 @@ class Relay:
         place = self._reservations.get(ends[1])
         if place is None or place.expires <= time.time():
             raise _Refused(Status.NO_RESERVATION)
-        if self._circuits_in_all >= self._limits.max_circuits or any(
-            self._circuits[end] >= self._limits.max_circuits_per_peer for end in ends
+        address = f"from {self._host.remote_ip(source)}"
+        if (
+            self._circuits_in_all >= self._limits.max_circuits
+            or any(self._circuits[end] >= self._limits.max_circuits_per_peer for end in ends)
+            or self._circuits[address] >= self._limits.max_circuits_per_address
         ):
             raise _Refused(Status.RESOURCE_LIMIT_EXCEEDED)
-        self._circuits.update(ends)
+        counted = *ends, address
+        self._circuits.update(counted)
         self._circuits_in_all += 1
         try:
             onward = await self._open_onward(source, target)
@@ -163,7 +167,7 @@ class Relay:
                     await onward.reset()
                 raise
         finally:
-            self._circuits.subtract(ends)
+            self._circuits.subtract(counted)
             self._circuits += Counter()  # forget those at zero
             self._circuits_in_all -= 1
 

@@ -182,6 +182,19 @@ class TestBounds:
             await two.connect(server.peer_id, reservation.addrs)
         assert one.is_connected(server.peer_id) and relay.circuits == 1
 
+    async def test_circuits_are_counted_by_address(self, hosts: Hosts, until: Until) -> None:
+        host, relay = await start_relay(hosts, max_circuits_per_address=2)
+        servers = [await hosts.start(listen=False) for _ in range(3)]
+        client = await hosts.start(listen=False)
+        reserved = [await reserve(server, host) for server in servers]
+        for server, reservation in zip(servers[:2], reserved, strict=False):
+            await client.connect(server.peer_id, reservation.addrs)
+        with pytest.raises(PeerUnreachable, match="resource limit exceeded"):
+            await client.connect(servers[2].peer_id, reserved[2].addrs)
+        await client.disconnect(servers[0].peer_id)
+        await until(lambda: relay.circuits == 1)
+        await client.connect(servers[2].peer_id, reserved[2].addrs)
+
     async def test_a_circuit_ends_when_it_has_carried_its_share(self, hosts: Hosts, until: Until) -> None:
         host, relay = await start_relay(hosts, circuit_bytes=4 * MIB)
         server, client = await hosts.start(listen=False), await hosts.start(listen=False)
