@@ -97,6 +97,7 @@ class MuxConnection(IMuxedConn):
         self._batch = _SMALL_BATCH
         self._sends = 0
         self._closing = False
+        self._resetting = False  # whether a task waits to reset those that linger
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
 
@@ -159,7 +160,8 @@ class MuxConnection(IMuxedConn):
         if stream.number not in self.mux:
             self.forget(stream)
         elif self._nursery is not None and not self._closing:
-            if not self.lingering:
+            if not self._resetting:
+                self._resetting = True
                 self._nursery.start_soon(self._reset_lingerers)
             self.lingering[stream] = trio.current_time() + self._limits.linger
 
@@ -169,6 +171,7 @@ class MuxConnection(IMuxedConn):
             await trio.sleep_until(until)
             if self.lingering.get(stream) == until:
                 stream.abandon()
+        self._resetting = False
 
     def tune(self, used: int, seconds: float) -> None:
         """Widen the window where it is what holds a sender up: where half of it was used up within half a round trip.
@@ -269,7 +272,7 @@ class MuxConnection(IMuxedConn):
     async def _read(self) -> None:
         try:
             while True:
-                opened = 0
+                opened_before = self.mux.openings
                 for plain in await self.secured_conn.receive():
                     for event in self.mux.receive(plain):
                         if type(event) is Received:
@@ -277,9 +280,8 @@ class MuxConnection(IMuxedConn):
                                 stream.on_received(event.data)
                         elif not self._on_event(event):
                             return
-                        opened += type(event) is Opened
                 self.pump()
-                if opened:
+                if opened := self.mux.openings - opened_before:
                     self._openings.charge("", trio.current_time(), opened)
                     await trio.sleep(self._openings.wait("", trio.current_time()))
         except ConnectionClosedError as error:

@@ -150,6 +150,7 @@ class Mux:
 
     Attributes:
         finished: streams that are over since this side's END has followed the peer's; for its user to take note of and to clear.
+        openings: streams that the peer has opened so far, those that were refused included.
     """
 
     def __init__(self, *, initiator: bool, max_streams: int) -> None:
@@ -160,6 +161,7 @@ class Mux:
         self._last_remote = 0
         self._remote_count = 0
         self.finished: list[int] = []
+        self.openings = 0
         self._stray = 0  # bytes that may still come for streams which were reset here
         self._control: list[bytes] = []
         self._short: deque[_Stream] = deque()
@@ -406,6 +408,7 @@ class Mux:
         if length > MAX_NAME:
             raise MuxError(f"a protocol's name of {length} bytes")
         self._last_remote = number
+        self.openings += 1
         if length:
             self._number, self._missing, self._name = number, length, bytearray()
         else:

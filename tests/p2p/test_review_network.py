@@ -19,8 +19,9 @@ from petalnet.p2p.frames import PREFIX
 from petalnet.p2p.hole_punching import HolePunching
 from petalnet.p2p.host import Host, Stream
 from petalnet.p2p.identity import Identity
+from petalnet.p2p.messages import Ping
 from petalnet.p2p.mux import MuxConnection
-from petalnet.p2p.mux_protocol import INITIAL_WINDOW
+from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Mux
 from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
 
@@ -186,3 +187,32 @@ async def test_bytes_are_read_in_any_pieces(hosts, until) -> None:
             assert isinstance(raw, MuxStream) and raw.held == sum(map(len, raw._chunks))
     assert read == text
     hold.set()
+
+
+async def test_streams_that_come_and_go_leave_no_task_each(hosts, until) -> None:
+    a, b = await hosts.start(), await hosts.start()
+    await connection(a, b)
+
+    def tasks() -> int:
+        found, left = 0, [trio.lowlevel.current_root_task()]
+        while left:
+            task = left.pop()
+            found += 1
+            left += [child for nursery in task.child_nurseries for child in nursery.child_tasks] if task is not None else []
+        return found
+
+    before = tasks()
+    for number in range(50):
+        async with await a.open_stream(b.peer_id, hosts.echo) as stream:
+            await stream.send(Ping(number))
+            await stream.receive()
+    await until(lambda: tasks() <= before + 10, within_s=1)  # well before what lingers would have been reset
+
+
+async def test_streams_that_are_refused_count_as_opened() -> None:
+    """Else a peer that opens more than it may would be read as fast as it likes."""
+    ours, theirs = Mux(initiator=False, max_streams=2), Mux(initiator=True, max_streams=2)
+    for _ in range(5):
+        theirs.open("/x")
+    ours.receive(b"".join(theirs.output(1 << 20)))
+    assert (ours.openings, ours.remote_streams) == (5, 2)
