@@ -20,7 +20,9 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, Reservation, Status, StopMessage
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from libp2p.utils import encode_varint_prefixed
+from multiaddr import Multiaddr
 
 from petalnet.errors import NotAdmitted, PetalnetError, ProtocolError, RecordRejected, UnsupportedError, UsageError
 from petalnet.p2p import messages
@@ -28,6 +30,7 @@ from petalnet.p2p.addresses import parse_addr, parse_peer
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.circuit import peer_of, read_protobuf
 from petalnet.p2p.frames import PREFIX, Frame, FrameDecoder, FrameLimits, encode_frame
+from petalnet.p2p.hole_punching import MAX_TARGETS, _targets
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Blob, Message, decode_message, encode_message
 from petalnet.p2p.mux_protocol import (
@@ -591,16 +594,18 @@ def test_proofs_of_a_swarm_key(count: int) -> None:
 
 
 @sized(SMALL, 250_000)
-def test_messages_of_circuits(count: int) -> None:
+def test_messages_of_circuits_and_hole_punching(count: int) -> None:
     chance = random.Random(27)
     peer = ID.from_pubkey(create_new_key_pair().public_key)
-    named = PeerId(id=peer.to_bytes(), addrs=[b"\x04\x7f\x00\x00\x01\x06\x00\x50"])
+    named = PeerId(id=peer.to_bytes(), addrs=[Multiaddr("/ip4/8.8.8.8/tcp/31330").to_bytes()])
     corpus = [
         HopMessage(type=HopMessage.RESERVE),
         HopMessage(type=HopMessage.CONNECT, peer=named),
         HopMessage(type=HopMessage.STATUS, status=Status.OK, reservation=Reservation(expire=10**10, addrs=list(named.addrs))),
         StopMessage(type=StopMessage.CONNECT, peer=named),
         StopMessage(type=StopMessage.STATUS, status=Status.OK),
+        HolePunch(type=HolePunch.CONNECT, ObsAddrs=list(named.addrs)),
+        HolePunch(type=HolePunch.SYNC),
     ]
     for _ in range(count):
         message = chance.choice(corpus)
@@ -612,8 +617,10 @@ def test_messages_of_circuits(count: int) -> None:
         except (ProtocolError, BaseLibp2pError, ValueError):
             continue
         try:
-            found = peer_of(got.peer)
-            assert found == peer or len(found.to_bytes()) <= 64
+            if isinstance(got, HolePunch):
+                assert len(_targets(got, HolePunch.CONNECT)) <= MAX_TARGETS
+            else:
+                assert len(peer_of(got.peer).to_bytes()) <= 64
         except ProtocolError:
             continue
 

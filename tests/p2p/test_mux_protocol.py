@@ -275,7 +275,7 @@ class TwoSides(RuleBasedStateMachine):
 
 
 class TestTwoSides(TwoSides.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(max_examples=250, stateful_step_count=80, deadline=None)
+    settings = settings(max_examples=120, stateful_step_count=70, deadline=None)
 
 
 # ---- examples of the theory of operation
@@ -299,7 +299,7 @@ def test_a_stream_is_usable_at_once_and_names_its_protocol() -> None:
 
 
 @given(st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_it_does_not_matter_how_the_bytes_are_cut(data: st.DataObject) -> None:
     here, whole = pair()
     for index in range(3):
