@@ -28,6 +28,7 @@ from multiaddr import Multiaddr
 
 from petalnet.p2p.addresses import listen_target
 from petalnet.p2p.protocols import Limits
+from petalnet.p2p.sources import source_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,12 @@ def _gone(error: Exception) -> ConnectionClosedError:
     return ConnectionClosedError(f"the connection is gone: {error}", transport="tcp")
 
 
+def caller_of(ip: str) -> str:
+    """What inbound connections are counted by: an IPv4 address, or the network of an IPv6 one, which a single customer has for itself."""
+    source = source_of(ip)
+    return source if ":" in source else ip.removeprefix("::ffff:")
+
+
 class Callers:
     """Inbound connections by address, and which of them have not proved who they are yet.
 
@@ -264,7 +271,7 @@ class TcpListener(IListener):
             # The swarm's handler would hold the connection's place until the swarm ends; the scope ends it with the connection.
             accepted = TcpStream(stream.socket, on_close=scope.cancel, on_established=lambda: self._callers.established(accepted))
             remote = accepted.get_remote_address()
-            address = remote[0] if remote is not None else ""
+            address = caller_of(remote[0]) if remote is not None else ""
             evicted = self._callers.arrived(accepted, address)
             if evicted is not None:
                 logger.debug("too many connections: one from %s is dropped", evicted.get_remote_address())

@@ -24,6 +24,7 @@ from petalnet.p2p.mux import MuxConnection
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Mux
 from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
+from petalnet.p2p.transport import caller_of
 
 from .test_mux import array
 from .test_relay import reserve, start_relay
@@ -216,3 +217,20 @@ async def test_streams_that_are_refused_count_as_opened() -> None:
         theirs.open("/x")
     ours.receive(b"".join(theirs.output(1 << 20)))
     assert (ours.openings, ours.remote_streams) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("ip", "caller"),
+    [
+        ("203.0.114.7", "203.0.114.7"),
+        ("::ffff:203.0.114.7", "203.0.114.7"),  # the same machine, on a socket for both
+        ("2a01:4f8:1:2::3", "2a01:4f8:1::/48"),
+        ("2a01:4f8:1:ffff::9", "2a01:4f8:1::/48"),
+        ("fd00:1:2:3::4", "fd00:1:2:3::4"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("::1", "::1"),
+    ],
+)
+def test_a_customer_s_ipv6_addresses_are_one_caller(ip: str, caller: str) -> None:
+    """Who has 2^80 of them would fill all places, few from each."""
+    assert caller_of(ip) == caller
