@@ -104,6 +104,18 @@ def watching_blocks(model: Any, seconds: list[float]) -> Iterator[None]:
         last.remove()
 
 
+REST_S = 0.005
+"""About what a server of three waits from one token to the next."""
+
+
+class Rest(Clock):
+    """Pauses after each token, as a server does while the others have their turn: what was in the processor's caches is gone then."""
+
+    def put(self, value: Any) -> None:
+        super().put(value)
+        time.sleep(REST_S)
+
+
 def steps_of(generate: Callable[..., Any], tokens: int) -> tuple[list[float], Any]:
     """Seconds of each token after the first, and the ids."""
     clock = Clock()
@@ -111,7 +123,9 @@ def steps_of(generate: Callable[..., Any], tokens: int) -> tuple[list[float], An
     return [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:], strict=False)], output
 
 
-def print_trace(traced: dict[str, list[Token]], steps: dict[str, float], blocks: float, round_trips: dict[str, float | None]) -> None:
+def print_trace(
+    traced: dict[str, list[Token]], steps: dict[str, float], blocks: float, rested: float, round_trips: dict[str, float | None]
+) -> None:
     """One row for each place in which time goes, one column for each swarm; milliseconds."""
     print("\nwhere the milliseconds of a token are (medians over tokens; each line is what its name says, beyond the lines inside it)")
     names = list(traced)
@@ -131,6 +145,7 @@ def print_trace(traced: dict[str, list[Token]], steps: dict[str, float], blocks:
     print_table(["", *names], rows)
     local = steps["local"]
     print(f"local: blocks {blocks * 1e3:.2f}, embeddings, head and generate {(local - blocks) * 1e3:.2f}")
+    print(f"local, with pauses of {REST_S * 1e3:g} between tokens: blocks {rested * 1e3:.2f}")
     for name, round_trip in round_trips.items():
         if round_trip is not None:
             print(f"{name}: a bare round trip of a heartbeat takes {round_trip * 1e3:.2f} at best")
@@ -174,6 +189,7 @@ def main() -> None:
         inputs = torch.randint(10, options.vocabulary, (1, options.prefix), generator=torch.Generator().manual_seed(1))
         steps: dict[str, list[float]] = {name: [] for name in models}
         local_blocks: list[float] = []
+        rested_blocks: list[float] = []
         traced: dict[str, list[Token]] = {name: [] for name in models if name != "local"}
         agree = True
         for number in range(-1, options.rounds):  # the first one warms up
@@ -186,6 +202,8 @@ def main() -> None:
                 if not options.trace:
                     seconds, outputs[name] = steps_of(call, options.tokens)
                 elif name == "local":
+                    with watching_blocks(models[name], rested_blocks):
+                        call(max_new_tokens=options.tokens, do_sample=False, streamer=Rest())
                     with watching_blocks(models[name], local_blocks):
                         seconds, outputs[name] = steps_of(call, options.tokens)
                 else:
@@ -206,7 +224,7 @@ def main() -> None:
         print(f"tokens equal to local: {'yes' if agree else 'NO'}")
         if options.trace:
             round_trips = {name: least_round_trip(model) for name, model in models.items() if name != "local"}
-            print_trace(traced, medians, statistics.median(local_blocks), round_trips)
+            print_trace(traced, medians, statistics.median(local_blocks), statistics.median(rested_blocks), round_trips)
     if not agree:
         raise SystemExit(1)
 
