@@ -23,6 +23,7 @@ from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream.exceptions import StreamReset
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
@@ -38,13 +39,17 @@ from petalnet.p2p.mux_protocol import Reason
 from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.negotiation import BoundedMultiselect, BoundedMultiselectClient, bound_negotiations
 from petalnet.p2p.protocols import Limits
+from petalnet.p2p.rates import Rates
 from petalnet.p2p.security import Noise
-from petalnet.p2p.transport import Tcp
+from petalnet.p2p.transport import Tcp, caller_of
 
 logger = logging.getLogger(__name__)
 
 StreamOpener = Callable[[ID, Sequence[TProtocol]], Awaitable[NetStream]]
 AddrsSource = Callable[[], Sequence[str]]
+
+_OURS = "/petalnet/"
+"""How the names of the protocols begin that keep a pace of their own (`protocol_server`)."""
 
 
 class Libp2pHost(BasicHost):
@@ -129,6 +134,9 @@ class Libp2pHost(BasicHost):
         self.swarm = network
         self._opener = opener
         self._inbound: Counter[ID] = Counter()
+        rate, capacity = limits.max_libp2p_streams, limits.max_connections
+        self._pace_of_peers = Rates(rate, 2 * rate, capacity=capacity)
+        self._pace_of_callers = Rates(4 * rate, 8 * rate, capacity=capacity)
         self._serve_stream = network.common_stream_handler
         network.set_stream_handler(self._guarded)
         self._upgrade_inbound = network.upgrade_inbound_raw_conn
@@ -183,6 +191,7 @@ class Libp2pHost(BasicHost):
             if isinstance(stream.muxed_stream, MuxStream) and stream.muxed_stream.protocol:
                 await self._serve_named(stream, stream.muxed_stream)
             else:
+                await self._keep_pace(stream)
                 await self._serve_stream(stream)
             await finish_stream(stream, self._limits.linger)
         except Exception as error:
@@ -206,7 +215,25 @@ class Libp2pHost(BasicHost):
             muxed.abandon(Reason.UNSUPPORTED)
             return
         stream.set_protocol(protocol)
+        if not protocol.startswith(_OURS):
+            await self._keep_pace(stream)
         await handler(stream)
+
+    async def _keep_pace(self, stream: NetStream) -> None:
+        """Wait until one more stream may be served for which libp2p works a while. Raises StreamReset where that would take too long."""
+        address = stream.get_remote_address()
+        caller = "" if address is None else caller_of(address[0])
+        places = (self._pace_of_peers, str(stream.muxed_conn.peer_id)), (self._pace_of_callers, caller)
+        now = trio.current_time()
+        wait = max(rates.wait(name, now) for rates, name in places)
+        if wait > self._limits.negotiation_timeout:
+            raise StreamReset("the peer opens too many streams of libp2p's protocols")
+        for rates, name in places:
+            rates.charge(name, now, 1.0)
+        if wait:
+            await trio.sleep(wait)
+        if isinstance(stream.muxed_stream, MuxStream) and stream.muxed_stream.is_over:
+            raise StreamReset("the peer has ended the stream")
 
 
 @contextmanager

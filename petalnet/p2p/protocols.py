@@ -41,6 +41,10 @@ class Limits:
     max_openings: float = 1000.0
     """Streams that one peer may open in a second; a burst of two seconds is free. Above that its connection is read more slowly. Each costs
     a task, also where it is reset at once; an honest peer opens a handful for a session and keeps them."""
+    max_libp2p_streams: float = 50.0
+    """Streams of libp2p's own protocols (identify, Kademlia, gossip, circuits) that are served for one peer in a second, and four times
+    as many for one address; a burst of two seconds is free, the others wait. Each costs a millisecond; an honest peer opens a few as it
+    connects, and one for each step of a look-up."""
     negotiation_timeout: float = 10.0
     """For a peer to say which protocol a stream is for."""
     linger: float = 5.0

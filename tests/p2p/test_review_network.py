@@ -234,3 +234,40 @@ async def test_streams_that_are_refused_count_as_opened() -> None:
 def test_a_customer_s_ipv6_addresses_are_one_caller(ip: str, caller: str) -> None:
     """Who has 2^80 of them would fill all places, few from each."""
     assert caller_of(ip) == caller
+
+
+async def test_a_peer_that_opens_streams_of_libp2p_s_protocols_without_end_waits_by_itself(hosts, until) -> None:
+    """Each costs a millisecond: one peer that asked for `identify` again and again made all others wait for seconds."""
+    b = await hosts.start(limits=Limits(max_libp2p_streams=10))
+    mallory, friend = await hosts.start(), await hosts.start()
+    served: list[str] = []
+
+    async def count(stream: INetStream) -> None:
+        served.append(str(stream.muxed_conn.peer_id))
+
+    b.libp2p.set_stream_handler(TProtocol("/raw/1"), count)
+    theirs, ours = await connection(mallory, b), await connection(friend, b)
+    for _ in range(100):
+        theirs.open("/raw/1").muxed_conn.pump()
+    await trio.sleep(0.5)
+    assert 1 < served.count(mallory.peer_id) <= 20 + 10  # a burst and what half a second allows
+    ours.open("/raw/1").muxed_conn.pump()
+    await until(lambda: friend.peer_id in served, within_s=1)
+    await hosts.check_alive(b)
+
+
+async def test_a_stream_that_is_over_when_its_turn_comes_is_not_served(hosts) -> None:
+    b = await hosts.start(limits=Limits(max_libp2p_streams=4))
+    mallory = await hosts.start()
+    served = 0
+
+    async def count(stream: INetStream) -> None:
+        nonlocal served
+        served += 1
+
+    b.libp2p.set_stream_handler(TProtocol("/raw/1"), count)
+    theirs = await connection(mallory, b)
+    for _ in range(30):
+        await theirs.open("/raw/1").reset()
+    await trio.sleep(2)
+    assert served <= 8
