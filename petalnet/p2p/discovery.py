@@ -19,7 +19,7 @@ from contextlib import suppress
 
 import trio
 
-from petalnet.errors import PeerUnreachable, PetalnetError, ProtocolError, RecordRejected, UnsupportedError
+from petalnet.errors import PeerUnreachable, PetalnetError, RecordRejected, UnsupportedError
 from petalnet.p2p.addresses import PeerAddress, parse_peer
 from petalnet.p2p.avoidance import Avoidance, Reason
 from petalnet.p2p.gossip import MIN_NEIGHBOURS
@@ -27,12 +27,12 @@ from petalnet.p2p.host import Host
 from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
 from petalnet.p2p.record_keeper import MAX_ANSWER_RECORDS, RecordKeeper, RecordService
+from petalnet.p2p.record_link import RecordLink
 from petalnet.p2p.record_store import Kept, RecordStore, read_kept
 from petalnet.p2p.replication import REPLICAS, Announcement, Asking, Lie, LookUps, Merge, may_end
 from petalnet.p2p.routing_table import RoutingTable
 from petalnet.p2p.signed import open_signed
 from petalnet.p2p.sources import network_of, source_of
-from petalnet.p2p.streams import Stream
 from petalnet.routing.records import ServerRecord
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Discovery:
         self._avoidance = Avoidance()
         self._look_ups = LookUps()
         self._table = RoutingTable(host, server=server, admits=self._may_ask)
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, RecordLink] = {}
         self._dials: dict[str, trio.Event] = {}
         self._bootstrap: list[PeerAddress] = []
         self._nursery: trio.Nursery | None = None
@@ -263,7 +263,7 @@ class Discovery:
         """A peer's answer; None where there is none in time, and the peer is then avoided for a while."""
         if not await self._reach(peer_id):
             return None
-        link = self._links.setdefault(peer_id, _Link(self._host, peer_id))
+        link = self._links.setdefault(peer_id, RecordLink(self._host, peer_id, timeout_s=QUERY_TIMEOUT_S))
         with trio.move_on_after(QUERY_TIMEOUT_S):
             try:
                 answer = await link.ask(request)
@@ -303,7 +303,9 @@ class Discovery:
 
     def _avoid(self, peer_id: str, reason: Reason) -> None:
         self._avoidance.add(peer_id, reason, trio.current_time())
-        self._links.pop(peer_id, None)
+        link = self._links.pop(peer_id, None)
+        if link is not None and self._nursery is not None:
+            self._nursery.start_soon(link.close)
         self._look_ups.forget(peer_id)
         self._table.remove(peer_id)
 
@@ -420,41 +422,3 @@ class Discovery:
         async with trio.open_nursery() as nursery:
             async for peer_id in self._arrivals:
                 nursery.start_soon(take, peer_id)
-
-
-class _Link:
-    """The stream for requests to one peer, opened when needed and kept; one request at a time."""
-
-    def __init__(self, host: Host, peer_id: str) -> None:
-        self._host = host
-        self._peer_id = peer_id
-        self._lock = trio.Lock()
-        self._stream: Stream | None = None
-
-    async def ask(self, request: Message) -> Message:
-        """The answer to a request. Raises PetalnetError."""
-        async with self._lock:
-            reused = self._stream is not None
-            try:
-                return await self._ask_once(request)
-            except UnsupportedError:
-                raise
-            except PetalnetError:
-                if not reused:
-                    raise
-                return await self._ask_once(request)  # the peer may have closed a stream that was idle
-
-    async def _ask_once(self, request: Message) -> Message:
-        stream, self._stream = self._stream, None
-        if stream is None:
-            stream = await self._host.open_stream(self._peer_id, RECORDS, timeout_s=QUERY_TIMEOUT_S)
-        try:
-            await stream.send(request)
-            answer = await stream.receive()
-            if answer is None:
-                raise ProtocolError(f"peer {self._peer_id} closed the stream instead of answering", self._peer_id)
-        except BaseException:
-            await stream.reset()
-            raise
-        self._stream = stream
-        return answer
