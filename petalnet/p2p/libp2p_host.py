@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 from libp2p import new_swarm
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 StreamOpener = Callable[[ID, Sequence[TProtocol]], Awaitable[NetStream]]
 AddrsSource = Callable[[], Sequence[str]]
+T = TypeVar("T")
 
 _OURS = "/petalnet/"
 """How the names of the protocols begin that keep a pace of their own (`protocol_server`)."""
@@ -134,6 +135,7 @@ class Libp2pHost(BasicHost):
         self.swarm = network
         self._opener = opener
         self._inbound: Counter[ID] = Counter()
+        self._inbound_from: Counter[str] = Counter()  # by address
         rate, capacity = limits.max_libp2p_streams, limits.max_connections
         self._pace_of_peers = Rates(rate, 2 * rate, capacity=capacity)
         self._pace_of_callers = Rates(4 * rate, 8 * rate, capacity=capacity)
@@ -181,12 +183,14 @@ class Libp2pHost(BasicHost):
         """Serve an inbound stream, whatever happens on it; an exception that got away from here would end the whole node."""
         if not isinstance(stream, NetStream):
             raise TypeError(f"libp2p gave a {type(stream).__name__} for a stream")
-        peer_id = stream.muxed_conn.peer_id
-        if self._inbound[peer_id] >= self._limits.max_streams_per_peer or self._inbound.total() >= self._limits.max_streams:
+        peer_id, caller, limits = stream.muxed_conn.peer_id, caller_of(stream.get_remote_address()), self._limits
+        full = self._inbound.total() >= limits.max_streams or self._inbound_from[caller] >= limits.max_streams_per_address
+        if full or self._inbound[peer_id] >= limits.max_streams_per_peer:
             logger.debug("a stream of peer %s was refused: there are too many", peer_id)
             await stream.reset()
             return
         self._inbound[peer_id] += 1
+        self._inbound_from[caller] += 1
         try:
             if isinstance(stream.muxed_stream, MuxStream) and stream.muxed_stream.protocol:
                 await self._serve_named(stream, stream.muxed_stream)
@@ -202,9 +206,8 @@ class Libp2pHost(BasicHost):
                 # What fails here is a defect of ours or of libp2p's, and costs a stream whose connection is about to end anyway.
                 logger.exception("a stream of peer %s could not be reset", peer_id)
         finally:
-            self._inbound[peer_id] -= 1
-            if not self._inbound[peer_id]:
-                del self._inbound[peer_id]
+            _less(self._inbound, peer_id)
+            _less(self._inbound_from, caller)
 
     async def _serve_named(self, stream: NetStream, muxed: MuxStream) -> None:
         """Serve a stream whose protocol the peer named when it opened it."""
@@ -221,8 +224,7 @@ class Libp2pHost(BasicHost):
 
     async def _keep_pace(self, stream: NetStream) -> None:
         """Wait until one more stream may be served for which libp2p works a while. Raises StreamReset where that would take too long."""
-        address = stream.get_remote_address()
-        caller = "" if address is None else caller_of(address[0])
+        caller = caller_of(stream.get_remote_address())
         places = (self._pace_of_peers, str(stream.muxed_conn.peer_id)), (self._pace_of_callers, caller)
         now = trio.current_time()
         wait = max(rates.wait(name, now) for rates, name in places)
@@ -234,6 +236,12 @@ class Libp2pHost(BasicHost):
             await trio.sleep(wait)
         if isinstance(stream.muxed_stream, MuxStream) and stream.muxed_stream.is_over:
             raise StreamReset("the peer has ended the stream")
+
+
+def _less(counter: Counter[T], name: T) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]
 
 
 @contextmanager

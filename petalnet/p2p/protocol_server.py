@@ -15,6 +15,7 @@ from petalnet.p2p.messages import Error
 from petalnet.p2p.protocols import Protocol
 from petalnet.p2p.rates import Rates
 from petalnet.p2p.streams import Stream
+from petalnet.p2p.transport import caller_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class ProtocolServer:
         self._handler = handler
         self._wrap = wrap
         self._counts: Counter[str] = Counter()  # streams by peer
-        self._streams: set[Stream] = set()
+        self._streams: dict[Stream, str] = {}  # and the address from which each comes
         rate = protocol.max_rate
         self._rates = None if rate is None else Rates(rate, rate * RATE_BURST_S, capacity=capacity)
 
@@ -52,19 +53,39 @@ class ProtocolServer:
             raise TypeError(f"libp2p gave a {type(raw).__name__} for a stream")
         protocol, counts, peer_id = self._protocol, self._counts, str(raw.muxed_conn.peer_id)
         stream = self._wrap(raw, protocol, lambda: self._keep_pace(peer_id))
-        if counts[peer_id] >= protocol.max_streams_per_peer or len(self._streams) >= protocol.max_streams:
+        caller = caller_of(raw.get_remote_address())
+        full = len(self._streams) >= protocol.max_streams and not self._make_room(caller)
+        if full or counts[peer_id] >= protocol.max_streams_per_peer:
             logger.debug("%s with peer %s: a stream was refused, too many are open", protocol.id, peer_id)
             await _tell(stream, BusyError(f"too many streams of {protocol.id} are open"))
             return
         counts[peer_id] += 1
-        self._streams.add(stream)
+        self._streams[stream] = caller
         try:
             await _serve_stream(stream, self._handler)
         finally:
-            self._streams.remove(stream)
+            self._streams.pop(stream, None)
             counts[peer_id] -= 1
             if not counts[peer_id]:
                 del counts[peer_id]
+
+    def _make_room(self, caller: str) -> bool:
+        """End a stream on which nothing is under way for one more of `caller`, where another caller has more; False where none has.
+
+        Else one machine with many identities would keep all others out, by streams that it does not even use.
+        """
+        held = Counter(self._streams.values())
+        most = max(held.values(), default=0)
+        if held[caller] + 1 >= most:
+            return False
+        now = trio.current_time()
+        idle = ((stream.idle_s(now), stream) for stream, its_caller in self._streams.items() if held[its_caller] == most)
+        longest, stream = max(idle, key=lambda entry: entry[0])
+        if longest <= 0.0:
+            return False
+        stream.end_idle()
+        del self._streams[stream]
+        return True
 
     async def end_idle_streams(self) -> None:
         """End streams on which no request has come for too long, until cancelled."""
@@ -75,7 +96,8 @@ class ProtocolServer:
     def _end_idle_streams(self, now: float) -> None:
         """Not part of the task above, in whose variable the last stream would live on."""
         for stream in self._streams:
-            stream.end_if_idle(now)
+            if stream.idle_s(now) >= self._protocol.idle_timeout_s:
+                stream.end_idle()
 
     async def _keep_pace(self, peer_id: str) -> None:
         """Wait until one more request of the peer may be taken."""

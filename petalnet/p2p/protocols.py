@@ -38,6 +38,8 @@ class Limits:
     """Opened by one peer, of all protocols, those still in negotiation included."""
     max_streams: int = 4096
     """Opened by all peers. A stream that waits costs about 10 KB with its task."""
+    max_streams_per_address: int = 2048
+    """Opened from one IP address: half of all, so that one machine with many identities does not take them."""
     max_openings: float = 1000.0
     """Streams that one peer may open in a second; a burst of two seconds is free. Above that its connection is read more slowly. Each costs
     a task, also where it is reset at once; an honest peer opens a handful for a session and keeps them."""

@@ -198,20 +198,24 @@ class Stream:
             self._window = self._limits.busy_window
         return message
 
-    def end_if_idle(self, now: float) -> None:
-        """End a served stream on which no request has come for too long; a deadline around each wait would cost more than the wait."""
-        if now - self._idle_since >= self.protocol.idle_timeout_s:
-            self._idle_since = float("-inf")
-            self._raw.abandon()
+    def idle_s(self, now: float) -> float:
+        """Seconds since this side began to wait for a message; 0 where it does not, or a part of one has come."""
+        return max(now - self._idle_since, 0.0) if self._idle_since > float("-inf") and not self._raw.held else 0.0
+
+    def end_idle(self) -> None:
+        """End a served stream on which no request comes; a deadline around each wait would cost more than the wait."""
+        self._idle_since = float("-inf")
+        self._raw.abandon()
 
     async def _read(self) -> bool:
         """Feed the decoder with what comes next; False at the end of the stream."""
         raw, decoder = self._raw, self._decoder
         if decoder.at_boundary:
-            self._idle_since = trio.current_time()
+            self._idle_since = began = trio.current_time()
             await raw.wait(1)
             if self._idle_since == float("-inf"):
-                raise PeerLost(f"peer {self.peer_id} was silent for {self.protocol.idle_timeout_s:g} s and no request came", self.peer_id)
+                silent_s = trio.current_time() - began
+                raise PeerLost(f"peer {self.peer_id} was silent for {silent_s:.1f} s and no request came", self.peer_id)
             self._idle_since = float("inf")
         elif decoder.size is None:
             await self._await_bytes(decoder.wanted, self.protocol.frame_timeout_s, "in the middle of a message")

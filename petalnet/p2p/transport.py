@@ -15,6 +15,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 
 import trio
 from libp2p.abc import IListener, IRawConnection
@@ -173,8 +174,16 @@ def _gone(error: Exception) -> ConnectionClosedError:
     return ConnectionClosedError(f"the connection is gone: {error}", transport="tcp")
 
 
-def caller_of(ip: str) -> str:
-    """What inbound connections are counted by: an IPv4 address, or the network of an IPv6 one, which a single customer has for itself."""
+def caller_of(address: tuple[str, int] | None) -> str:
+    """What callers are counted by: an IPv4 address, or the network of an IPv6 one, which a single customer has for itself.
+
+    "" where there is no address: all that come through relays are one caller.
+    """
+    return "" if address is None else _caller_at(address[0])
+
+
+@lru_cache(maxsize=4096)
+def _caller_at(ip: str) -> str:
     source = source_of(ip)
     return source if ":" in source else ip.removeprefix("::ffff:")
 
@@ -271,7 +280,7 @@ class TcpListener(IListener):
             # The swarm's handler would hold the connection's place until the swarm ends; the scope ends it with the connection.
             accepted = TcpStream(stream.socket, on_close=scope.cancel, on_established=lambda: self._callers.established(accepted))
             remote = accepted.get_remote_address()
-            address = caller_of(remote[0]) if remote is not None else ""
+            address = caller_of(remote)
             evicted = self._callers.arrived(accepted, address)
             if evicted is not None:
                 logger.debug("too many connections: one from %s is dropped", evicted.get_remote_address())

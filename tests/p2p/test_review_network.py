@@ -19,13 +19,14 @@ from petalnet.p2p.frames import PREFIX
 from petalnet.p2p.hole_punching import HolePunching
 from petalnet.p2p.host import Host, Stream
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Ping
+from petalnet.p2p.messages import Error, Ping
 from petalnet.p2p.mux import MuxConnection
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Mux
 from petalnet.p2p.mux_stream import MuxStream
-from petalnet.p2p.protocols import Limits
+from petalnet.p2p.protocols import Limits, Protocol
 from petalnet.p2p.transport import caller_of
 
+from .conftest import serve_echo
 from .test_mux import array
 from .test_relay import reserve, start_relay
 
@@ -233,7 +234,7 @@ async def test_streams_that_are_refused_count_as_opened() -> None:
 )
 def test_a_customer_s_ipv6_addresses_are_one_caller(ip: str, caller: str) -> None:
     """Who has 2^80 of them would fill all places, few from each."""
-    assert caller_of(ip) == caller
+    assert caller_of((ip, 31330)) == caller
 
 
 async def test_a_peer_that_opens_streams_of_libp2p_s_protocols_without_end_waits_by_itself(hosts, until) -> None:
@@ -271,3 +272,55 @@ async def test_a_stream_that_is_over_when_its_turn_comes_is_not_served(hosts) ->
         await theirs.open("/raw/1").reset()
     await trio.sleep(2)
     assert served <= 8
+
+
+async def test_idle_streams_of_one_address_make_room_for_another(hosts, until, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identities cost nothing: a few of them could hold all places of a protocol for as long as a stream may be idle."""
+    protocol = Protocol("/petalnet/test-places/1.0.0", max_streams=6, max_streams_per_peer=3)
+    b = await hosts.start(echo=False)
+    b.serve(protocol, serve_echo)
+    mallory, friend = [await hosts.start() for _ in range(3)], await hosts.start()
+    # All come from this machine: where from is what the multiplexer says.
+    monkeypatch.setattr(
+        MuxStream, "get_remote_address", lambda self: ("10.0.0.2" if str(self.muxed_conn.peer_id) == friend.peer_id else "10.0.0.1", 1)
+    )
+
+    async def opened(host: Host) -> Stream:
+        stream = await host.open_stream(b.peer_id, protocol, addrs=b.addrs)
+        await stream.send(Ping(1))
+        assert await stream.receive() == Ping(1)
+        return stream
+
+    held = [await opened(host) for host in mallory[:2] for _ in range(3)]
+    refused = await mallory[2].open_stream(b.peer_id, protocol, addrs=b.addrs)
+    answer = await refused.receive()
+    assert isinstance(answer, Error) and answer.code == "busy"  # none of its own makes room for it
+
+    streams = [await opened(friend) for _ in range(3)]
+    for number in range(3):
+        with pytest.raises(PeerLost):
+            await held[number].receive()  # those that were idle for longest had to go
+    for stream in (*held[3:], *streams):
+        await stream.send(Ping(2))
+        assert await stream.receive() == Ping(2)
+        await stream.close()
+    await until(lambda: b.libp2p._inbound.total() <= 8)
+
+
+async def test_streams_of_one_address_are_bounded(hosts, until) -> None:
+    b = await hosts.start(limits=Limits(max_streams_per_address=20, linger=0.1), echo=False)
+    mallory, other = await hosts.start(), await hosts.start()
+    hold = trio.Event()
+
+    async def keep(stream: Stream) -> None:
+        await hold.wait()
+
+    b.serve(hosts.echo, keep)
+    for host in (mallory, other):
+        for _ in range(30):
+            (await connection(host, b)).open(hosts.echo.id).muxed_conn.pump()
+    await until(lambda: b.libp2p._inbound.total() == 20)
+    await trio.sleep(0.2)
+    assert b.libp2p._inbound.total() == 20
+    hold.set()
+    await until(lambda: b.libp2p._inbound.total() < 10 and len(b.libp2p._inbound_from) <= 1)
