@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,7 +94,8 @@ def judge(answers: Sequence[Answer], own: Collection[IpAddress]) -> Verdict:
     """The verdict on a node whose interfaces have the addresses `own`.
 
     Those answers count that come from farthest away: from the internet before the local network, from beyond a router before this side
-    of it. Of these, half have to have got through, by IPv4 or by IPv6.
+    of it. Of these, half have to have got through, by IPv4 or by IPv6. An address beyond a router counts where half of those that are as
+    far away name it: to be announced takes more than one peer's word, so that nobody has a stranger dialled by a whole swarm.
     """
     if not answers:
         return Verdict()
@@ -105,7 +107,9 @@ def judge(answers: Sequence[Answer], own: Collection[IpAddress]) -> Verdict:
     works = {ip: 2 * sum(bool(answer.ports) for answer in found) >= len(found) for ip, found in by_ip.items()}
     families = [[answer for answer in far if answer.observed.version == version] for version in (4, 6)]
     reached = any(found and 2 * sum(bool(answer.ports) for answer in found) >= len(found) for found in families)
-    outside = {(ip, port) for ip, found in by_ip.items() if works[ip] and ip not in own for answer in found for port in answer.ports}
+    crowds = Counter(_crowd(answer.observed, own) for answer in answers)
+    agreed = [ip for ip, found in by_ip.items() if works[ip] and ip not in own and 2 * len(found) >= crowds[_crowd(ip, own)]]
+    outside = {(ip, port) for ip in agreed for answer in by_ip[ip] for port in answer.ports}
     return Verdict(
         "direct" if reached else "unreachable",
         tuple(sorted(outside, key=str)),
@@ -115,7 +119,17 @@ def judge(answers: Sequence[Answer], own: Collection[IpAddress]) -> Verdict:
 
 
 def _distance(ip: IpAddress, own: Collection[IpAddress]) -> tuple[bool, bool]:
-    return not any(ip in network for network in _NEAR_NETWORKS if network.version == ip.version), ip not in own
+    is_public = _is_public(ip)
+    return is_public, not is_public and ip not in own  # one peer that claims a strange public address must not speak for the internet
+
+
+def _crowd(ip: IpAddress, own: Collection[IpAddress]) -> tuple[int, tuple[bool, bool]]:
+    """Those who see this node from as far away, by IPv4 or by IPv6."""
+    return ip.version, _distance(ip, own)
+
+
+def _is_public(ip: IpAddress) -> bool:
+    return not any(ip in network for network in _NEAR_NETWORKS if network.version == ip.version)
 
 
 def choose_addrs(base: Sequence[str], verdict: Verdict, reservations: Sequence[Reservation], *, fixed: bool = False) -> list[str]:
@@ -233,11 +247,11 @@ class Reachability:
             interfaces = set(own_interfaces())
             due = float("inf")  # until the first peer is found
             while True:
-                self._wake = trio.Event()
                 with trio.move_on_after(min(CHECK_INTERFACES_S, due - trio.current_time())) as idle:
                     await self._wake.wait()
                 if not idle.cancelled_caught:
                     await trio.sleep(SETTLE_S)
+                    self._wake = trio.Event()  # not later: who is found while the others are asked wants to be asked as well
                 now_there = set(own_interfaces())
                 if now_there != interfaces:
                     logger.info("this machine's addresses have changed")
@@ -245,7 +259,8 @@ class Reachability:
                     self._announce()
                 elif idle.cancelled_caught and trio.current_time() < due:
                     continue
-                self._conclude(await self._ask_around(), [interface.ip for interface in interfaces])
+                own = [interface.ip for interface in interfaces]
+                self._conclude(await self._ask_around(own), own)
                 due = trio.current_time() + AGAIN_S[self.verdict.state] * random.uniform(0.9, 1.1)
 
     def _on_peer_found(self, peer_id: str) -> None:
@@ -255,19 +270,25 @@ class Reachability:
     def _is_far(self, peer_id: str) -> bool:
         """Whether a peer is somewhere on the internet, not on a private network."""
         address = self._host.remote_ip(peer_id)
-        return address is not None and _distance(ipaddress.ip_address(address), ())[0]
+        return address is not None and _is_public(ipaddress.ip_address(address))
 
-    async def _ask_around(self) -> list[Answer]:
+    async def _ask_around(self, own: Collection[IpAddress]) -> list[Answer]:
         ports = sorted({port_of(addr) for addr in self._host.listened_addrs if relay_of(addr) is None})[:MAX_PORTS]
         peers = self._askable()
         answers: list[Answer] = []
 
         async def ask(peer_id: str) -> None:
+            is_far = self._is_far(peer_id)
             try:
-                answers.append(await ask_to_dial_back(self._host, peer_id, ports))
-                self._asked_far |= self._is_far(peer_id)
+                answer = await ask_to_dial_back(self._host, peer_id, ports)
             except PetalnetError as error:
                 logger.debug("peer %s does not dial back: %s", peer_id, error)
+                return
+            if _is_public(answer.observed) and not is_far and answer.observed not in own:
+                logger.debug("peer %s, which is near, says that it sees this node at %s", peer_id, answer.observed)
+                return
+            answers.append(answer)
+            self._asked_far |= is_far
 
         async with trio.open_nursery() as nursery:
             for peer_id in peers:

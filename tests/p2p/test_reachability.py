@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import trio
+import trio.testing
 
 from petalnet.errors import BusyError, CallerError, PeerUnreachable
+from petalnet.p2p import reachability as module
 from petalnet.p2p.addresses import PeerAddress, circuit_addr, parse_peer, port_of
 from petalnet.p2p.circuit import Reservation
 from petalnet.p2p.host import Host
@@ -64,6 +68,20 @@ class TestJudge:
         assert judge([*honest, answer("203.0.113.9")], OWN).state == "direct"
         assert judge([answer("203.0.113.9")] * 2 + honest[:1], OWN).state == "unreachable"
 
+    def test_one_liar_does_not_have_a_strangers_address_announced(self) -> None:
+        honest = [answer("203.0.113.9", 31330)] * 2
+        assert judge([answer("198.51.100.7", 31330), *honest], OWN).outside == ((ipaddress.ip_address("203.0.113.9"), 31330),)
+        at_home = [ipaddress.ip_address("203.0.113.9")]
+        assert judge([answer("198.51.100.7", 31330), *honest], at_home).outside == ()
+
+    def test_one_liar_does_not_make_a_host_on_the_internet_unreachable(self) -> None:
+        own = [ipaddress.ip_address("203.0.113.9")]
+        assert judge([answer("198.51.100.7"), *[answer("203.0.113.9", 31330)] * 2], own).state == "direct"
+
+    def test_each_of_two_ways_out_counts(self) -> None:
+        answers = [answer("203.0.113.9", 31330), answer("2001:db8::9", 31330), answer("198.51.100.7", 31330)]
+        assert len(judge(answers, OWN).outside) == 3
+
     def test_reached_by_one_family_is_reached(self) -> None:
         answers = [answer("203.0.113.9"), answer("203.0.113.9"), answer("2001:db8::9", 31330)]
         assert judge(answers, OWN).state == "direct"
@@ -88,6 +106,88 @@ class TestChoice:
     def test_what_the_owner_tells_to_announce_is_announced(self) -> None:
         told = ["/dns4/example.org/tcp/443"]
         assert choose_addrs(told, judge([answer("203.0.113.9")], OWN), reserved(), fixed=True) == [*told, CIRCUIT]
+
+
+class Neighbours:
+    """A host, as far as `Reachability` looks at it, and the peers around it: what each says, and after how long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.limits, self.circuits, self.announces_fixed = Limits(), SimpleNamespace(), False
+        self.listened_addrs = self.plain_addrs = BASE
+        self.asked: list[str] = []
+        self._peers: dict[str, tuple[str, Answer, float]] = {}
+        self._found: list[Callable[[str], None]] = []
+        monkeypatch.setattr(module, "ask_to_dial_back", self._answer)
+        monkeypatch.setattr(module, "own_interfaces", lambda: [ipaddress.ip_interface((ip, 24)) for ip in OWN])
+        monkeypatch.setattr(module, "push_identify_to_peers", self._push)
+
+    def meet(self, peer_id: str, ip: str, says: Answer, after_s: float = 0.0) -> None:
+        self._peers[peer_id] = ip, says, after_s
+        for callback in self._found:
+            callback(peer_id)
+
+    async def _answer(self, _: object, peer_id: str, ports: object) -> Answer:
+        self.asked.append(peer_id)
+        _, says, after_s = self._peers[peer_id]
+        await trio.sleep(after_s)
+        return says
+
+    async def _push(self, *_: object) -> None: ...
+
+    @property
+    def libp2p(self) -> object:
+        return self
+
+    def get_peerstore(self) -> object:
+        return SimpleNamespace(supports_protocols=lambda *_: [])
+
+    def serve(self, *_: object) -> None: ...
+
+    def on_peer_lost(self, _: object) -> None: ...
+
+    def on_peer_found(self, callback: Callable[[str], None]) -> None:
+        self._found.append(callback)
+
+    def connected_peers(self) -> list[str]:
+        return list(self._peers)
+
+    def remote_ip(self, peer_id: str) -> str:
+        return self._peers[peer_id][0]
+
+    def set_announced(self, addrs: Sequence[str]) -> None:
+        self.plain_addrs = list(addrs)
+
+
+PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(4)]
+
+
+class TestAsking:
+    async def test_who_is_met_while_another_is_asked_is_asked_as_well(
+        self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        around = Neighbours(monkeypatch)
+        reachability = Reachability(around)  # type: ignore[arg-type]
+        nursery.start_soon(reachability.run)
+        await trio.testing.wait_all_tasks_blocked()
+        around.meet(PEERS[0], "203.0.113.2", answer("203.0.113.9"), after_s=4)
+        await trio.sleep(2)
+        around.meet(PEERS[1], "203.0.113.3", answer("203.0.113.9", 31330))
+        await trio.sleep(10)
+        assert PEERS[1] in around.asked and reachability.verdict.answers == 2
+        nursery.cancel_scope.cancel()
+
+    async def test_a_neighbour_does_not_speak_for_the_internet(
+        self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        around = Neighbours(monkeypatch)
+        reachability = Reachability(around)  # type: ignore[arg-type]
+        nursery.start_soon(reachability.run)
+        await trio.testing.wait_all_tasks_blocked()
+        around.meet(PEERS[0], "192.168.1.3", answer("192.168.1.2", 31330))
+        around.meet(PEERS[1], "192.168.1.4", answer("203.0.113.9"))
+        await trio.sleep(2)
+        assert reachability.verdict.state == "direct" and around.plain_addrs == BASE
+        nursery.cancel_scope.cancel()
 
 
 def listening_port(host: Host) -> int:
