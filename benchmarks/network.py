@@ -219,7 +219,8 @@ def bench_protocol() -> Any:
     from petalnet.p2p.frames import FrameLimits
     from petalnet.p2p.protocols import Protocol
 
-    return Protocol("/petalnet/bench/1.0.0", limits=FrameLimits(header=4096, payload=64 * MEGA))
+    # A stream has nothing to do while the other stacks have their turn, which may take a while where one of them fails.
+    return Protocol("/petalnet/bench/1.0.0", limits=FrameLimits(header=4096, payload=64 * MEGA), idle_timeout_s=3600.0)
 
 
 @asynccontextmanager
