@@ -45,7 +45,7 @@ from petalnet.p2p.quiet import tame_logging
 from petalnet.p2p.security import NoiseSession
 from petalnet.p2p.stock_streams import StockStream, bound
 from petalnet.p2p.streams import ByteStream, Served, Stream
-from petalnet.p2p.transport import is_address_in_use
+from petalnet.p2p.transport import caller_of, is_address_in_use
 
 __all__ = ["Host", "Stream", "open_host"]
 
@@ -153,7 +153,8 @@ class Host:
 
     def _served_stream(self, raw: NetStream, protocol: Protocol, pace: Callable[[], Awaitable[None]]) -> Stream:
         peer_id = str(raw.muxed_conn.peer_id)
-        served = Served(self._budget, pace, offence=lambda reason: self.offence(peer_id, reason))
+        caller = caller_of(raw.get_remote_address())
+        served = Served(self._budget, pace, offence=lambda reason: self.offence(peer_id, reason), caller=caller)
         return self._stream(self._byte_stream(raw), peer_id, protocol, served)
 
     def _stream(self, raw: ByteStream, peer_id: str, protocol: Protocol, served: Served | None = None) -> Stream:

@@ -57,10 +57,12 @@ class Served:
         budget: memory for long messages and wide windows.
         pace: waits until one more request of the peer may be read.
         offence: is told what rule the peer broke.
+        caller: the address by which the peer counts (`transport.caller_of`).
     """
 
-    def __init__(self, budget: Budget, pace: Callable[[], Awaitable[None]], offence: Callable[[str], None]) -> None:
+    def __init__(self, budget: Budget, pace: Callable[[], Awaitable[None]], offence: Callable[[str], None], caller: str) -> None:
         self.budget = budget
+        self.caller = caller
         self.pace = pace
         self.offence = offence
 
@@ -190,8 +192,9 @@ class Stream:
                 await self._refuse(error)
             raise
         if self._served is not None:
-            if not self._kept and self._is_long and self._served.budget.take(self.peer_id, self._limits.busy_window):
-                self._kept = self._window = self._limits.busy_window
+            wide = self._limits.busy_window
+            if not self._kept and self._is_long and self._served.budget.take(self.peer_id, wide, self._served.caller):
+                self._kept = self._window = wide
                 self._taken += self._kept
             await self._served.pace()
         elif self._is_long:
@@ -235,7 +238,7 @@ class Stream:
         size = self._decoder.size or 0
         if self._served is not None and wanted > self._window:
             with trio.move_on_after(self.protocol.frame_timeout_s) as scope:
-                await self._served.budget.take_when_free(self.peer_id, size)
+                await self._served.budget.take_when_free(self.peer_id, size, self._served.caller)
                 self._taken += size
             if scope.cancelled_caught:
                 raise BusyError("this node has no memory for the message now", retry_after_s=self.protocol.frame_timeout_s)
@@ -306,4 +309,4 @@ class Stream:
     def _give_back(self, size: int) -> None:
         if size and self._served is not None:
             self._taken -= size
-            self._served.budget.give_back(self.peer_id, size)
+            self._served.budget.give_back(self.peer_id, size, self._served.caller)

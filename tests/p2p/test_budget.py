@@ -38,6 +38,18 @@ def test_a_small_machine_gives_no_more_than_its_share() -> None:
     assert not budget.take("b", 1)
 
 
+def test_peers_at_one_address_leave_some_to_the_others() -> None:
+    budget = Budget(Limits(max_held_per_peer=50, max_held=200), memory=PLENTY)
+    taken = [(peer_id, 50, "10.0.0.1") for peer_id in "abcd" if budget.take(peer_id, 50, "10.0.0.1")]
+    assert len(taken) == 3
+    assert not budget.take("d", 1, "10.0.0.1")
+    assert budget.take("e", 50, "10.0.0.2")
+    for entry in taken:
+        budget.give_back(*entry)
+    assert budget.held == 50
+    assert budget.take("d", 50, "10.0.0.1")
+
+
 async def test_who_waits_gets_what_is_given_back(nursery: trio.Nursery) -> None:
     budget, got = Budget(LIMITS, memory=PLENTY), []
 
