@@ -64,8 +64,12 @@ class Avoidance:
 
     def is_avoided(self, peer_id: str, now: float) -> bool:
         """Whether the peer is not to be asked now."""
+        return self.reason(peer_id, now) is not None
+
+    def reason(self, peer_id: str, now: float) -> Reason | None:
+        """Why the peer is not to be asked now, None where it may be."""
         known = self._peers.get(peer_id)
-        return known is not None and known.until > now
+        return None if known is None or known.until <= now else known.reason
 
     def connected(self, peer_id: str, now: float) -> None:
         """The peer has connected: what that disproves is lifted, though not forgotten."""

@@ -57,6 +57,8 @@ CHECK_TIMEOUT_S = 3.0
 """Seconds for a server whose connection broke to be there again, before its record counts as that of a dead one."""
 MAX_CHECKS = 8
 """Of those, at once: a node that has lost its own line must not dial everybody whose record it keeps."""
+MAX_WAITING_CHECKS = 64
+"""That wait for their turn. For more of them it would come too late: records expire by themselves."""
 IDENTIFY_WAITS_S = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2)
 """Seconds between looks at whether a new peer has told its addresses; libp2p gives no sign when it has."""
 
@@ -102,6 +104,7 @@ class Discovery:
         self._bootstrap: list[PeerAddress] = []
         self._nursery: trio.Nursery | None = None
         self._checks = trio.CapacityLimiter(MAX_CHECKS)
+        self._checked: set[str] = set()
         self._new_peers: trio.MemorySendChannel[str]
         self._new_peers, self._arrivals = trio.open_memory_channel[str](256)
         if server:
@@ -254,10 +257,14 @@ class Discovery:
         peers = {*self._table.peers(), *self._look_ups.peers(key)}
         if len(self._table) < LOOK_UP_FROM:  # a small swarm, or the table has not filled: the neighbours are all there is
             peers.update(self._host.connected_peers())
-        return [peer_id for peer_id in peers if self._may_ask(peer_id)]
+        # Better one who was silent than nobody: a node whose only neighbour was busy once must not lose sight of its swarm.
+        return list(filter(self._may_ask, peers)) or [peer_id for peer_id in peers if self._was_silent(peer_id)]
 
     def _may_ask(self, peer_id: str) -> bool:
         return peer_id != self._host.peer_id and not self._avoidance.is_avoided(peer_id, trio.current_time())
+
+    def _was_silent(self, peer_id: str) -> bool:
+        return self._host.is_connected(peer_id) and self._avoidance.reason(peer_id, trio.current_time()) is Reason.SILENT
 
     async def _ask(self, peer_id: str, request: Message) -> Message | None:
         """A peer's answer; None where there is none in time, and the peer is then avoided for a while."""
@@ -313,7 +320,10 @@ class Discovery:
         return source_of(self._host.remote_ip(peer_id))
 
     def _network(self, peer_id: str) -> str:
-        return next((network_of(addr.split("/")[2]) for addr in self._host.known_addrs(peer_id)), "")
+        # The other end of a connection is where it is; the addresses that a peer tells of itself are whatever it likes.
+        remote = self._host.remote_ip(peer_id)
+        hosts = [addr.split("/")[2] for addr in self._host.known_addrs(peer_id)] if remote is None else [remote]
+        return next(filter(None, map(network_of, hosts)), "")
 
     # ---- staying in touch
 
@@ -388,12 +398,16 @@ class Discovery:
     def _on_peer_lost(self, peer_id: str) -> None:
         self._links.pop(peer_id, None)
         self._table.remove(peer_id)
-        if self._nursery is not None and self._store.get(peer_id, now=self._clock()) is not None:
+        if self._nursery is None or self._store.get(peer_id, now=self._clock()) is None:
+            return
+        if peer_id not in self._checked and len(self._checked) < MAX_WAITING_CHECKS:
+            self._checked.add(peer_id)
             self._nursery.start_soon(self._check_lost, peer_id)
 
     async def _check_lost(self, peer_id: str) -> None:
         """See whether a server whose connection ended is gone; where it is, its record is given to nobody, long before it expires."""
         async with self._checks:
+            self._checked.discard(peer_id)  # it may be lost anew from here on
             kept = self._store.get(peer_id, now=self._clock())
             if kept is None:
                 return

@@ -16,6 +16,7 @@ from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Error, Find, Ping, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
 from petalnet.p2p.record_store import Kept, RecordStore
+from petalnet.p2p.replication import MAX_PER_NETWORK
 from petalnet.p2p.signed import open_signed, sign
 from petalnet.routing.records import SWARM_KEY, ServerRecord, discovery_key
 
@@ -247,6 +248,64 @@ async def test_a_storer_that_is_silent_costs_one_deadline_once(join, hosts) -> N
     began = trio.current_time()
     assert set(await client.found()) == {server.host.peer_id}
     assert trio.current_time() - began < 0.5
+
+
+async def test_the_only_neighbour_is_asked_again_though_it_was_silent_once(join, hosts) -> None:
+    keeper, slow = await hosts.start(), True
+
+    async def serve(stream: Stream) -> None:
+        while await stream.receive() is not None:
+            if slow:
+                await trio.sleep_forever()
+            await stream.send(Records((record(keeper),), (0.0,), 1))
+
+    keeper.serve(RECORDS, serve)
+    client = await join(*keeper.addrs, server=False)
+    assert await client.found() == {}
+    slow = False
+    assert await client.found() == {keeper.peer_id: (1, "online")}
+
+
+async def test_who_claims_to_be_elsewhere_still_counts_for_the_network_it_is_in(join, hosts, monkeypatch) -> None:
+    """Ids near to a key are cheap to make, so of one network only a few are keepers, whichever addresses they tell."""
+    asked = set()
+    client = await join(server=False)
+    monkeypatch.setattr(client.host, "remote_ip", lambda peer_id: "8.8.4.4")
+
+    for _ in range(2 * MAX_PER_NETWORK):
+        keeper = await hosts.start()
+
+        async def serve(stream: Stream, name: str = keeper.peer_id) -> None:
+            while await stream.receive() is not None:
+                asked.add(name)
+                await stream.send(Records((), (), 0))
+
+        keeper.serve(RECORDS, serve)
+        await client.host.connect(keeper.peer_id, keeper.addrs)
+    assert await client.found() == {}
+    assert len(asked) == MAX_PER_NETWORK
+
+
+async def test_a_server_that_comes_and_goes_is_checked_once_at_a_time(join, until, monkeypatch) -> None:
+    boot = await join()
+    server = await join(boot)
+    await server.discovery.announce([KEY], record(server.host))
+    under_way = 0
+
+    async def take_long(*_: object, **__: object) -> None:
+        nonlocal under_way
+        under_way += 1
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(boot.host, "connect", take_long)
+    monkeypatch.setattr(boot.discovery, "_checks", trio.CapacityLimiter(1))
+    boot.discovery._on_peer_lost(server.host.peer_id)
+    await until(lambda: under_way == 1)
+    nursery = boot.discovery._nursery
+    before = len(nursery.child_tasks)
+    for _ in range(50):
+        boot.discovery._on_peer_lost(server.host.peer_id)
+    assert len(nursery.child_tasks) == before + 1
 
 
 async def test_strangers_store_only_what_is_their_own_and_true(join, hosts) -> None:
