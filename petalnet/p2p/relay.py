@@ -28,6 +28,7 @@ from petalnet.p2p.addresses import relay_of
 from petalnet.p2p.circuit import HOP, STOP, Incoming, peer_of, read_protobuf, status_name, write_protobuf
 from petalnet.p2p.host import Host
 from petalnet.p2p.libp2p_host import finish_stream
+from petalnet.p2p.transport import caller_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class _Place:
-    """A reservation as the relay keeps it: until when (unix seconds), and the IP address that it counts for."""
+    """A reservation as the relay keeps it: until when (unix seconds), and the caller (see `transport.caller_of`) that it counts for."""
 
     expires: float
-    address: str
+    caller: str
 
 
 class Relay:
@@ -117,13 +118,13 @@ class Relay:
     def _reserve(self, peer_id: str) -> HopMessage:
         now = time.time()
         self._reservations = {other: place for other, place in self._reservations.items() if place.expires > now}
-        address = self._host.remote_ip(peer_id) or ""
+        caller = self._caller(peer_id)
         others = [place for other, place in self._reservations.items() if other != peer_id]
-        from_there = sum(place.address == address for place in others)
+        from_there = sum(place.caller == caller for place in others)
         full = len(others) >= self._limits.max_reservations or from_there >= self._limits.max_reservations_per_address
         if full or not self._is_reachable():
             raise _Refused(Status.RESERVATION_REFUSED)
-        self._reservations[peer_id] = _Place(now + self._limits.relay_reservation, address)
+        self._reservations[peer_id] = _Place(now + self._limits.relay_reservation, caller)
         logger.debug("peer %s has a reservation; %d in all", peer_id, len(self._reservations))
         return HopMessage(
             type=HopMessage.STATUS,
@@ -135,6 +136,10 @@ class Relay:
             ),
         )
 
+    def _caller(self, peer_id: str) -> str:
+        ip = self._host.remote_ip(peer_id)
+        return caller_of(None if ip is None else (ip, 0))
+
     def _limit(self) -> Limit:
         return Limit(duration=int(self._limits.circuit_lifetime), data=self._limits.circuit_bytes)
 
@@ -145,14 +150,14 @@ class Relay:
         place = self._reservations.get(ends[1])
         if place is None or place.expires <= time.time():
             raise _Refused(Status.NO_RESERVATION)
-        address = f"from {self._host.remote_ip(source)}"
+        caller = f"from {self._caller(source)}"
         if (
             self._circuits_in_all >= self._limits.max_circuits
             or any(self._circuits[end] >= self._limits.max_circuits_per_peer for end in ends)
-            or self._circuits[address] >= self._limits.max_circuits_per_address
+            or self._circuits[caller] >= self._limits.max_circuits_per_address
         ):
             raise _Refused(Status.RESOURCE_LIMIT_EXCEEDED)
-        counted = *ends, address
+        counted = *ends, caller
         self._circuits.update(counted)
         self._circuits_in_all += 1
         try:

@@ -67,6 +67,7 @@ class Reservations:
 
     def _on_peer_lost(self, peer_id: str) -> None:
         if self._held.pop(peer_id, None) is not None:
+            del self._renew_at[peer_id]
             logger.info("relay %s is gone", peer_id)
             self._told()
             self._changed.set()
@@ -79,13 +80,13 @@ class Reservations:
         now = time.time()
         gone = [relay_id for relay_id, held in self._held.items() if held.expires <= now]
         for relay_id in gone:
-            del self._held[relay_id]
+            del self._held[relay_id], self._renew_at[relay_id]
         if gone:
             self._told()
 
     async def _renew(self) -> None:
         for relay_id in [relay_id for relay_id in self._held if self._renew_at[relay_id] <= time.time()]:
-            if not await self._reserve(relay_id):
+            if not await self._reserve(relay_id) and relay_id in self._held:
                 self._renew_at[relay_id] = time.time() + REFUSED_FOR_S  # until it expires, there is time to try again
 
     async def _reserve_more(self) -> None:
@@ -101,10 +102,11 @@ class Reservations:
     def _candidates(self) -> list[str]:
         """Connected peers that relay, the nearest first."""
         now = trio.current_time()
+        self._left_alone = {peer_id: until for peer_id, until in self._left_alone.items() if until > now}
         found = [
             peer_id
             for peer_id in self._host.connected_peers()
-            if peer_id not in self._held and self._left_alone.get(peer_id, 0.0) <= now and self._relays(peer_id)
+            if peer_id not in self._held and peer_id not in self._left_alone and self._relays(peer_id)
         ]
         return sorted(found, key=lambda peer_id: self._host.round_trip_s(peer_id) or math.inf)
 

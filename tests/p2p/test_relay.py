@@ -173,6 +173,18 @@ class TestBounds:
         await until(lambda: len(relay.reservations) == 1)
         await reserve(servers[2], host)
 
+    async def test_an_ipv6_customer_is_one_caller_whatever_its_address(self, hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+        host, _ = await start_relay(hosts, max_reservations_per_address=2, max_circuits_per_address=1)
+        servers = [await hosts.start(listen=False) for _ in range(3)]
+        numbers = {server.peer_id: number for number, server in enumerate(servers)}
+        monkeypatch.setattr(host, "remote_ip", lambda peer_id: f"2a00:1450:4001::{numbers[peer_id]:x}")
+        reserved = [await reserve(server, host) for server in servers[:2]]
+        with pytest.raises(PeerUnreachable, match="reservation refused"):
+            await reserve(servers[2], host)
+        await servers[2].connect(servers[0].peer_id, reserved[0].addrs)
+        with pytest.raises(PeerUnreachable, match="resource limit exceeded"):
+            await servers[0].connect(servers[1].peer_id, reserved[1].addrs)
+
     async def test_circuits_are_counted_by_peer(self, hosts: Hosts) -> None:
         host, relay = await start_relay(hosts, max_circuits_per_peer=1)
         server, one, two = [await hosts.start(listen=False) for _ in range(3)]
