@@ -259,6 +259,11 @@ class Mux:
 
     # ---- sending
 
+    @property
+    def has_output(self) -> bool:
+        """Whether there is anything to be sent now."""
+        return bool(self._control or self._short or self._long)
+
     def output(self, size: int) -> list[Buffer]:
         """The next bytes to be sent, in pieces: about `size` of them (and one frame at most, and all control frames); [] for none."""
         pieces: list[Buffer] = []
