@@ -341,6 +341,9 @@ class Host:
         sessions = [connection.muxed_conn.secured_conn for connection in self._dialler.all(peer_id)]  # type: ignore[attr-defined]
         return max((session.last_heard for session in sessions if isinstance(session, NoiseSession)), default=float("-inf"))
 
+    def _stock_connections(self) -> int:
+        return sum(isinstance(connection.muxed_conn, Yamux) for found in self.libp2p.swarm.connections.values() for connection in found)
+
     async def _close(self) -> None:
         """Say goodbye to all peers, at once."""
         self._lost_callbacks.clear()
@@ -365,7 +368,7 @@ class _Notifee(INotifee):
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
         if isinstance(conn.muxed_conn, Yamux):
-            bound(conn.muxed_conn)
+            bound(conn.muxed_conn, self._host._stock_connections)
         self._host._check_peer(str(conn.muxed_conn.peer_id))
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:

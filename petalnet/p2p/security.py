@@ -46,6 +46,8 @@ MAX_PLAIN = 65519
 """Bytes in one message of a Noise channel: 65535 less the tag."""
 TAG = 16
 _BUFFER = 4 * (2 + MAX_PLAIN + TAG)
+_READS_A_TURN = 16
+"""Reads of what is there already, after which other tasks have their turn."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -119,6 +121,7 @@ class NoiseSession(BaseSession):
         self._sealed = bytearray(_BUFFER)
         self._sealed_size = 0
         self._plain = bytearray()
+        self._reads = 0
         self.handshake_hash: bytes = noise.handshake_hash
         self.bytes_in = self.bytes_out = 0
         self.on_received: Callable[[int], bool] = lambda size: True
@@ -152,6 +155,9 @@ class NoiseSession(BaseSession):
         if self._plain:
             plain, self._plain = self._plain, bytearray()
             return [bytes(plain)]
+        return await self._receive_more()
+
+    async def _receive_more(self) -> list[bytes]:
         while True:
             if self.broken:
                 raise ConnectionClosedError("the connection was given up")
@@ -195,22 +201,39 @@ class NoiseSession(BaseSession):
         return pieces
 
     async def read(self, n: int | None = None) -> bytes:
-        """Exactly `n` bytes, or fewer where the connection ends before; with None whatever comes next. For the negotiation of a muxer.
+        """Exactly `n` bytes, or fewer where the connection ends before; with None whatever comes next.
 
-        Raises ConnectionClosedError as `receive` does.
+        For the negotiation of a muxer, and for the stock one. Raises ConnectionClosedError as `receive` does.
         """
         if n is None:
             return b"".join(await self.receive())
-        plain = bytearray()
-        while len(plain) < n:
+        plain = self._plain
+        if len(plain) < n:
             try:
-                plain += b"".join(await self.receive())
+                while len(plain) < n:
+                    for piece in await self._receive_more():
+                        plain += piece
             except ConnectionClosedError:
                 if not plain:
                     raise
-                return bytes(plain)
-        self._plain = plain[n:]
-        return bytes(plain[:n])
+        else:
+            await self._turn()
+        data = bytes(plain[:n])
+        del plain[:n]  # from the front, which copies nothing
+        return data
+
+    async def _turn(self) -> None:
+        """Let others run, now and then: whoever reads word by word finds thousands of them in what has come."""
+        self._reads += 1
+        if self._reads % _READS_A_TURN:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    @property
+    def unread(self) -> int:
+        """Decrypted bytes that wait to be read, or for more that is asked for with them."""
+        return len(self._plain)
 
     # ---- sending
 

@@ -1,7 +1,7 @@
 """Streams of the stock multiplexer, with which peers that are no petalnet nodes are spoken to, in the form of our own (`mux.MuxStream`).
 
 Yamux in py-libp2p does not enforce its receive window and drops bytes where a read is cancelled at the wrong moment; so bytes are taken
-straight from its buffers, and a connection on which more is held than `MAX_HELD` is given up.
+straight from its buffers, and a connection on which more is held than `MAX_HELD`, or its share of `MAX_HELD_BY_ALL`, is given up.
 """
 
 from __future__ import annotations
@@ -26,23 +26,32 @@ _CHUNK = MAX_MESSAGE_SIZE - HEADER_SIZE
 _WINDOW_POLL_S = 0.001
 MAX_HELD = 32 * 1024 * 1024
 """Bytes in all unread streams of one connection: two of the widest windows that yamux grants by itself."""
+MAX_HELD_BY_ALL = 256 * 1024 * 1024
+"""The same of all connections together, each of which has the same share; what stock peers ask for is short, and read at once."""
 
 
-def bound(muxed: Yamux) -> None:
-    """Give up a connection of the stock muxer once much more is held in it than was granted. (It takes no class of ours for itself.)"""
+def bound(muxed: Yamux, crowd: Callable[[], int]) -> None:
+    """Give up a connection of the stock muxer once much more is held in it than was granted. (It takes no class of ours for itself.)
+
+    Args:
+        crowd: how many connections of this kind there are.
+    """
+    session = muxed.secured_conn
+    if not isinstance(session, NoiseSession):
+        return
     unchecked = 0
 
     def check(size: int) -> bool:
         nonlocal unchecked
         unchecked += size
-        if unchecked < MAX_HELD // 8:
+        share = min(MAX_HELD, MAX_HELD_BY_ALL // max(crowd(), 1))
+        if unchecked < share // 8:
             return True
         unchecked = 0
-        return sum(map(len, muxed.stream_buffers.values())) <= MAX_HELD
+        return session.unread + sum(map(len, muxed.stream_buffers.values())) <= share
 
-    if isinstance(muxed.secured_conn, NoiseSession):
-        muxed.secured_conn.on_received = check
-        muxed.secured_conn.established()  # or it would count as one in its handshakes, of which the oldest have to go
+    session.on_received = check
+    session.established()  # or it would count as one in its handshakes, of which the oldest have to go
 
 
 class StockStream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
 
 import pytest
 import trio
@@ -12,8 +13,10 @@ from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import Status, StopMessage
 from libp2p.stream_muxer.exceptions import MuxedStreamReset
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 
 from petalnet.errors import PeerLost, PeerUnreachable
+from petalnet.p2p import stock_streams
 from petalnet.p2p.circuit import STOP, read_protobuf, write_protobuf
 from petalnet.p2p.frames import PREFIX
 from petalnet.p2p.hole_punching import HolePunching
@@ -26,6 +29,7 @@ from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits, Protocol
 from petalnet.p2p.transport import caller_of
 
+from .attackers import Attacker
 from .conftest import serve_echo
 from .test_mux import array
 from .test_relay import reserve, start_relay
@@ -324,3 +328,48 @@ async def test_streams_of_one_address_are_bounded(hosts, until) -> None:
     assert b.libp2p._inbound.total() == 20
     hold.set()
     await until(lambda: b.libp2p._inbound.total() < 10 and len(b.libp2p._inbound_from) <= 1)
+
+
+async def test_words_of_the_stock_multiplexer_do_not_rule_alone(hosts, nursery: trio.Nursery) -> None:
+    """It reads 12 bytes at a time, of which thousands come in one piece: nobody else had a turn, and one peer's pings hung the node."""
+    b = await hosts.start()
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with Attacker(b.addrs[0]).connected(muxer=YAMUX_ID) as channel:
+        session = channel.session
+        session._plain = bytearray(random.Random(1).randbytes(12_000))  # as if it had just been decrypted
+        expected = bytes(session._plain)
+        nursery.start_soon(other)
+        assert b"".join([await session.read(12) for _ in range(1000)]) == expected
+        assert turns > 30
+        assert session.unread == 0
+
+
+async def test_stock_peers_share_what_they_may_leave_unread(hosts, until, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is granted for each stream, and nothing else bounds how many peers fill them."""
+    monkeypatch.setattr(stock_streams, "MAX_HELD_BY_ALL", 2 << 20)
+    b = await hosts.start()
+    hold = trio.Event()
+
+    async def keep(stream: INetStream) -> None:
+        await hold.wait()
+
+    b.libp2p.set_stream_handler(TProtocol("/raw/1"), keep)
+    words = b"\x13/multistream/1.0.0\n\x07/raw/1\n"
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(Attacker(b.addrs[0]).connected(muxer=YAMUX_ID)) for _ in range(4)]
+        await until(lambda: b._stock_connections() == 4)
+        with contextlib.suppress(trio.BrokenResourceError):
+            for number in range(1, 9, 2):
+                await channels[0].send(struct.pack("!BBHII", 0, 1, 1, number, 0), struct.pack("!BBHII", 0, 0, 0, number, len(words)), words)
+                for _ in range(6):
+                    await channels[0].send(struct.pack("!BBHII", 0, 0, 0, number, 40_000), bytes(40_000))
+        await until(lambda: b._stock_connections() == 3)
+    hold.set()
+    await hosts.check_alive(b)
