@@ -195,14 +195,14 @@ class MuxConnection(IMuxedConn):
 
     def pump(self) -> None:
         """Send what waits to be sent, as far as the kernel takes it at once; the rest is the writer task's. Never waits, never raises."""
-        if not self.mux.has_output or self._unfinished or self._closing or not self.event_started.is_set():
+        if not self.mux.has_output() or self._unfinished or self._closing or not self.event_started.is_set():
             return
         try:
             for _ in range(_BATCHES_A_TURN):
                 self._send_batch()
                 if self._backlog is not None:
                     break
-                if not self.mux.has_output:
+                if not self.mux.has_output():
                     return
         except ConnectionClosedError:
             self._scope.cancel()  # the reader, which sees the same, tells everybody

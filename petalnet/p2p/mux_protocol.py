@@ -259,7 +259,6 @@ class Mux:
 
     # ---- sending
 
-    @property
     def has_output(self) -> bool:
         """Whether there is anything to be sent now."""
         return bool(self._control or self._short or self._long)
