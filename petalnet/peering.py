@@ -74,15 +74,18 @@ class Peering:
         host: the libp2p host.
         view: what is known of the swarm's servers, itself included. Times in it are unix seconds.
         discovery: the records protocol over Kademlia.
-        reachability: whether others can reach this node; None for a client, which nobody has to reach, and where it does not listen.
+        reachability: whether others can reach this node; None where nobody has to (a client that does not relay), and where it does not
+            listen.
     """
 
-    def __init__(self, host: Host, *, server: bool) -> None:
+    def __init__(self, host: Host, *, server: bool, relay: bool = False) -> None:
         self.host = host
         self.view = SwarmView(host.peer_id)
         self._gossip = Gossip(host)
         self.discovery = Discovery(host, server=server, on_record=self._take, neighbours=self._gossip.neighbours)
-        self.reachability = Reachability(host) if server and host.addrs else None
+        self.reachability = reachability = Reachability(host) if (server or relay) and host.addrs else None
+        if relay and reachability is not None:
+            Relay(host, is_reachable=lambda: reachability.verdict.state != "unreachable")
         self._hole_punching = HolePunching(host)
         self._gossiped = Sequences(MAX_REMEMBERED)
         self._authors = Rates(*AUTHOR_RATE, capacity=MAX_REMEMBERED)
@@ -244,9 +247,7 @@ async def open_peering(
     open_at = partial(open_host, identity, announce=announce, admission=admission, limits=limits)
     async with AsyncExitStack() as stack:
         host = await (_open_on_free_port(stack, open_at) if listen is None else stack.enter_async_context(open_at(listen=listen)))
-        peering = Peering(host, server=server)
-        if relay:
-            Relay(host, is_reachable=lambda: peering.reachability is None or peering.reachability.verdict.state != "unreachable")
+        peering = Peering(host, server=server, relay=relay)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(peering.run, initial_peers)
         if initial_peers and not peering.discovery.joined:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 import trio
 
+from petalnet.p2p.circuit import HOP
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.signed import sign
 from petalnet.peering import Peering, open_peering, read_record
@@ -91,3 +92,10 @@ async def test_a_start_that_is_cancelled_ends_whenever_that_is() -> None:
                 async with open_peering(Identity.generate(), initial_peers=entry.host.addrs, listen=LISTEN, server=True):
                     await trio.sleep_forever()
             assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize(("server", "relay"), [(True, False), (True, True), (False, True), (False, False)])
+async def test_who_stands_in_for_others_finds_out_whether_it_is_reached_itself(server: bool, relay: bool) -> None:
+    async with open_peering(Identity.generate(), initial_peers=(), listen=LISTEN, server=server, relay=relay) as peering:
+        assert (peering.reachability is not None) == (server or relay)
+        assert (HOP in peering.host.libp2p.multiselect.handlers) == relay

@@ -187,7 +187,7 @@ class Reachability:
         self._wake = trio.Event()
         self._asked_far = False
         self._relaying: trio.CancelScope | None = None
-        self._reservations = Reservations(host, self._announce)
+        self._reservations = Reservations(host, self._announce, fits=self._is_far_enough)
         self._nursery: trio.Nursery
         self.verdict = Verdict()
         host.serve(REACHABILITY, self._serve)
@@ -266,6 +266,10 @@ class Reachability:
     def _on_peer_found(self, peer_id: str) -> None:
         if self.verdict.answers < ENOUGH or (not self._asked_far and self._is_far(peer_id)):
             self._wake.set()
+
+    def _is_far_enough(self, peer_id: str) -> bool:
+        """Whether a relay is where those are that do not reach this node: one at home helps nobody on the internet."""
+        return self._is_far(peer_id) or not self._asked_far
 
     def _is_far(self, peer_id: str) -> bool:
         """Whether a peer is somewhere on the internet, not on a private network."""

@@ -33,11 +33,17 @@ RECONNECT_TIMEOUT_S = 5.0
 
 
 class Reservations:
-    """The reservations of one host, kept while `run` runs; `on_change` is called whenever there are others than before."""
+    """The reservations of one host, kept while `run` runs.
 
-    def __init__(self, host: Host, on_change: Callable[[], None]) -> None:
+    Args:
+        on_change: called whenever there are others than before.
+        fits: whether those who are to reach this host reach a relay, by its peer id.
+    """
+
+    def __init__(self, host: Host, on_change: Callable[[], None], fits: Callable[[str], bool] = lambda _: True) -> None:
         self._host = host
         self._on_change = on_change
+        self._fits = fits
         self._held: dict[str, Reservation] = {}
         self._renew_at: dict[str, float] = {}  # unix seconds
         self._left_alone: dict[str, float] = {}  # relay: trio time until which it is not asked
@@ -115,7 +121,7 @@ class Reservations:
             serves = self._host.libp2p.get_peerstore().supports_protocols(ID.from_string(peer_id), [HOP])
         except PeerStoreError:
             return False
-        return bool(serves) and self._host.is_direct(peer_id)
+        return bool(serves) and self._host.is_direct(peer_id) and self._fits(peer_id)
 
     async def _reserve(self, relay_id: str) -> bool:
         addrs = self._addrs_of(relay_id)

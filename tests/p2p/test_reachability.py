@@ -176,6 +176,21 @@ class TestAsking:
         assert PEERS[1] in around.asked and reachability.verdict.answers == 2
         nursery.cancel_scope.cancel()
 
+    async def test_a_relay_at_home_helps_only_where_nobody_further_away_was_met(
+        self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        around = Neighbours(monkeypatch)
+        reachability = Reachability(around)  # type: ignore[arg-type]
+        nursery.start_soon(reachability.run)
+        await trio.testing.wait_all_tasks_blocked()
+        around.meet(PEERS[0], "192.168.1.3", answer("192.168.1.2"))
+        await trio.sleep(2)
+        assert reachability._is_far_enough(PEERS[0])
+        around.meet(PEERS[1], "203.0.113.2", answer("203.0.113.9"))
+        await trio.sleep(2)
+        assert [reachability._is_far_enough(peer) for peer in PEERS[:2]] == [False, True]
+        nursery.cancel_scope.cancel()
+
     async def test_a_neighbour_does_not_speak_for_the_internet(
         self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -297,6 +297,17 @@ class TestReservations:
         assert changes == 4  # two, one less, another
         nursery.cancel_scope.cancel()
 
+    async def test_a_relay_that_helps_nobody_gets_no_place(self, hosts: Hosts, nursery: trio.Nursery, until: Until) -> None:
+        (near, at_near), (far, _) = await start_relay(hosts), await start_relay(hosts)
+        server = await hosts.start(listen=False)
+        reservations = Reservations(server, lambda: None, fits=lambda peer_id: peer_id != near.peer_id)
+        await server.connect(near.peer_id, near.addrs)
+        nursery.start_soon(reservations.run)
+        await server.connect(far.peer_id, far.addrs)
+        await until(lambda: [held.relay_id for held in reservations.held] == [far.peer_id])
+        assert not at_near.reservations
+        nursery.cancel_scope.cancel()
+
 
 class TestStockPeers:
     """py-libp2p's own implementation at the other end."""
