@@ -11,12 +11,15 @@ import click
 from petalnet.p2p.swarm_key import SwarmKey
 
 
-@click.group("key")
-def command() -> None:
+@click.group("key", invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
     """The key of a private swarm: who has it can join, nobody else can even talk to its nodes."""
+    if ctx.invoked_subcommand is None:
+        raise click.UsageError("say what to do: `petalnet key new FILE` makes the key of a private swarm")
 
 
-@command.command("new")
+@command.command("new", short_help="make a new key in FILE")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("as_json", "--json", is_flag=True, help="as JSON")
 def new(file: Path, as_json: bool) -> None:
