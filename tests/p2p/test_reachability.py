@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +120,7 @@ class Neighbours:
         monkeypatch.setattr(module, "ask_to_dial_back", self._answer)
         monkeypatch.setattr(module, "own_interfaces", lambda: [ipaddress.ip_interface((ip, 24)) for ip in OWN])
         monkeypatch.setattr(module, "push_identify_to_peers", self._push)
+        self.reachability = Reachability(self)  # type: ignore[arg-type]
 
     def meet(self, peer_id: str, ip: str, says: Answer, after_s: float = 0.0) -> None:
         self._peers[peer_id] = ip, says, after_s
@@ -158,51 +159,39 @@ class Neighbours:
         self.plain_addrs = list(addrs)
 
 
+@pytest.fixture
+async def around(nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Neighbours]:
+    neighbours = Neighbours(monkeypatch)
+    nursery.start_soon(neighbours.reachability.run)
+    await trio.testing.wait_all_tasks_blocked()
+    yield neighbours
+    nursery.cancel_scope.cancel()
+
+
 PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(4)]
 
 
 class TestAsking:
-    async def test_who_is_met_while_another_is_asked_is_asked_as_well(
-        self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        around = Neighbours(monkeypatch)
-        reachability = Reachability(around)  # type: ignore[arg-type]
-        nursery.start_soon(reachability.run)
-        await trio.testing.wait_all_tasks_blocked()
+    async def test_who_is_met_while_another_is_asked_is_asked_as_well(self, around: Neighbours) -> None:
         around.meet(PEERS[0], "203.0.113.2", answer("203.0.113.9"), after_s=4)
         await trio.sleep(2)
         around.meet(PEERS[1], "203.0.113.3", answer("203.0.113.9", 31330))
         await trio.sleep(10)
-        assert PEERS[1] in around.asked and reachability.verdict.answers == 2
-        nursery.cancel_scope.cancel()
+        assert PEERS[1] in around.asked and around.reachability.verdict.answers == 2
 
-    async def test_a_relay_at_home_helps_only_where_nobody_further_away_was_met(
-        self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        around = Neighbours(monkeypatch)
-        reachability = Reachability(around)  # type: ignore[arg-type]
-        nursery.start_soon(reachability.run)
-        await trio.testing.wait_all_tasks_blocked()
+    async def test_a_relay_at_home_helps_only_where_nobody_further_away_was_met(self, around: Neighbours) -> None:
         around.meet(PEERS[0], "192.168.1.3", answer("192.168.1.2"))
         await trio.sleep(2)
-        assert reachability._is_far_enough(PEERS[0])
+        assert around.reachability._is_far_enough(PEERS[0])
         around.meet(PEERS[1], "203.0.113.2", answer("203.0.113.9"))
         await trio.sleep(2)
-        assert [reachability._is_far_enough(peer) for peer in PEERS[:2]] == [False, True]
-        nursery.cancel_scope.cancel()
+        assert [around.reachability._is_far_enough(peer) for peer in PEERS[:2]] == [False, True]
 
-    async def test_a_neighbour_does_not_speak_for_the_internet(
-        self, nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        around = Neighbours(monkeypatch)
-        reachability = Reachability(around)  # type: ignore[arg-type]
-        nursery.start_soon(reachability.run)
-        await trio.testing.wait_all_tasks_blocked()
+    async def test_a_neighbour_does_not_speak_for_the_internet(self, around: Neighbours) -> None:
         around.meet(PEERS[0], "192.168.1.3", answer("192.168.1.2", 31330))
         around.meet(PEERS[1], "192.168.1.4", answer("203.0.113.9"))
         await trio.sleep(2)
-        assert reachability.verdict.state == "direct" and around.plain_addrs == BASE
-        nursery.cancel_scope.cancel()
+        assert around.reachability.verdict.state == "direct" and around.plain_addrs == BASE
 
 
 def listening_port(host: Host) -> int:
