@@ -338,7 +338,7 @@ class Noise(Transport):
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         try:
             with trio.fail_after(self._limits.handshake_timeout):  # libp2p's own deadline is for what comes after it
-                secured = await super().secure_outbound(conn, peer_id)
+                return await self._admit(await super().secure_outbound(conn, peer_id))
         except trio.TooSlowError as error:
             raise SecurityUpgradeFailure(f"the peer did not finish the handshake within {self._limits.handshake_timeout:g} s") from error
         except (InvalidTag, IOException, OSError) as error:
@@ -346,7 +346,6 @@ class Noise(Transport):
             if self._admission.handshake_key is not None:
                 raise self._admission.refused_by(str(peer_id)) from error
             raise
-        return await self._admit(secured)
 
     async def _admit(self, secured: ISecureConn) -> NoiseSession:
         if not isinstance(secured, SecureSession):

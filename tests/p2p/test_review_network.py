@@ -17,6 +17,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 
 from petalnet.errors import PeerLost, PeerUnreachable
 from petalnet.p2p import stock_streams
+from petalnet.p2p.admission import Admission
 from petalnet.p2p.circuit import STOP, read_protobuf, write_protobuf
 from petalnet.p2p.frames import PREFIX
 from petalnet.p2p.hole_punching import HolePunching
@@ -27,6 +28,7 @@ from petalnet.p2p.mux import MuxConnection
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Mux
 from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits, Protocol
+from petalnet.p2p.swarm_key import SwarmKey
 from petalnet.p2p.transport import caller_of
 
 from .attackers import Attacker
@@ -373,3 +375,16 @@ async def test_stock_peers_share_what_they_may_leave_unread(hosts, until, monkey
         await until(lambda: b._stock_connections() == 3)
     hold.set()
     await hosts.check_alive(b)
+
+
+async def test_who_does_not_prove_its_key_is_waited_for_no_longer_than_a_handshake(hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = SwarmKey.generate()
+    server = await hosts.start(admission=Admission(swarm_key=key))
+    client = await hosts.start(admission=Admission(swarm_key=key), limits=Limits(handshake_timeout=0.3))
+
+    async def say_nothing(session: object, handshake_hash: bytes, *, initiator: bool) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(server.admission, "prove", say_nothing)
+    with trio.fail_after(5), pytest.raises(PeerUnreachable):
+        await client.connect(server.peer_id, server.addrs, timeout_s=60)
