@@ -5,12 +5,11 @@ Values only, free of libp2p: what they do to a connection is decided in `admissi
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from petalnet.errors import UsageError
+from petalnet.p2p.lists import entries_of
 from petalnet.p2p.swarm_key import SwarmKey
 
 
@@ -32,29 +31,10 @@ class Access:
 def read_peer_ids(values: Sequence[str]) -> frozenset[str]:
     """The peer ids that `values` name.
 
-    A value is one peer id or a multiaddr that ends in one, several of them separated by commas or blanks, or `@FILE`: a file with one a
-    line, where `#` begins a comment. Raises UsageError, whose one line names the text that is wrong.
+    An entry is a peer id or a multiaddr that ends in one; see `entries_of`. Raises UsageError, whose one line names the text that is
+    wrong.
     """
-    return frozenset(peer_id for value in values for peer_id in _read_value(value))
-
-
-def _read_value(value: str) -> Iterator[str]:
-    for text in re.split(r"[,\s]+", value.strip()):
-        if text.startswith("@"):
-            yield from _read_file(Path(text[1:]).expanduser())
-        elif text:
-            yield _peer_id(text, "")
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        raise UsageError(f"cannot read the list of peer ids {path}: {reason}") from error
-    for number, line in enumerate(lines, 1):
-        if entry := line.split("#", 1)[0].strip():
-            yield _peer_id(entry, f"{path}, line {number}: ")
+    return frozenset(_peer_id(text, where) for text, where in entries_of(values, "peer ids"))
 
 
 def _peer_id(text: str, where: str) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 from multiaddr import Multiaddr
 
 from petalnet.errors import UsageError
 from petalnet.p2p.identity import public_key_bytes
+from petalnet.p2p.lists import entries_of
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -108,33 +107,15 @@ def port_of(addr: str) -> int:
 def read_peer_list(values: Sequence[str]) -> list[str]:
     """Full multiaddrs of all peers that `values` name, in their order and each once.
 
-    A value is one multiaddr, several of them separated by commas or blanks, or `@FILE`: a file with one a line, where `#` begins a
-    comment. Raises UsageError, whose one line names the text that is wrong.
+    See `entries_of` for the forms of a value. Raises UsageError, whose one line names the text that is wrong.
     """
     found: dict[str, None] = {}
-    for value in values:
-        for text in re.split(r"[,\s]+", value.strip()):
-            if text.startswith("@"):
-                found |= dict.fromkeys(_read_file(Path(text[1:]).expanduser()))
-            elif text:
-                found[str(parse_peer(text))] = None
+    for text, where in entries_of(values, "peers"):
+        try:
+            found[str(parse_peer(text))] = None
+        except UsageError as error:
+            raise UsageError(f"{where}{error}") from error
     return list(found)
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        raise UsageError(f"cannot read the list of peers {path}: {reason}") from error
-    peers = []
-    for number, line in enumerate(lines, 1):
-        if entry := line.split("#", 1)[0].strip():
-            try:
-                peers.append(str(parse_peer(entry)))
-            except UsageError as error:
-                raise UsageError(f"{path}, line {number}: {error}") from error
-    return peers
 
 
 def _shown(text: str) -> str:
