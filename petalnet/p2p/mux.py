@@ -155,23 +155,27 @@ class MuxConnection(IMuxedConn):
             if (stream := self.streams.get(self.mux.finished.pop())) is not None:
                 self.forget(stream)
 
-    def let_go(self, stream: MuxStream) -> None:
-        """Wait a while for the peer to end a stream that this side is through with."""
+    def let_go(self, stream: MuxStream, patience: float = 1.0) -> None:
+        """Wait a while (`patience` times the one of the limits) for the peer to end a stream that this side has ended; then reset it."""
         if stream.number not in self.mux:
             self.forget(stream)
         elif self._nursery is not None and not self._closing:
             if not self._resetting:
                 self._resetting = True
                 self._nursery.start_soon(self._reset_lingerers)
-            self.lingering[stream] = trio.current_time() + self._limits.linger
+            self.lingering[stream] = trio.current_time() + patience * self._limits.linger
 
     async def _reset_lingerers(self) -> None:
         while self.lingering:
-            stream, until = next(iter(self.lingering.items()))  # the oldest
-            await trio.sleep_until(until)
-            if self.lingering.get(stream) == until:
-                stream.abandon()
+            # One that comes meanwhile waits for no less than `linger`.
+            await trio.sleep_until(min([*self.lingering.values(), trio.current_time() + self._limits.linger]))
+            self._reset_overdue(trio.current_time())
         self._resetting = False
+
+    def _reset_overdue(self, now: float) -> None:
+        """Not part of the task above, in whose variable the last stream would live on."""
+        for stream in [stream for stream, until in self.lingering.items() if until <= now]:
+            stream.abandon()
 
     def tune(self, used: int, seconds: float) -> None:
         """Widen the window where it is what holds a sender up: where half of it was used up within half a round trip.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _TINY = 2048
 """Bytes below which pieces that wait to be read are put together: kept apart, each would take hundreds of bytes besides its own."""
 
+_CLOSED_PATIENCE = 12.0
+"""How many times longer a peer may take to end a stream that libp2p's own protocols have closed: some read on."""
+
 
 class TookNothing(MuxedStreamReset):
     """The peer has read nothing, or next to nothing, of what was sent for too long; the stream was reset."""
@@ -40,6 +43,7 @@ class MuxStream(IMuxedStream):
         self.protocol = protocol
         self.ended = False  # the peer sends no more
         self.ended_here = False
+        self._dropping = False  # what still comes
         self.reset_reason: Reason | None = None
         self._chunks: list[Buffer] = []
         self._tail: bytearray | None = None  # the last of the chunks, where it is put together from tiny ones
@@ -159,13 +163,14 @@ class MuxStream(IMuxedStream):
         self.ended_here = True
         self.muxed_conn.mux.end(self.number)
         self.take()
+        self._dropping = True
         self.muxed_conn.let_go(self)
         self.muxed_conn.pump()
 
     # ---- what the connection calls
 
     def on_received(self, data: memoryview) -> None:
-        if self in self.muxed_conn.lingering:
+        if self._dropping:
             return
         self._held += len(data)
         if self._allowed > 0:
@@ -241,12 +246,18 @@ class MuxStream(IMuxedStream):
     async def write(self, data: bytes) -> None:
         await self.send([data])
 
-    async def close(self) -> None:
-        """Send no more; what comes can still be read."""
+    async def close_write(self) -> None:
+        """Send no more; what comes can still be read, for as long as it comes."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self.ended_here = True
         self.muxed_conn.mux.end(self.number)
         self.muxed_conn.pump()
+
+    async def close(self) -> None:
+        """Send no more; what comes can still be read for a while, after which a peer that has not ended its side is reset."""
+        await self.close_write()
+        if not self._dropping:
+            self.muxed_conn.let_go(self, _CLOSED_PATIENCE)
 
     async def reset(self) -> None:
         self.abandon()

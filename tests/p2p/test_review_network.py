@@ -388,3 +388,31 @@ async def test_who_does_not_prove_its_key_is_waited_for_no_longer_than_a_handsha
     monkeypatch.setattr(server.admission, "prove", say_nothing)
     with trio.fail_after(5), pytest.raises(PeerUnreachable):
         await client.connect(server.peer_id, server.addrs, timeout_s=60)
+
+
+async def test_a_stream_that_its_peer_never_ends_is_not_kept_for_ever(hosts, until) -> None:
+    """What libp2p's own protocols ask a peer and close was kept as long as its connection, where the peer left its side open."""
+    a, b = await hosts.start(limits=Limits(linger=0.05)), await hosts.start()
+    hold = trio.Event()
+
+    async def answer(stream: INetStream) -> None:
+        await stream.read(1)
+        await trio.sleep(0.1)
+        await stream.write(b"late")
+        await hold.wait()
+
+    b.libp2p.set_stream_handler(TProtocol("/raw/1"), answer)
+    muxed = await connection(a, b)
+    idle = len(muxed.streams)
+    closed, half = [[await a._new_stream(b.peer_id, [TProtocol("/raw/1")], (), 5) for _ in range(5)] for _ in range(2)]
+    for stream in (*closed, *half):
+        await stream.write(b"x")
+    for stream in closed:
+        await stream.close()
+    for stream in half:
+        await stream.close_write()
+    for stream in (*closed, *half):
+        assert await stream.read() == b"late"  # a closed one can still be read
+    await until(lambda: len(muxed.streams) <= idle + len(half) + 1, within_s=3)
+    assert all(not stream.muxed_stream.is_over for stream in half)
+    hold.set()
