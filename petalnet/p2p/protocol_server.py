@@ -102,9 +102,11 @@ class ProtocolServer:
     async def _keep_pace(self, peer_id: str) -> None:
         """Wait until one more request of the peer may be taken."""
         if self._rates is not None:
-            if wait := self._rates.wait(peer_id, trio.current_time()):
+            now = trio.current_time()
+            wait = self._rates.wait(peer_id, now)
+            self._rates.charge(peer_id, now, 1.0)  # before the wait: requests on several streams wait one after the other
+            if wait:
                 await trio.sleep(wait)
-            self._rates.charge(peer_id, trio.current_time(), 1.0)
 
 
 async def _serve_stream(stream: Stream, handler: Handler) -> None:

@@ -192,31 +192,40 @@ class Callers:
     """Inbound connections by address, and which of them have not proved who they are yet.
 
     Where too many are in their handshakes, the one that has been at it for longest makes room: an honest handshake takes milliseconds,
-    so whoever holds places open by saying nothing loses them, and those who come after are served.
+    so whoever holds places open by saying nothing loses them, and those who come after are served. Where nearly all places for
+    connections are taken, the address that has most of them gives up its latest, so that a few addresses do not keep all others out.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._connections: Counter[str] = Counter()
-        self._handshakes: dict[TcpStream, str] = {}  # and the address, the oldest first
+        self._places = limits.max_connections - limits.max_connections // 8  # the rest is for those whom this node dials
+        self._callers: dict[TcpStream, str] = {}  # and the address, the oldest first
+        self._connections: Counter[str] = Counter()  # of the callers, by address
+        self._handshakes: dict[TcpStream, str] = {}  # those of them that are not established, the oldest first
         self._by_address: Counter[str] = Counter()  # of the handshakes
 
     def arrived(self, caller: TcpStream, address: str) -> TcpStream | None:
         """Take a connection in; the one that has to go for it, which may be the connection itself, or None."""
-        limits = self._limits
-        if self._connections[address] >= limits.max_connections_per_address:
+        if self._connections[address] >= self._limits.max_connections_per_address:
             return caller
-        evicted = None
-        if self._by_address[address] >= limits.max_handshakes_per_address:
-            evicted = next(other for other, its_address in self._handshakes.items() if its_address == address)
-        elif len(self._handshakes) >= limits.max_handshakes:
-            evicted = next(iter(self._handshakes))
+        evicted = self._to_evict(address)
         if evicted is not None:
-            self.established(evicted)  # at once: its task ends later, and of many that come together each has to find another one
+            self.left(evicted)  # at once: its task ends later, and of many that come together each has to find another one
+        self._callers[caller] = self._handshakes[caller] = address
         self._connections[address] += 1
-        self._handshakes[caller] = address
         self._by_address[address] += 1
         return evicted
+
+    def _to_evict(self, address: str) -> TcpStream | None:
+        if self._by_address[address] >= self._limits.max_handshakes_per_address:
+            return next(other for other, its_address in self._handshakes.items() if its_address == address)
+        if len(self._handshakes) >= self._limits.max_handshakes:
+            return next(iter(self._handshakes))
+        if len(self._callers) >= self._places:
+            ((crowded, count),) = self._connections.most_common(1)
+            if count > self._connections[address] + 1:
+                return next(other for other in reversed(self._callers) if self._callers[other] == crowded)
+        return None
 
     def established(self, caller: TcpStream) -> None:
         """The handshakes of a connection are over, in one way or another."""
@@ -224,10 +233,12 @@ class Callers:
         if address is not None:
             _less(self._by_address, address)
 
-    def left(self, caller: TcpStream, address: str) -> None:
-        """A connection that was taken in has ended."""
+    def left(self, caller: TcpStream) -> None:
+        """A connection has ended; nothing where it was not taken in, or has left already."""
         self.established(caller)
-        _less(self._connections, address)
+        address = self._callers.pop(caller, None)
+        if address is not None:
+            _less(self._connections, address)
 
 
 def _less(counter: Counter[str], address: str) -> None:
@@ -293,7 +304,7 @@ class TcpListener(IListener):
                 # Whatever a stranger does in a handshake concerns that stranger's connection only.
                 logger.debug("an inbound connection from %s failed: %r", remote, error)
             finally:
-                self._callers.left(accepted, address)
+                self._callers.left(accepted)
                 await accepted.close()
 
 

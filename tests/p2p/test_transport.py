@@ -100,7 +100,7 @@ async def test_who_holds_up_handshakes_makes_room_for_who_comes_later() -> None:
     assert callers.arrived(slow, "10.0.0.1") is None
     assert callers.arrived(slower, "10.0.0.1") is None
     assert callers.arrived(honest, "10.0.0.1") is slow  # the oldest of the address
-    callers.left(slow, "10.0.0.1")
+    callers.left(slow)
     callers.established(honest)
     assert callers.arrived(other, "10.0.0.2") is None
     assert callers.arrived(more, "10.0.0.3") is None
@@ -118,7 +118,24 @@ async def test_connections_of_one_address_are_bounded() -> None:
         callers.established(stream)
     assert callers.arrived(third, "10.0.0.1") is third
     assert callers.arrived(third, "10.0.0.2") is None
-    callers.left(first, "10.0.0.1")
+    callers.left(first)
     assert callers.arrived(first, "10.0.0.1") is None
+    for stream in streams:
+        await stream.close()
+
+
+async def test_a_few_addresses_do_not_keep_all_others_out() -> None:
+    callers = Callers(Limits(max_connections=9, max_connections_per_address=6))  # 8 places for callers
+    streams = [end for _ in range(6) for end in await pair()]
+    crowd, friends = streams[:6], streams[6:]
+    for stream in crowd:
+        assert callers.arrived(stream, "10.0.0.1") is None
+        callers.established(stream)
+    for number, friend in enumerate(friends):
+        evicted = callers.arrived(friend, f"10.0.1.{number}")
+        callers.established(friend)
+        assert evicted is (None if number < 2 else crowd[7 - number])  # the latest of the crowd
+    callers.left(crowd[5])  # its task ends after it was evicted: it is not counted twice
+    assert sum(callers._connections.values()) == 8
     for stream in streams:
         await stream.close()

@@ -160,7 +160,8 @@ async def send_garbage(stranger, peer_id: str) -> None:
     names += ["/meshsub/1.1.0", "/meshsub/1.2.0", "/floodsub/1.0.0", "/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/ping/1.0.0"]
     refused = 0
     for name in names:
-        for garbage in (secrets.token_bytes(5), secrets.token_bytes(60_000), b"".join(encode_frame(secrets.token_bytes(200))), b"\xff" * 300):
+        frame = b"".join(encode_frame(secrets.token_bytes(200)))
+        for garbage in (secrets.token_bytes(5), secrets.token_bytes(60_000), frame, b"\xff" * 300):
             with trio.fail_after(10):
                 try:
                     raw = await stranger.libp2p.new_stream(ID.from_string(peer_id), [TProtocol(name)])
