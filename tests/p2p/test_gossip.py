@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import pytest
 import trio
+from libp2p.peer.id import ID
+from libp2p.pubsub.pb.rpc_pb2 import Message
+from libp2p.pubsub.pubsub import Pubsub
 
 from petalnet.p2p import gossip as module
 from petalnet.p2p.gossip import MAX_MESSAGE_BYTES, Gossip
 from petalnet.p2p.host import Host
+from petalnet.p2p.identity import Identity
 from petalnet.routing.records import RecordForged
 
 TOPIC = "petalnet/test/1"
@@ -159,6 +163,28 @@ async def test_a_neighbour_that_brings_too_much_is_not_listened_to(line, until, 
     await trio.sleep(1)
     await nodes[1].gossip.publish(TOPIC, b"later")
     await until(lambda: nodes[0].got[-1][1] == b"later")
+
+
+async def test_many_neighbours_in_one_place_bring_no_more_than_a_few(line, until, monkeypatch) -> None:
+    hearer, other = await line(2)
+    crowd = [Identity.generate().peer_id for _ in range(20)]
+    addresses = {**dict.fromkeys(crowd, "198.51.100.1"), other.host.peer_id: "203.0.113.1"}
+    monkeypatch.setattr(hearer.host, "remote_ip", addresses.get)
+    checked = 0
+
+    async def count(*_: object) -> None:
+        nonlocal checked
+        checked += 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pubsub, "push_msg", count)
+        for number in range(400):
+            for neighbour in crowd:
+                message = Message(from_id=b"author", seqno=b"%d %s" % (number, neighbour.encode()), topicIDs=[TOPIC], data=b"flood")
+                await hearer.gossip._pubsub.push_msg(ID.from_string(neighbour), message)
+    assert module.SOURCE_BURST <= checked < 1.5 * module.SOURCE_BURST
+    await other.gossip.publish(TOPIC, b"from elsewhere")
+    await until(lambda: (other.host.peer_id, b"from elsewhere") in hearer.got)
 
 
 async def test_gossip_that_was_cut_between_connected_peers_is_mended(line, until, monkeypatch) -> None:
