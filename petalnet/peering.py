@@ -47,10 +47,6 @@ FEW_KEEPERS = 3
 """Keepers that a look-up in between asks: each tells all it has, so more would mostly say the same."""
 
 
-AUTHOR_RATE = (0.5, 8.0)
-"""Announcements a second of one server that are gossiped on, and how many at once; an honest one tells of its load once in 3 s at most."""
-
-
 def read_record(data: bytes, *, now: float, age: float = 0.0) -> ServerRecord:
     """The server record in a signed envelope, signature, ranges and times checked.
 
@@ -88,7 +84,7 @@ class Peering:
             Relay(host, is_reachable=lambda: reachability.verdict.state != "unreachable")
         self._hole_punching = HolePunching(host)
         self._gossiped = Sequences(MAX_REMEMBERED)
-        self._authors = Rates(*AUTHOR_RATE, capacity=MAX_REMEMBERED)
+        self._authors = Rates(*host.limits.gossip_per_author, capacity=MAX_REMEMBERED)
         self._announced: ServerRecord | None = None
         self._gossiped_at = float("-inf")
         self._listed_at = float("-inf")

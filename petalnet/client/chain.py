@@ -262,6 +262,7 @@ async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inpu
 
     The target is one hop of an earlier `forward`; where its server is gone, others do it, which need not cut it at the same blocks.
     """
+
     async def attempt(full: frozenset[str]) -> tuple[Blob, Blob | None]:
         hops = await find_hops(target, full, "forward", math.prod(hidden.shape[:-1]))
         entering = [hidden]

@@ -95,7 +95,7 @@ class Discovery:
         self._neighbours = neighbours or host.connected_peers
         self._clock = clock
         self._told_refusal = False
-        self._store = RecordStore(host.peer_id)
+        self._store = RecordStore(host.peer_id, host.limits.max_records)
         self._avoidance = Avoidance()
         self._look_ups = LookUps()
         self._table = RoutingTable(host, server=server, admits=self._may_ask)
@@ -108,7 +108,7 @@ class Discovery:
         self._new_peers: trio.MemorySendChannel[str]
         self._new_peers, self._arrivals = trio.open_memory_channel[str](256)
         if server:
-            keeper = RecordKeeper(self._store, on_record=on_record)
+            keeper = RecordKeeper(self._store, on_record=on_record, limits=host.limits)
             host.serve(RECORDS, RecordService(keeper, source=self._source, clock=clock, on_offence=host.offence).serve)
         host.on_peer_found(self._on_peer_found)
         host.on_peer_lost(self._on_peer_lost)

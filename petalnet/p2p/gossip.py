@@ -30,12 +30,6 @@ MAX_MESSAGE_BYTES = 4096
 """Small messages only: joiners are handed the recent history, and a large one would hold up everybody's links."""
 MAX_RPC_BYTES = 256 * 1024
 """The longest frame that is read from a peer, which may hold a history of several messages."""
-MAX_RATE, MAX_BURST = 50.0, 500.0
-"""Messages a second that are looked at from one neighbour, and how many at once. A swarm gossips a few a second (see `routing.pace`),
-and each neighbour brings nearly all of them; the burst is for the history that a newcomer is handed, and for a swarm that starts."""
-SOURCE_RATE, SOURCE_BURST = 3 * MAX_RATE, 3 * MAX_BURST
-"""The same of all neighbours of one source (see `sources`): the dozen that a node hears most from may all sit behind one router. A message
-costs up to a millisecond, and ids nothing: without this bound, one machine with two dozen of them took all of a node's time."""
 HEARTBEAT_S = 1
 REMIND_EVERY_S = 10.0
 MEND_EVERY_S = 3.0
@@ -111,7 +105,8 @@ class Gossip:
             degree_low=4,
             degree_high=12,
             heartbeat_interval=HEARTBEAT_S,
-            max_messages_per_topic_per_second=MAX_BURST,  # a bound on what libp2p counts; the rate is checked in `_GuardedPubsub`
+            # A bound on what libp2p counts; the rate is checked in `_GuardedPubsub`.
+            max_messages_per_topic_per_second=self._host.limits.gossip_per_neighbour.burst,
             adaptive_gossip_enabled=False,
             eclipse_protection_enabled=False,  # wants neighbours of three addresses; a swarm in one building has one
         )
@@ -185,8 +180,8 @@ class _GuardedPubsub(Pubsub):
     def __init__(self, host: Host, router: GossipSub, *, allowed_topics: Set[str]) -> None:
         super().__init__(host.libp2p, router, max_inbound_rpc_size=MAX_RPC_BYTES, allowed_topics=allowed_topics)
         self._petalnet_host = host
-        self._brought = Rates(MAX_RATE, MAX_BURST)
-        self._brought_from = Rates(SOURCE_RATE, SOURCE_BURST)
+        self._brought = Rates(*host.limits.gossip_per_neighbour)
+        self._brought_from = Rates(*host.limits.gossip_per_source)
 
     async def push_msg(self, msg_forwarder: ID, msg: Message) -> None:
         neighbour = str(msg_forwarder)

@@ -7,10 +7,18 @@ exceeds a limit is refused or slowed down; the others are not touched. What no h
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from petalnet.p2p.frames import FrameLimits
 
 KIB, MIB = 1024, 1024 * 1024
+
+
+class Rate(NamedTuple):
+    """So much a second, and so much at once."""
+
+    per_second: float
+    burst: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,27 @@ class Limits:
     slowest_rate: int = 16 * KIB
     """Bytes a second, on average over a message, below which it is given up: a modem's rate, so that nobody keeps a message under way
     for days by a byte now and then."""
+
+    # -- records and gossip (see `record_keeper`, `record_store`, `gossip`); a source is an address or the network around it
+    max_records: int = 10_000
+    """Records of servers that are kept for the swarm, 4 KB each at most: 40 MB."""
+    record_requests_per_source: Rate = Rate(200.0, 600.0)
+    """Requests of all peers of one source (for one peer the protocol's own limit holds): ten that ask as fast as they may, or two thousand
+    servers behind one router that announce themselves every 15 s."""
+    record_bytes_per_peer: Rate = Rate(256.0 * KIB, 4.0 * MIB)
+    """Bytes of answers to one peer: eight of the longest answers, then one in two seconds."""
+    record_bytes_per_source: Rate = Rate(2.0 * MIB, 16.0 * MIB)
+    """To all peers of one source."""
+    record_bytes: Rate = Rate(8.0 * MIB, 64.0 * MIB)
+    """To everybody: what a node spends for the swarm. Its own work needs the line too."""
+    gossip_per_neighbour: Rate = Rate(50.0, 500.0)
+    """Messages that are looked at from one neighbour. A swarm gossips a few a second (see `routing.pace`), and each neighbour brings nearly
+    all of them; the burst is for the history that a newcomer is handed, and for a swarm that starts."""
+    gossip_per_source: Rate = Rate(150.0, 1500.0)
+    """The same of all neighbours of one source: the dozen that a node hears most from may all sit behind one router. A message costs up to
+    a millisecond, and ids nothing: without this bound, one machine with two dozen of them took all of a node's time."""
+    gossip_per_author: Rate = Rate(0.5, 8.0)
+    """Announcements of one server that are gossiped on; an honest one tells of its load once in 3 s at most."""
 
     # -- circuits through relays (see `relay`, which keeps most of these, and `circuit`)
     relay_step: float = 10.0

@@ -15,7 +15,7 @@ import trio
 
 from petalnet.errors import BusyError, PetalnetError, ProtocolError, RecordRejected, UnsupportedError
 from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
-from petalnet.p2p.protocols import RECORDS
+from petalnet.p2p.protocols import RECORDS, Limits
 from petalnet.p2p.rates import Rates
 from petalnet.p2p.record_store import RecordStore, read_kept
 from petalnet.p2p.streams import Stream
@@ -28,15 +28,6 @@ MAX_ANSWER_BYTES = 512 * 1024
 MAX_KEYS = 2
 """Keys in one request to store: a record has no more."""
 
-SOURCE_REQUESTS = (200.0, 600.0)
-"""Requests a second of all peers of one source, and how many at once (for one peer the protocol's own limit holds): ten that ask as
-fast as they may, or two thousand servers behind one router that announce themselves every 15 s."""
-PEER_BYTES = (256 * 1024.0, 4 * 1024 * 1024.0)
-"""Bytes a second of answers to one peer, and how many at once: eight of the longest answers, then one in two seconds."""
-SOURCE_BYTES = (2 * 1024 * 1024.0, 16 * 1024 * 1024.0)
-"""To all peers of one source."""
-ALL_BYTES = (8 * 1024 * 1024.0, 64 * 1024 * 1024.0)
-"""To everybody: what a node spends for the swarm. Its own work needs the line too."""
 SHORT_ANSWER_RECORDS = 16
 """Records in an answer while more than that is asked for; those who asked for much lately get none, so the others get that at least."""
 
@@ -50,13 +41,15 @@ class RecordKeeper:
     Args:
         store: the records.
         on_record: is given the signed bytes of each record that is news, and of whom it speaks.
+        limits: what others may take.
     """
 
-    def __init__(self, store: RecordStore, *, on_record: Callable[[bytes], object]) -> None:
+    def __init__(self, store: RecordStore, *, on_record: Callable[[bytes], object], limits: Limits) -> None:
         self.store = store
         self._on_record = on_record
-        self._source_requests = Rates(*SOURCE_REQUESTS)
-        self._peer_bytes, self._source_bytes, self._all_bytes = Rates(*PEER_BYTES), Rates(*SOURCE_BYTES), Rates(*ALL_BYTES)
+        self._source_requests = Rates(*limits.record_requests_per_source)
+        self._peer_bytes, self._source_bytes = Rates(*limits.record_bytes_per_peer), Rates(*limits.record_bytes_per_source)
+        self._all_bytes = Rates(*limits.record_bytes)
 
     def answer(self, request: Message, *, peer_id: str, source: str, now: float) -> Message:
         """The answer to a request of a peer that comes from a source; `now` is in unix seconds.

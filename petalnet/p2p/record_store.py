@@ -16,14 +16,13 @@ from typing import Generic, TypeVar
 
 from petalnet.errors import RecordRejected
 from petalnet.p2p.places import key_place, peer_place, shared_bits
+from petalnet.p2p.protocols import Limits
 from petalnet.p2p.signed import open_signed
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.sequences import Sequences
 
-MAX_PEERS = 10_000
-"""Records of 4 KB at most: 40 MB."""
-MAX_REMEMBERED = 4 * MAX_PEERS
-"""Sequence numbers of records that are kept or were: 200 bytes each."""
+REMEMBERED = 4
+"""Times as many sequence numbers as records are kept, of records that are kept or were: 200 bytes each."""
 _SAMPLE = 32
 """Records among which the one that gives way is chosen. A source that holds a tenth of the store is missed once in 30 times."""
 
@@ -91,7 +90,7 @@ class RecordStore:
         rng: chooses the samples.
     """
 
-    def __init__(self, own: str = "", max_peers: int = MAX_PEERS, *, rng: random.Random | None = None) -> None:
+    def __init__(self, own: str = "", max_peers: int = Limits.max_records, *, rng: random.Random | None = None) -> None:
         self._own = own
         self._place = peer_place(own) if own else 0
         self._max_peers = max_peers
@@ -100,7 +99,7 @@ class RecordStore:
         self._all: _Members[str] = _Members()
         self._sources: defaultdict[str, _Members[str]] = defaultdict(_Members)
         self._present, self._left = _Index(), _Index()
-        self._sequences = Sequences(MAX_REMEMBERED)
+        self._sequences = Sequences(REMEMBERED * max_peers)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -246,9 +246,7 @@ def test_nobody_there(bloom_path: Path, connect: Callable[..., Any], monkeypatch
         AutoDistributedModelForCausalLM.from_pretrained(str(bloom_path))
 
 
-def test_peers_from_the_environment(
-    bloom_path: Path, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_peers_from_the_environment(bloom_path: Path, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with serving(bloom_path, [(0, 6)]) as servers:
         monkeypatch.setenv("PETALNET_CONFIG", str(tmp_path / "none.toml"))
         monkeypatch.setenv("PETALNET_INITIAL_PEERS", " ".join(servers.peers))

@@ -53,7 +53,7 @@ from petalnet.p2p.mux_protocol import (
     Received,
     WasReset,
 )
-from petalnet.p2p.protocols import PROTOCOLS, Protocol
+from petalnet.p2p.protocols import PROTOCOLS, Limits, Protocol
 from petalnet.p2p.record_keeper import RecordKeeper
 from petalnet.p2p.record_store import RecordStore, read_kept
 from petalnet.p2p.signed import sign
@@ -499,7 +499,7 @@ def test_the_keeper_of_records(count: int) -> None:
     identity = Identity.generate()
     record = valid_record(identity)
     store = RecordStore(Identity.generate().peer_id, max_peers=50)
-    keeper = RecordKeeper(store, on_record=lambda data: None)
+    keeper = RecordKeeper(store, on_record=lambda data: None, limits=Limits())
     requests = valid_messages(chance)
     valid = messages.Store((discovery_key(record.model),), sign(identity, record.encode()))
     corpus = [valid, messages.Find(discovery_key(record.model)), requests["find"], requests["store"]]

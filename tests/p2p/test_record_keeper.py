@@ -10,6 +10,7 @@ from petalnet.errors import BusyError, ProtocolError, RecordRejected, Unsupporte
 from petalnet.p2p import record_keeper as module
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Error, Find, Message, Ping, Records, Store, Stored
+from petalnet.p2p.protocols import Limits
 from petalnet.p2p.record_keeper import MAX_ANSWER_BYTES, MAX_ANSWER_RECORDS, SHORT_ANSWER_RECORDS, RecordKeeper, RecordService
 from petalnet.p2p.record_store import RecordStore
 from petalnet.p2p.signed import sign
@@ -34,7 +35,7 @@ def news() -> list[bytes]:
 
 @pytest.fixture
 def keeper(news: list[bytes]) -> RecordKeeper:
-    return RecordKeeper(RecordStore(), on_record=news.append)
+    return RecordKeeper(RecordStore(), on_record=news.append, limits=Limits())
 
 
 def fill(keeper: RecordKeeper, count: int, **changes: object) -> None:
@@ -77,7 +78,7 @@ def test_answers_are_bounded_in_number_and_bytes(keeper: RecordKeeper) -> None:
     fill(keeper, MAX_ANSWER_RECORDS + 44)
     answer = keeper.answer(Find(KEY), peer_id="p", source="s", now=NOW)
     assert isinstance(answer, Records) and len(answer.records) == MAX_ANSWER_RECORDS and answer.count == MAX_ANSWER_RECORDS + 44
-    large = RecordKeeper(RecordStore(), on_record=lambda data: None)
+    large = RecordKeeper(RecordStore(), on_record=lambda data: None, limits=Limits())
     fill(large, 250, block_digests=tuple(f"{number:032x}" for number in range(100)), adapters=("a" * 100,) * 10)
     answer = large.answer(Find(KEY), peer_id="p", source="s", now=NOW)
     assert isinstance(answer, Records) and len(answer.records) < answer.count == 250

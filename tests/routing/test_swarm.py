@@ -143,9 +143,7 @@ def test_made_up_peers_do_not_fill_the_memory(record: Build, now: float, monkeyp
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_crowd_of_made_up_servers_replaces_one_another(
-    record: Build, now: float, monkeypatch: pytest.MonkeyPatch, first: bool
-) -> None:
+def test_a_crowd_of_made_up_servers_replaces_one_another(record: Build, now: float, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
     """Whether the crowd or the honest ones come first: newcomers are heard, and what this node has to do with stays."""
     monkeypatch.setattr(swarm, "MAX_SERVERS", 200)
     view = SwarmView("own")
