@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -43,8 +43,19 @@ PORTS_TRIED = 20
 """How many ports after the default one are tried before giving up."""
 ASK_ALL_EVERY_S = 60.0
 """Seconds between two look-ups that ask all keepers of a key."""
+RESTART_S = 1.0
 FEW_KEEPERS = 3
 """Keepers that a look-up in between asks: each tells all it has, so more would mostly say the same."""
+
+
+async def _keep_going(name: str, service: Callable[[], Awaitable[None]]) -> None:
+    """Run a service that a node can do without for a moment, and start it again where a defect of it ends it."""
+    while True:
+        try:
+            await service()
+        except Exception:  # not swallowed: logged, and begun anew; what a stranger's message met there must not end the node
+            logger.exception("%s failed and is started again", name)
+        await trio.sleep(RESTART_S)
 
 
 def read_record(data: bytes, *, now: float, age: float = 0.0) -> ServerRecord:
@@ -96,9 +107,9 @@ class Peering:
     async def run(self, initial_peers: Sequence[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Be a member until cancelled; started once the first attempt to join is over."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hole_punching.run)
+            nursery.start_soon(_keep_going, "hole punching", self._hole_punching.run)
             if self.reachability is not None:
-                nursery.start_soon(self.reachability.run)
+                nursery.start_soon(_keep_going, "reachability", self.reachability.run)
             self._gossip.subscribe(GOSSIP_TOPIC, self._accept, lambda peer_id, data: None)
             await nursery.start(self._gossip.run)
             await nursery.start(self.discovery.run, initial_peers)

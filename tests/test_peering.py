@@ -7,11 +7,12 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
+import trio.testing
 
 from petalnet.p2p.circuit import HOP
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.signed import sign
-from petalnet.peering import Peering, open_peering, read_record
+from petalnet.peering import Peering, _keep_going, open_peering, read_record
 from petalnet.routing.records import RecordForged, ServerRecord
 
 LISTEN = ["/ip4/127.0.0.1/tcp/0"]
@@ -99,3 +100,33 @@ async def test_who_stands_in_for_others_finds_out_whether_it_is_reached_itself(s
     async with open_peering(Identity.generate(), initial_peers=(), listen=LISTEN, server=server, relay=relay) as peering:
         assert (peering.reachability is not None) == (server or relay)
         assert (HOP in peering.host.libp2p.multiselect.handlers) == relay
+
+
+async def test_a_service_that_fails_is_started_again(autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    runs = 0
+
+    async def service() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise KeyError("a defect")
+        await trio.sleep_forever()
+
+    with trio.move_on_after(60):
+        await _keep_going("the service", service)
+    assert runs == 3
+    assert [entry.getMessage() for entry in caplog.records] == ["the service failed and is started again"] * 2
+
+
+async def test_who_is_told_of_a_peer_does_not_keep_others_from_it() -> None:
+    async with AsyncExitStack() as stack:
+        one, other = await open_one(stack), await open_one(stack)
+        heard: list[str] = []
+
+        def fail(peer_id: str) -> None:
+            raise KeyError(peer_id)
+
+        one.host.on_peer_found(fail)
+        one.host.on_peer_found(heard.append)
+        await one.host.connect(other.host.peer_id, other.host.addrs)
+        assert heard == [other.host.peer_id]

@@ -314,13 +314,11 @@ class Host:
         if connected and not known:
             self._watch(peer_id)
             logger.debug("peer %s is connected", peer_id)
-            for callback in self._found_callbacks:
-                callback(peer_id)
+            _tell_all(self._found_callbacks, peer_id)
         elif known and not connected:
             self._heartbeats.pop(peer_id).stop()
             logger.debug("peer %s is gone", peer_id)
-            for callback in self._lost_callbacks:
-                callback(peer_id)
+            _tell_all(self._lost_callbacks, peer_id)
 
     async def _keep_watch(self, heartbeat: Heartbeat) -> None:
         """Until the peer is gone or does not answer; then see to it that it is gone."""
@@ -358,6 +356,14 @@ class Host:
 
     def _set_addrs(self) -> None:
         self._plain_addrs = self.listened_addrs
+
+
+def _tell_all(callbacks: Sequence[Callable[[str], None]], peer_id: str) -> None:
+    for callback in callbacks:
+        try:
+            callback(peer_id)
+        except Exception:  # not swallowed: logged. The others have to hear of the peer too, and libp2p, which told us, must not fail by it
+            logger.exception("a service could not be told of peer %s", peer_id)
 
 
 class _Notifee(INotifee):
