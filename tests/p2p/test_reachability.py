@@ -160,7 +160,7 @@ class Neighbours:
 
 
 @pytest.fixture
-async def around(nursery: trio.Nursery, autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Neighbours]:
+async def around(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Neighbours]:
     neighbours = Neighbours(monkeypatch)
     nursery.start_soon(neighbours.reachability.run)
     await trio.testing.wait_all_tasks_blocked()
@@ -172,14 +172,16 @@ PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(4)]
 
 
 class TestAsking:
-    async def test_who_is_met_while_another_is_asked_is_asked_as_well(self, around: Neighbours) -> None:
+    async def test_who_is_met_while_another_is_asked_is_asked_as_well(self, autojump_clock: trio.abc.Clock, around: Neighbours) -> None:
         around.meet(PEERS[0], "203.0.113.2", answer("203.0.113.9"), after_s=4)
         await trio.sleep(2)
         around.meet(PEERS[1], "203.0.113.3", answer("203.0.113.9", 31330))
         await trio.sleep(10)
         assert PEERS[1] in around.asked and around.reachability.verdict.answers == 2
 
-    async def test_a_relay_at_home_helps_only_where_nobody_further_away_was_met(self, around: Neighbours) -> None:
+    async def test_a_relay_at_home_helps_only_where_nobody_is_further_away(
+        self, autojump_clock: trio.abc.Clock, around: Neighbours
+    ) -> None:
         around.meet(PEERS[0], "192.168.1.3", answer("192.168.1.2"))
         await trio.sleep(2)
         assert around.reachability._is_far_enough(PEERS[0])
@@ -187,7 +189,7 @@ class TestAsking:
         await trio.sleep(2)
         assert [around.reachability._is_far_enough(peer) for peer in PEERS[:2]] == [False, True]
 
-    async def test_a_neighbour_does_not_speak_for_the_internet(self, around: Neighbours) -> None:
+    async def test_a_neighbour_does_not_speak_for_the_internet(self, autojump_clock: trio.abc.Clock, around: Neighbours) -> None:
         around.meet(PEERS[0], "192.168.1.3", answer("192.168.1.2", 31330))
         around.meet(PEERS[1], "192.168.1.4", answer("203.0.113.9"))
         await trio.sleep(2)

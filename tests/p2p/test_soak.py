@@ -1,6 +1,6 @@
 """Attacks that go on and on: afterwards memory, tasks and descriptors are what they were, and the node serves others all the while.
 
-The victim is a process of its own with short deadlines. Every attack runs in small with the other tests, and in full in the long ones.
+The victim is a process of its own with short deadlines. Single attacks of each kind are with the other tests, in test_attacks.
 """
 
 from __future__ import annotations
@@ -35,16 +35,14 @@ from petalnet.p2p.protocols import PING, Protocol
 
 from .attackers import Attacker, Footprint, Stalled, Victim, frame, victim_process
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
 MIB = 1024 * 1024
 ECHO = Protocol("/petalnet/test-echo/1.0.0")
 BUSY = "/petalnet/test-busy/1.0.0"
 TALKER = "/petalnet/test-talker/1.0.0"
 LIMITS = {"handshake_timeout": 1.0, "negotiation_timeout": 1.0, "linger": 0.5, "write_timeout": 1.0, "offence_threshold": 1e9}
 """No bans: the attackers of all tests share few addresses, and each attack is to be met by itself."""
-
-
-def numbers(small: int, full: int) -> Any:
-    return pytest.mark.parametrize("count", [small, pytest.param(full, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,7 @@ def whole(message: Any) -> bytes:
 # ---- connections
 
 
-@numbers(60, 1000)
+@pytest.mark.parametrize("count", [1000])
 async def test_connections_that_come_and_go(victim: Victim, count: int) -> None:
     """By turns: a goodbye, a reset, silence after the handshakes, and the end before them."""
 
@@ -117,7 +115,7 @@ async def test_connections_that_come_and_go(victim: Victim, count: int) -> None:
     await victim.is_back_to(before, more_bytes=1 * MIB + 600 * count)  # names of the last 4096 peers are kept ready
 
 
-@numbers(10, 100)
+@pytest.mark.parametrize("count", [100])
 async def test_stock_peers_that_come_and_go(victim: Victim, count: int) -> None:
     """Over yamux; one that stays is not hindered by the others, and does not count as one in its handshakes for ever."""
     peer_id = info_from_p2p_addr(Multiaddr(victim.addr)).peer_id
@@ -162,7 +160,7 @@ async def handshake_sizes(victim: Victim) -> tuple[int, int]:
         return secured, channel.wire.written
 
 
-@numbers(12, 150)
+@pytest.mark.parametrize("count", [150])
 async def test_slow_loris_on_every_step_of_the_handshakes(victim: Victim, count: int) -> None:
     """Whoever stops, at whatever byte, is gone after the handshakes' deadline."""
     secured, total = await handshake_sizes(victim)
@@ -191,7 +189,7 @@ async def test_slow_loris_on_every_step_of_the_handshakes(victim: Victim, count:
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(20, 150)
+@pytest.mark.parametrize("count", [150])
 async def test_a_handshake_that_drips_byte_by_byte(victim: Victim, count: int) -> None:
     """Each byte in time for a deadline of its own, and all of them too late for the one that there is."""
     before = await settled(victim)
@@ -213,7 +211,7 @@ async def test_a_handshake_that_drips_byte_by_byte(victim: Victim, count: int) -
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(100, 600)
+@pytest.mark.parametrize("count", [600])
 async def test_half_open_handshakes_from_one_address(victim: Victim, count: int) -> None:
     """They crowd out one another, not those who come after them; not even from the same address."""
     before = await settled(victim)
@@ -231,7 +229,7 @@ async def test_half_open_handshakes_from_one_address(victim: Victim, count: int)
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(1, 10)
+@pytest.mark.parametrize("count", [10])
 async def test_words_of_four_gigabytes(victim: Victim, count: int) -> None:
     """A word of the negotiation that is announced as 4 GB long and sent as fast as it goes: nothing like it is held."""
     before = await settled(victim)
@@ -294,7 +292,7 @@ def received(pieces: list[bytes]) -> list[tuple[int, int]]:
 # ---- streams
 
 
-@numbers(300, 10_000)
+@pytest.mark.parametrize("count", [10_000])
 async def test_streams_one_after_another(victim: Victim, count: int) -> None:
     """Used and closed, closed unused, reset, left for the victim to end, and asked for what nobody serves."""
     async with open_host(Identity.generate()) as mallory:
@@ -324,7 +322,7 @@ async def test_streams_one_after_another(victim: Victim, count: int) -> None:
         await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(400, 1000)
+@pytest.mark.parametrize("count", [1000])
 async def test_streams_opened_and_never_used(victim: Victim, count: int) -> None:
     """Some that name a protocol and some that never say what they are for: refused above the limit, ended after a while below it."""
     before = await settled(victim)
@@ -337,7 +335,7 @@ async def test_streams_opened_and_never_used(victim: Victim, count: int) -> None
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(2000, 100_000)
+@pytest.mark.parametrize("count", [100_000])
 async def test_streams_that_are_reset_as_soon_as_they_are_open(victim: Victim, count: int) -> None:
     """The rapid reset of HTTP/2: nothing piles up, and others are served meanwhile."""
     before = await settled(victim)
@@ -360,7 +358,7 @@ async def test_streams_that_are_reset_as_soon_as_they_are_open(victim: Victim, c
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(3000, 100_000)
+@pytest.mark.parametrize("count", [100_000])
 async def test_openings_above_the_limit_whose_refusals_nobody_reads(victim: Victim, count: int) -> None:
     before = await settled(victim)
     async with Attacker(victim.addr, source="127.0.5.3").connected() as channel:
@@ -376,7 +374,7 @@ async def test_openings_above_the_limit_whose_refusals_nobody_reads(victim: Vict
 # ---- readers and writers
 
 
-@numbers(4, 40)
+@pytest.mark.parametrize("count", [40])
 async def test_a_reader_that_never_reads(victim: Victim, count: int) -> None:
     """The victim has much to say, the peer grants all it likes and takes nothing off its socket: it is given up, with little held."""
     before = await settled(victim)
@@ -400,7 +398,7 @@ async def test_a_reader_that_never_reads(victim: Victim, count: int) -> None:
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(2, 20)
+@pytest.mark.parametrize("count", [20])
 async def test_a_writer_that_never_stops(victim: Victim, count: int) -> None:
     """To a handler that is busy: what comes above the window ends the connection, and no more than the window was held."""
     before = await settled(victim)
@@ -421,7 +419,7 @@ async def test_a_writer_that_never_stops(victim: Victim, count: int) -> None:
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(2, 10)
+@pytest.mark.parametrize("count", [10])
 async def test_all_windows_filled_at_once(victim: Victim, count: int) -> None:
     """Each stream within its window, all of them unread: what a peer can make the victim hold is what the limits say."""
     before = await settled(victim)
@@ -438,7 +436,7 @@ async def test_all_windows_filled_at_once(victim: Victim, count: int) -> None:
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(200, 2000)
+@pytest.mark.parametrize("count", [2000])
 async def test_small_pieces_of_a_message_do_not_hold_the_large_ones_around_them(victim: Victim, count: int) -> None:
     """Each message of the secure channel brings 2 KB of a long frame, and 60 KB for a stream that is over: only the former is kept."""
     before = await settled(victim)
@@ -460,7 +458,7 @@ async def test_small_pieces_of_a_message_do_not_hold_the_large_ones_around_them(
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(1, 12)
+@pytest.mark.parametrize("count", [12])
 async def test_bytes_that_drip_inside_a_frame(victim: Victim, count: int) -> None:
     """A byte now and then holds a stream for a bounded time, whichever frame it is in the middle of."""
     before = await settled(victim)
@@ -514,7 +512,7 @@ async def test_bytes_that_drip_inside_a_frame(victim: Victim, count: int) -> Non
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(2000, 100_000)
+@pytest.mark.parametrize("count", [100_000])
 async def test_pings_without_end(victim: Victim, count: int) -> None:
     """A flood of requests is read at the pace that the protocol allows; others have their turn."""
     before = await settled(victim)
@@ -527,7 +525,7 @@ async def test_pings_without_end(victim: Victim, count: int) -> None:
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(2000, 200_000)
+@pytest.mark.parametrize("count", [200_000])
 async def test_grants_and_single_bytes_without_end(victim: Victim, count: int) -> None:
     """Frames that cost the sender little: each is work, none is memory."""
     before = await settled(victim)
@@ -545,7 +543,7 @@ async def test_grants_and_single_bytes_without_end(victim: Victim, count: int) -
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@numbers(30, 300)
+@pytest.mark.parametrize("count", [300])
 async def test_frames_that_break_the_rules(victim: Victim, count: int) -> None:
     """Rubbish and violations in the multiplexer end the connection that they come on."""
     before = await settled(victim)
@@ -560,7 +558,6 @@ async def test_frames_that_break_the_rules(victim: Victim, count: int) -> None:
     await victim.is_back_to(before, more_bytes=1 * MIB)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("count", [60])
 async def test_peers_that_fall_silent(victim: Victim, count: int) -> None:
     """Connected, and never heard of again: the heartbeats find out."""
