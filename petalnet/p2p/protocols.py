@@ -144,7 +144,8 @@ class Protocol:
         max_streams_per_peer: streams that one peer may have open to this node.
         max_streams: streams that all peers together may have open to this node.
         idle_timeout_s: seconds without a message after which a served stream is closed.
-        frame_timeout_s: seconds without a byte in the middle of a frame after which a stream is given up, on both sides.
+        frame_timeout_s: seconds in which, in the middle of a frame, half of what `Limits.slowest_rate` would bring has to come or be taken;
+            else the stream is given up, on both sides.
         max_rate: requests a second that are read from one peer, over all its streams; above that it waits. A burst of two seconds is free.
             None where what a request takes (KV cache, a place in the queue) bounds it well enough.
     """
