@@ -48,13 +48,15 @@ class BusyError(PetalnetError):
 
     Attributes:
         retry_after_s: seconds after which another try may succeed, as the server estimates.
+        fits_tokens: KV tokens (rows × their max_length) that the server could promise now; 0 where that is not known.
     """
 
     code = "busy"
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0, fits_tokens: int = 0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.fits_tokens = fits_tokens
 
 
 class ServerError(PetalnetError, RuntimeError):
@@ -130,17 +132,18 @@ def describe_blocks(blocks: Iterable[int]) -> str:
     return f"block{'s' if len(runs) != 1 or (runs and runs[0][0] != runs[0][1]) else ''} {text}"
 
 
-def to_wire(error: PetalnetError) -> tuple[str, str, float]:
-    """`(code, message, retry_after_s)` of an error that is to be told to a peer."""
-    return error.code, str(error)[:1000], error.retry_after_s if isinstance(error, BusyError) else 0.0
+def to_wire(error: PetalnetError) -> tuple[str, str, float, int]:
+    """`(code, message, retry_after_s, fits_tokens)` of an error that is to be told to a peer."""
+    retry_after_s, fits_tokens = (error.retry_after_s, error.fits_tokens) if isinstance(error, BusyError) else (0.0, 0)
+    return error.code, str(error)[:1000], retry_after_s, fits_tokens
 
 
-def from_wire(code: str, message: str, retry_after_s: float, peer_id: str) -> PetalnetError:
+def from_wire(code: str, message: str, retry_after_s: float, fits_tokens: int, peer_id: str) -> PetalnetError:
     """The exception for an error that the peer `peer_id` told us."""
     if code == "caller":
         return CallerError(message)
     if code == "busy":
-        return BusyError(message, retry_after_s)
+        return BusyError(message, retry_after_s, fits_tokens)
     if code == "unsupported":
         return UnsupportedError(message, peer_id)
     return ServerError(f"peer {peer_id} failed: {message}", peer_id)

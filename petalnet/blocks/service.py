@@ -22,6 +22,10 @@ from petalnet.errors import BusyError, CallerError, PeerLost, PetalnetError, Uns
 from petalnet.p2p.messages import (
     FLOATS,
     MAX_TOKENS,
+    NAME_BYTES,
+    UNIT_TOKENS,
+    Attach,
+    Attached,
     Backward,
     BackwardDone,
     Blob,
@@ -134,6 +138,10 @@ class BlockService:
             await stream.send(SessionOpened(self.sessions.free_tokens))
             while (request := await self._receive(stream)) is not None:
                 try:
+                    if isinstance(request, Attach):
+                        self._check_attach(session, request)
+                        await stream.send(Attached(0))
+                        continue
                     work = self._check_step(stream, session, request)
                 except PetalnetError as error:
                     await stream.send(Error.of(error))
@@ -208,9 +216,27 @@ class BlockService:
         elif position > 0 and rows != session.rows:
             raise CallerError(f"the step has {rows} rows, the session {session.rows}")
         self._check_extras(request, blocks, position + new, session.max_length)
-        self._check_answer(stream, request.hidden, blocks if request.all_hidden else 1)
-        self.sessions.admit(session, rows)
+        if request.keep > new:
+            raise CallerError(f"outputs of {request.keep} tokens are wanted of a step of {new}")
+        if request.promise_rows > self.limits.rows:
+            raise CallerError(f"a batch has 1 to {self.limits.rows} rows, not {request.promise_rows}")
+        if request.names is not None:
+            self._check_names(request.names, rows, (position + new) // UNIT_TOKENS - position // UNIT_TOKENS)
+        self._check_answer(stream, request.hidden, blocks if request.all_hidden else 1, request.keep or new)
+        self.sessions.admit(session, max(rows, request.promise_rows))
         return StepWork(self.span, session, request, order)
+
+    def _check_attach(self, session: Session, request: Attach) -> None:
+        """Raises CallerError, BusyError where a session cannot be attached to these units, or there is no room for it."""
+        if session.rows:
+            raise CallerError("a session is attached to units before its first step, not later")
+        rows, units = request.names.shape[:2] if len(request.names.shape) == 3 else (0, 0)
+        if not 1 <= rows <= self.limits.rows:
+            raise CallerError(f"a batch has 1 to {self.limits.rows} rows, not {rows}")
+        if not 1 <= units <= session.max_length // UNIT_TOKENS:
+            raise CallerError(f"{units} units of {UNIT_TOKENS} tokens do not fit a session of max_length {session.max_length}")
+        self._check_names(request.names, rows, units)
+        self.sessions.admit(session, rows)
 
     def _check_pass(self, stream: Stream, request: Message) -> Forward | Backward:
         if not isinstance(request, (Forward, Backward)):
@@ -226,7 +252,7 @@ class BlockService:
             raise CallerError(f"{rows} × {length} tokens at once need too much memory for attention: send fewer rows or shorter ones")
         self._check_extras(request, blocks, length, length)
         if isinstance(request, Forward):
-            self._check_answer(stream, request.hidden, blocks if request.all_hidden else 1)
+            self._check_answer(stream, request.hidden, blocks if request.all_hidden else 1, length)
         elif request.grad_output.dtype not in FLOATS or request.grad_output.shape != request.hidden.shape:
             raise CallerError(f"the gradient {_describe(request.grad_output)} does not match the inputs {_describe(request.hidden)}")
         return request
@@ -269,8 +295,13 @@ class BlockService:
                 raise CallerError(f"prompts of {prompts.shape[2]} tokens are longer than {min(longest, self.limits.prompt_tokens)}")
 
     @staticmethod
-    def _check_answer(stream: Stream, hidden: Blob, blocks: int) -> None:
-        size = blocks * blob_size(hidden.dtype, hidden.shape, hidden.codec)
+    def _check_names(names: Blob, rows: int, units: int) -> None:
+        if names.dtype != "uint8" or names.shape != (rows, units, NAME_BYTES):
+            raise CallerError(f"names of units must be uint8 [{rows}, {units}, {NAME_BYTES}], not {_describe(names)}")
+
+    @staticmethod
+    def _check_answer(stream: Stream, hidden: Blob, blocks: int, tokens: int) -> None:
+        size = blocks * blob_size(hidden.dtype, (hidden.shape[0], tokens, hidden.shape[2]), hidden.codec)
         if size > stream.protocol.limits.payload:
             raise CallerError(f"the answer would take {size} bytes, more than one message holds: ask for fewer tokens at a time")
 

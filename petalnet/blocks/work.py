@@ -68,6 +68,8 @@ class StepWork:
     def encode(self, pieces: list[torch.Tensor]) -> Blob:
         """The answer's array, of pieces that are complete."""
         output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+        if self.request.keep:
+            output = output[:, :, -self.request.keep :]
         return _encode_like(self.request.hidden, output if self.request.all_hidden else output[0])
 
     def _begin(self) -> None:

@@ -27,6 +27,10 @@ FLOATS = ("float32", "float16", "bfloat16")
 CODECS = ("raw", "bfloat16", "float16", "int8")
 INT8_BLOCK = 64
 """Elements that share one scale in the blockwise int8 codec (64 as in QLoRA's smallest block, arXiv:2305.14314)."""
+UNIT_TOKENS = 64
+"""Positions of a unit. A name stands for one unit of a row and all units before it, whose KV entries a server may keep for later."""
+NAME_BYTES = 16
+"""Bytes of a unit's name; the client's hash of what entered the session's blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,19 +161,21 @@ def _message(name: str) -> Callable[[M], M]:
 @_message("error")
 @dataclass(frozen=True)
 class Error(Message):
-    """The answer to a request that failed: the error's class, one line for a person, and for *busy* when to try again (seconds)."""
+    """The answer to a request that failed: the error's class, one line for a person, and for *busy* when to try again (seconds) and how
+    many KV tokens (rows × max_length) would fit now (0 where that is not known)."""
 
     code: str = _is(text(20))
     message: str = _is(text(1000))
     retry_after_s: float = _is(number(0, 3600), 0.0)
+    fits_tokens: int = _is(integer(0, 2**53), 0)
 
     @classmethod
     def of(cls, error: PetalnetError) -> Error:
-        code, message, retry_after_s = to_wire(error)
-        return cls(code, message, min(max(retry_after_s, 0.0), 3600.0))
+        code, message, retry_after_s, fits_tokens = to_wire(error)
+        return cls(code, message, min(max(retry_after_s, 0.0), 3600.0), fits_tokens)
 
     def exception(self, peer_id: str) -> PetalnetError:
-        return from_wire(self.code, self.message, self.retry_after_s, peer_id)
+        return from_wire(self.code, self.message, self.retry_after_s, self.fits_tokens, peer_id)
 
 
 @_message("ping")
@@ -267,7 +273,38 @@ class OpenSession(Message):
 @_message("session_opened")
 @dataclass(frozen=True)
 class SessionOpened(Message):
+    """A session is open.
+
+    Attributes:
+        free_kv_tokens: KV tokens that no session has been promised.
+        shares_prefixes: whether `Attach` finds what other peers' sessions have named; otherwise only what the same peer's have.
+    """
+
     free_kv_tokens: int = _is(integer(0, 2**53))
+    shares_prefixes: bool = _is(flag, False)
+
+
+@_message("attach")
+@dataclass(frozen=True)
+class Attach(Message):
+    """Before a session's first step: its rows begin with the KV entries of named units, as far as they are known. Answered by `Attached`.
+
+    Attributes:
+        names: uint8 [rows, units, NAME_BYTES], each row's units in their order from position 0 on.
+    """
+
+    names: Blob = _blob()
+
+
+@_message("attached")
+@dataclass(frozen=True)
+class Attached(Message):
+    """KV entries that each row of the session has now: whole units, the same for all rows; 0 where nothing was known.
+
+    The first step may be at this position or, where other servers of the route know less, at a lower one.
+    """
+
+    position: int = _is(integer(0, MAX_TOKENS))
 
 
 @_message("step")
@@ -284,6 +321,11 @@ class Step(Message):
         prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions.
         order: int64 [rows], which of the session's rows each row continues (beams); absent for each its own.
         all_hidden: answer with the outputs of every block instead of the last one's.
+        keep: answer with the outputs of the last `keep` new tokens only; 0 for all of them.
+        promise_rows: set aside KV room for at least so many rows: a client may send rows that are alike as one and have it repeated by a
+            later step's `order`.
+        names: uint8 [rows, units, NAME_BYTES], names of the units that this step completes, in their order. Where a step completes units
+            and names none, the session's later units cannot be named any more.
     """
 
     step: int = _is(integer(0, 2**53))
@@ -294,12 +336,15 @@ class Step(Message):
     prompts: Blob | None = _blob(optional=True)
     order: Blob | None = _blob(optional=True)
     all_hidden: bool = _is(flag, False)
+    keep: int = _is(integer(0, MAX_TOKENS), 0)
+    promise_rows: int = _is(integer(0, MAX_TOKENS), 0)
+    names: Blob | None = _blob(optional=True)
 
 
 @_message("step_done")
 @dataclass(frozen=True)
 class StepDone(Message):
-    """The output of a step: [rows, new, hidden], or [blocks, rows, new, hidden] with all_hidden; seconds in the engine and in its queue."""
+    """The output of a step, [rows, kept, hidden], or [blocks, rows, kept, hidden] with all_hidden; seconds in engine and queue."""
 
     step: int = _is(integer(0, 2**53))
     position: int = _is(integer(0, MAX_TOKENS))

@@ -22,7 +22,21 @@ from petalnet.errors import PeerLost
 from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Backward, Error, Forward, Message, OpenSession, Ping, SessionOpened, Step, StepDone
+from petalnet.p2p.messages import (
+    NAME_BYTES,
+    Attach,
+    Attached,
+    Backward,
+    Blob,
+    Error,
+    Forward,
+    Message,
+    OpenSession,
+    Ping,
+    SessionOpened,
+    Step,
+    StepDone,
+)
 from petalnet.p2p.protocols import FORWARD, INFERENCE, Protocol
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
@@ -99,9 +113,9 @@ async def ask(stream: Stream, message: Message) -> Message:
 
 
 def step(hidden: torch.Tensor, position: int, *, codec: str = "raw", **extras: Any) -> Step:
-    flags = {"all_hidden": extras.pop("all_hidden", False), "step": extras.pop("step", 0)}
+    flags = {name: extras.pop(name) for name in ("all_hidden", "step", "keep", "promise_rows") if name in extras}
     blobs = {name: encode_tensor(tensor) for name, tensor in extras.items()}
-    return Step(position=position, hidden=encode_tensor(hidden, codec), **flags, **blobs)
+    return Step(**{"step": 0, **flags}, position=position, hidden=encode_tensor(hidden, codec), **blobs)
 
 
 async def run_step(stream: Stream, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -110,6 +124,11 @@ async def run_step(stream: Stream, *args: Any, **kwargs: Any) -> torch.Tensor:
     assert isinstance(answer, StepDone), answer
     assert (answer.step, answer.position) == (request.step, request.position + request.hidden.shape[1])
     return decode_tensor(answer.output)
+
+
+def names(rows: int, units: int) -> Blob:
+    """Names of units, all different."""
+    return encode_tensor(torch.arange(rows * units * NAME_BYTES).view(rows, units, NAME_BYTES).to(torch.uint8))
 
 
 async def refused(stream: Stream, message: Message, code: str, match: str) -> None:
@@ -159,6 +178,36 @@ async def test_a_session_may_begin_anew_with_other_rows(served: Served) -> None:
         await run_step(stream, X, 0)
         found = await run_step(stream, X[:1, :5], 0)
         torch.testing.assert_close(found, whole(served.span, X[:1, :5])[0], atol=1e-5, rtol=1e-4)
+
+
+async def test_only_the_outputs_that_are_wanted_come_back(served: Served) -> None:
+    expected = whole(served.span, X, all_hidden=True)
+    async with served.session() as stream:
+        for all_hidden, wanted in ((False, expected[-1]), (True, expected)):
+            for keep in (0, 1, 3, 10):
+                found = await run_step(stream, X, 0, keep=keep, all_hidden=all_hidden)
+                torch.testing.assert_close(found, wanted[..., -keep:, :], atol=1e-5, rtol=1e-4)
+
+
+async def test_room_is_promised_for_rows_to_come(served: Served) -> None:
+    async with served.session() as stream:
+        await run_step(stream, ROW, 0, promise_rows=4)
+        assert served.service.sessions.free_tokens <= 1000 - 4 * 40
+        found = await run_step(stream, X[:1, :2].expand(4, 2, HIDDEN), 10, order=torch.zeros(4, dtype=torch.int64))
+        torch.testing.assert_close(found[3], found[0])
+
+
+async def test_a_session_is_attached_before_its_first_step(served: Served) -> None:
+    async with served.session(max_length=200) as stream:
+        await refused(stream, Attach(names(2, 4)), "caller", "4 units of 64 tokens do not fit a session of max_length 200")
+        await refused(stream, Attach(names(2, 0)), "caller", "0 units of 64 tokens do not fit")
+        await refused(stream, Attach(names(1025, 1)), "caller", "a batch has 1 to 1024 rows, not 1025")
+        await refused(stream, Attach(encode_tensor(torch.zeros(2, 3, 15, dtype=torch.uint8))), "caller", "must be uint8 [2, 3, 16]")
+        await refused(stream, Attach(encode_tensor(torch.zeros(2, 3, 16))), "caller", "must be uint8 [2, 3, 16], not float32")
+        await refused(stream, Attach(encode_tensor(torch.zeros(16))), "caller", "a batch has 1 to 1024 rows, not 0")
+        assert await ask(stream, Attach(names(2, 3))) == Attached(0)
+        await run_step(stream, X, 0)
+        await refused(stream, Attach(names(2, 3)), "caller", "before its first step")
 
 
 async def test_a_long_step_runs_in_pieces_and_lets_others_in_between(saved: Callable[..., Path]) -> None:
@@ -287,6 +336,10 @@ ROW = X[:1]
         ),
         (step(X, 4, prompts=torch.zeros(2, 3, HIDDEN)), "caller", "prompts must be floats"),
         (step(X, 4, prompts=torch.zeros(2, 3, 41, HIDDEN)), "caller", "prompts of 41 tokens are longer than 40"),
+        (step(X, 4, keep=11), "caller", "outputs of 11 tokens are wanted of a step of 10"),
+        (step(X, 4, promise_rows=1025), "caller", "a batch has 1 to 1024 rows, not 1025"),
+        (step(X, 4, promise_rows=26), "caller", "26 rows of max_length 40 exceed the 1000 tokens"),
+        (step(X, 4, names=torch.zeros(3, 1, 16, dtype=torch.uint8)), "caller", "names of units must be uint8 [3, 0, 16], not uint8 [3, 1"),
         (Ping(1), "unsupported", "a session takes step, not ping"),
         (OPEN, "unsupported", "a session takes step, not open_session"),
     ],

@@ -15,6 +15,8 @@ from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError, Ser
 from petalnet.p2p import messages
 from petalnet.p2p.frames import Frame, FrameDecoder, FrameLimits
 from petalnet.p2p.messages import (
+    Attach,
+    Attached,
     Blob,
     Error,
     Find,
@@ -22,6 +24,7 @@ from petalnet.p2p.messages import (
     OpenSession,
     Ping,
     Records,
+    SessionOpened,
     Step,
     StepDone,
     Store,
@@ -46,15 +49,19 @@ def blobs() -> st.SearchStrategy[Blob]:
     return st.one_of(raw, rounded).flatmap(fill)
 
 
+OPTIONAL = st.none() | blobs()
 MESSAGES = st.one_of(
-    st.builds(Error, st.sampled_from(["caller", "busy", "server"]), st.text(max_size=100), FLOAT),
+    st.builds(Error, st.sampled_from(["caller", "busy", "server"]), st.text(max_size=100), FLOAT, COUNT),
     st.builds(Ping, COUNT),
     st.builds(Store, st.lists(st.binary(min_size=32, max_size=32), max_size=3).map(tuple), st.binary(max_size=100)),
     st.builds(Find, st.binary(max_size=32)),
     st.builds(Records, st.lists(st.binary(max_size=50), max_size=5).map(tuple)),
     st.builds(OpenSession, st.text(max_size=64), st.text(max_size=128), st.integers(0, 100), st.integers(1, 100), st.integers(1, 1000)),
+    st.builds(SessionOpened, COUNT, st.booleans()),
+    st.builds(Attach, blobs()),
+    st.builds(Attached, COUNT),
     st.builds(
-        Step, COUNT, COUNT, blobs(), st.none() | blobs(), st.none() | blobs(), st.none() | blobs(), st.none() | blobs(), st.booleans()
+        Step, COUNT, COUNT, blobs(), OPTIONAL, OPTIONAL, OPTIONAL, OPTIONAL, st.booleans(), keep=COUNT, promise_rows=COUNT, names=OPTIONAL
     ),
     st.builds(StepDone, COUNT, COUNT, blobs(), FLOAT, FLOAT),
 )
@@ -149,6 +156,15 @@ def test_arrays_lie_where_tensors_may_lie() -> None:
         (["step_done", {"step": 0, "position": 0}, {"output": "float32"}], ProtocolError),
         ({}, ProtocolError),
         (["ping", {"nonce": 1}], ProtocolError),
+        (["attach", {}, {}], ProtocolError),
+        (["attached", {"position": -1}, {}], ProtocolError),
+        (["attached", {"position": 2**24 + 1}, {}], ProtocolError),
+        (["session_opened", {"free_kv_tokens": 1, "shares_prefixes": 1}, {}], ProtocolError),
+        (["error", {"code": "busy", "message": "x", "fits_tokens": -1}, {}], ProtocolError),
+        (["step", {"step": 0, "position": 0, "keep": -1}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
+        (["step", {"step": 0, "position": 0, "keep": 2**24 + 1}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
+        (["step", {"step": 0, "position": 0, "promise_rows": "1"}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
+        (["step", {"step": 0, "position": 0}, {"hidden": ["float32", [0], "raw"], "names": ["uint8", [2], "int8"]}], ProtocolError),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_class(header: Any, error: type[Exception]) -> None:
@@ -168,7 +184,7 @@ def test_fields_of_a_later_version_are_ignored() -> None:
 def test_errors_keep_their_class_on_the_wire() -> None:
     for error, expected in [
         (CallerError("too long"), CallerError),
-        (BusyError("full", 2.5), BusyError),
+        (BusyError("full", 2.5, 4711), BusyError),
         (ServerError("broken"), ServerError),
         (PeerLost("gone"), ServerError),
         (UnsupportedError("what"), UnsupportedError),
@@ -181,3 +197,4 @@ def test_errors_keep_their_class_on_the_wire() -> None:
         assert type(raised) is expected and str(error) in str(raised)
         if isinstance(error, BusyError) and isinstance(raised, BusyError):
             assert raised.retry_after_s == min(error.retry_after_s, 3600)
+            assert raised.fits_tokens == error.fits_tokens
