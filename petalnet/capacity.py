@@ -20,6 +20,8 @@ MACHINE_SHARE = 0.5
 """Of a machine's free memory that a node takes by itself: it is shared with everything else that runs there."""
 WEIGHTS_SHARE = 0.7
 """Of a node's memory that `--serve auto` fills with weights: the rest is for KV entries and activations."""
+FEWEST_KV_TOKENS = 256
+"""A server that has no room for a short question and its answer is of no use to anybody."""
 MOST_KV_TOKENS = 1 << 22
 """A bound for tiny models, whose KV entries would fit by the hundred million."""
 
@@ -50,11 +52,14 @@ def require_device(device: str) -> None:
 
 def usable_memory(device: str, most: int | None) -> int:
     """Bytes on a device that a node may take: `most` where it is given, else its share of what is free."""
-    if device.startswith("cuda"):
-        free = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE)
-    else:
-        free = int(psutil.virtual_memory().available * MACHINE_SHARE)
-    return free if most is None else most
+    if most is not None:
+        return most
+    return int(_free_memory(device) * (DEVICE_SHARE if device.startswith("cuda") else MACHINE_SHARE))
+
+
+def _free_memory(device: str) -> int:
+    """Bytes that nobody uses: of a CUDA device, else of the machine."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available)
 
 
 def block_sizes(source: ModelSource, dtype: torch.dtype) -> list[int]:
@@ -87,18 +92,47 @@ def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max
     return count
 
 
-def kv_tokens_that_fit(span: Span, source: ModelSource, *, device: str, max_memory: int | None) -> int:
-    """Positions of KV cache for which there is room beside a loaded span.
+def require_room(source: ModelSource, first: int, end: int, *, dtype: torch.dtype, device: str, max_memory: int | None) -> None:
+    """Raises UsageError, with how many blocks would fit, where blocks [first, end) are larger than the memory that is free.
+
+    Looked at before anything is loaded: a CPU's memory is not refused when it is asked for, the machine ends the process later.
+    """
+    free = _free_memory(device) if max_memory is None else max_memory
+    if sum(block_sizes(source, dtype)[first:end]) > free:
+        raise too_large(source, first, end, dtype=dtype, device=device, max_memory=max_memory)
+
+
+def too_large(source: ModelSource, first: int, end: int, *, dtype: torch.dtype, device: str, max_memory: int | None) -> UsageError:
+    """What to tell the person who asked for blocks [first, end), which do not fit; it names a number of blocks that would.
 
     Raises:
-        UsageError: there is no room.
+        UsageError: not even one does.
     """
-    memory = usable_memory(device, max_memory)
+    sizes = block_sizes(source, dtype)[first:end]
+    fit = min(blocks_that_fit(source, dtype=dtype, device=device, max_memory=max_memory), max(len(sizes) - 1, 1))
+    return UsageError(
+        f"blocks {first}:{end} of {source.name} do not fit into the memory of {device}: their weights take {sum(sizes) / 1e9:.2f} GB in "
+        f"{str(dtype).removeprefix('torch.')}; {fit} block{'s' * (fit != 1)} would fit: --serve {fit}"
+    )
+
+
+def kv_tokens(span: Span, source: ModelSource, *, device: str, max_memory: int | None, wanted: int | None) -> int:
+    """Positions of KV cache to make room for beside a loaded span: `wanted`, or as many as fit.
+
+    Raises:
+        UsageError: there is no room for them; the message says what would fit.
+    """
+    bytes_per_token = max(span.kv_bytes_per_token, 1)
+    memory = usable_memory(device, max_memory) if wanted is None or max_memory is not None else _free_memory(device)
     if max_memory is not None:  # what is free on the device was counted with the weights in it, a ceiling was not
         memory -= sum(block_sizes(source, span.dtype)[span.first : span.end])
-    tokens = min(memory // max(span.kv_bytes_per_token, 1), MOST_KV_TOKENS)
-    if tokens < 1:
-        raise UsageError(
-            f"no memory is left for KV entries on {device} beside blocks {span.first}:{span.end}: raise --max-memory or serve fewer"
-        )
-    return tokens
+    fit = max(memory // bytes_per_token, 0)
+    if wanted is None and fit >= FEWEST_KV_TOKENS:
+        return min(fit, MOST_KV_TOKENS)
+    if wanted is not None and fit >= wanted:
+        return wanted
+    beside = f"beside blocks {span.first}:{span.end} on {device} there is memory for {fit} KV tokens"
+    fewer = "raise --max-memory or serve fewer blocks" if max_memory is not None else "serve fewer blocks"
+    if wanted is None:
+        raise UsageError(f"{beside}, which is too little to serve anybody: {fewer}")
+    raise UsageError(f"{beside}, not for {wanted}: give a smaller --attn-cache-tokens, or {fewer}")

@@ -213,13 +213,19 @@ class Server:
 
     def _load_blocking(self) -> tuple[Span, int, Rates]:
         """The loaded span, the KV tokens for which there is room, and the rates to announce."""
+        import torch
+
         from petalnet.blocks.span import Span
         from petalnet.blocks.throughput import Rates, measure
-        from petalnet.capacity import kv_tokens_that_fit
+        from petalnet.capacity import kv_tokens, require_room, too_large
 
         settings, model = self._settings, self._model
-        span = Span.load(model.source, *self.span, dtype=model.dtype, device=model.device)
-        tokens = settings.attn_cache_tokens or kv_tokens_that_fit(span, model.source, device=model.device, max_memory=settings.max_memory)
+        require_room(model.source, *self.span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory)
+        try:
+            span = Span.load(model.source, *self.span, dtype=model.dtype, device=model.device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise too_large(model.source, *self.span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory) from error
+        tokens = kv_tokens(span, model.source, device=model.device, max_memory=settings.max_memory, wanted=settings.attn_cache_tokens)
         rate = settings.throughput
         rates = measure(span, model=model.key) if rate is None else Rates(rate, rate, rate)
         _ = span.digests  # computed here, on this thread, and kept by the span

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from petalnet import capacity
 from petalnet.blocks.span import Span
-from petalnet.capacity import WEIGHTS_SHARE, block_sizes, blocks_that_fit, kv_tokens_that_fit
+from petalnet.capacity import WEIGHTS_SHARE, block_sizes, blocks_that_fit, kv_tokens, require_room, too_large
 from petalnet.errors import UsageError
 from petalnet.models.checkpoint import DEMO_MODEL, ModelSource
 
@@ -48,7 +49,35 @@ def test_kv_tokens_beside_the_weights(source: ModelSource) -> None:
     span = Span.load(source, 2, 4)
     weights = sum(block_sizes(source, torch.float32)[2:4])
     per_token = 2 * 2 * source.config.hidden_size * 4  # blocks, keys and values, float32
-    assert kv_tokens_that_fit(span, source, device="cpu", max_memory=weights + 1000 * per_token) == 1000
-    assert kv_tokens_that_fit(span, source, device="cpu", max_memory=None) > 1000
-    with pytest.raises(UsageError, match="2:4"):
-        kv_tokens_that_fit(span, source, device="cpu", max_memory=weights)
+
+    def fitting(memory: int | None, wanted: int | None = None) -> int:
+        return kv_tokens(span, source, device="cpu", max_memory=memory, wanted=wanted)
+
+    assert fitting(weights + 1000 * per_token) == 1000
+    assert fitting(None) > 1000
+    assert fitting(None, 4711) == 4711 and fitting(weights + 1000 * per_token, 7) == 7, "what was asked for is what there is"
+    with pytest.raises(UsageError, match="beside blocks 2:4 on cpu there is memory for 0 KV tokens, which is too little"):
+        fitting(weights)
+    with pytest.raises(UsageError, match="for 100 KV tokens, not for 101: give a smaller --attn-cache-tokens, or raise --max-memory"):
+        fitting(weights + 100 * per_token, 101)
+    with pytest.raises(UsageError, match="not for 1000000000000: give a smaller --attn-cache-tokens, or serve fewer blocks"):
+        fitting(None, 10**12)
+
+
+def test_blocks_that_do_not_fit(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = max(block_sizes(source, torch.float32))
+
+    def require(first: int, end: int, memory: int | None = None) -> None:
+        require_room(source, first, end, dtype=torch.float32, device="cpu", max_memory=memory)
+
+    require(0, 12)
+    require(0, 3, 3 * size)
+    with pytest.raises(UsageError, match="blocks 0:4 of .* do not fit into the memory of cpu: .* 2 blocks would fit: --serve 2"):
+        require(0, 4, 3 * size)
+    with pytest.raises(UsageError, match="no block of .* fits"):
+        require(0, 12, size // 2)
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: 6 * size)
+    require(0, 6)
+    with pytest.raises(UsageError, match="2 blocks would fit: --serve 2"):
+        require(0, 7)
+    assert "6 blocks" in str(too_large(source, 0, 7, dtype=torch.float32, device="cpu", max_memory=100 * size)), "fewer than were too many"
