@@ -1,0 +1,427 @@
+"""Which page of the KV store holds which positions of which row: a pool of pages with reference counts, and the page tables of a session.
+
+A page is `page_tokens` positions of one row in every block of a span; the store that holds the tensors knows nothing of rows, and this
+module knows nothing of tensors. Rows that begin alike share pages; a row that writes into a page which others read too gets a copy first.
+
+Attention reads a row in place, without gathering, where its pages are one consecutive **run**. So a row claims a run as long as it may
+become when it begins, goes on behind a prefix that it shares where there is room, and is otherwise brought together by copying its pages
+once: that costs about what gathering them for a single token costs.
+
+Everything here belongs to one thread, the one that computes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+_FREE, _CLAIMED, _HELD = 0, 1, 2
+"""States of a page. A claimed page is free, too: it is only the last that others than the claim's owner take."""
+
+_FREE_RUNS = re.compile(rb"\x00+")
+
+SETTLED_TOKENS = 4
+"""How many tokens rows that were duplicated must have gone on before scattered ones are copied to runs of their own: rows of a beam search
+are duplicated at nearly every token, and copying them each time would cost more than gathering does."""
+
+
+class OutOfPages(Exception):
+    """No page is left; cannot happen while the sum of rows × pages of `max_length`, over all sessions, fits the pool."""
+
+
+class Claim:
+    """Free pages start … end - 1, set aside for a row that will grow into them; others take the last of them where nothing else is left."""
+
+    __slots__ = ("end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+class PagePool:
+    """Pages 0 … `pages` - 1, how many hold each of them, and which free ones are set aside for whom.
+
+    Attributes:
+        pages: how many there are.
+        page_tokens: positions of a page.
+        free: pages that nobody holds; claimed ones count.
+        reclaim: is asked to free at least so many pages where too few are free, and says how many became free; None where nobody keeps
+            pages that can be done without.
+    """
+
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        if pages < 0 or page_tokens < 1:
+            raise ValueError(f"no pool of {pages} pages of {page_tokens} tokens")
+        self.pages = pages
+        self.page_tokens = page_tokens
+        self.free = pages
+        self.reclaim: Callable[[int], int] | None = None
+        self._holders = [0] * pages
+        self._states = bytearray(pages)
+        self._claims: dict[Claim, None] = {}
+
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return self._holders[page]
+
+    def claim(self, pages: int, *, after: int | None = None, least: int = 1) -> Claim | None:
+        """Set aside a run of free pages that nobody has claimed, for a row that will grow to that many.
+
+        Args:
+            pages: how many are wanted, at least 1.
+            after: the run has to begin right behind this page; None: the shortest run that suffices, or else the longest there is.
+            least: a shorter run is of no use.
+
+        Returns:
+            At least `least` and at most `pages` pages; None where there is no such run.
+        """
+        if after is None:
+            start, found = self._fitting(pages)
+        else:
+            start = after + 1
+            run = _FREE_RUNS.match(self._states, start)
+            found = 0 if run is None else run.end() - start
+        found = min(found, pages)
+        if found < max(least, 1):
+            return None
+        claim = Claim(start, start + found)
+        self._claims[claim] = None
+        self._states[start : claim.end] = bytes((_CLAIMED,)) * found
+        return claim
+
+    def unclaim(self, claim: Claim) -> None:
+        """Give a claim up; what is left of it is anybody's. Harmless where that was done before."""
+        if claim in self._claims:
+            del self._claims[claim]
+            self._states[claim.start : claim.end] = bytes(len(claim))
+            claim.end = claim.start
+
+    def take(self, claim: Claim | None = None, after: int | None = None) -> int:
+        """A free page, with one holder from now on: where there is a choice the next of the claim that follows page `after`, else that
+        which follows `after`, else the next of the claim, else one that nobody has claimed, else the last one of the longest claim.
+
+        Raises:
+            OutOfPages: all pages are held and nothing could be reclaimed.
+        """
+        if not self.free and (self.reclaim is None or not self.reclaim(1)):
+            raise OutOfPages(f"all {self.pages} pages are held")
+        states = self._states
+        follower = -1 if after is None else after + 1
+        if claim is not None and claim.start < claim.end and (claim.start == follower or not self._unclaimed(follower)):
+            page = claim.start
+            claim.start += 1
+        elif self._unclaimed(follower):
+            page = follower
+        else:
+            page = states.find(_FREE)
+            if page < 0:
+                longest = max(self._claims, key=len)
+                longest.end -= 1
+                page = longest.end
+        states[page] = _HELD
+        self._holders[page] = 1
+        self.free -= 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more holds a page."""
+        if not self._holders[page]:
+            raise RuntimeError(f"page {page} is shared, but nobody holds it")
+        self._holders[page] += 1
+
+    def release(self, page: int, claim: Claim | None = None) -> None:
+        """One less holds a page. Where it was the last and the page lies right before what is left of `claim`, it goes back to that."""
+        left = self._holders[page] - 1
+        if left < 0:
+            raise RuntimeError(f"page {page} is released, but nobody holds it")
+        self._holders[page] = left
+        if not left:
+            self.free += 1
+            if claim is not None and claim.start == page + 1 and claim in self._claims:
+                claim.start = page
+                self._states[page] = _CLAIMED
+            else:
+                self._states[page] = _FREE
+
+    def check(self, held: Iterable[Iterable[int]]) -> None:
+        """Raise RuntimeError, with what is wrong, unless the accounts are exactly those of the given holders.
+
+        Args:
+            held: a list of pages for each holder: all rows of all sessions, and what keeps pages beside them.
+        """
+        wrong = []
+        counted = Counter(page for pages in held for page in pages)
+        for page, expected in enumerate(self._holders):
+            if counted[page] != expected:
+                wrong.append(f"page {page} is held by {counted[page]}, counted as {expected}")
+        unknown = [page for page in counted if not 0 <= page < self.pages]
+        if unknown:
+            wrong.append(f"there are no pages {unknown}")
+        states = bytearray(_HELD if count else _FREE for count in self._holders)
+        for claim in self._claims:
+            if not 0 <= claim.start <= claim.end <= self.pages or any(states[claim.start : claim.end]):
+                wrong.append(f"the claim of pages {claim.start}:{claim.end} has pages in it that are held or claimed by others")
+            else:
+                states[claim.start : claim.end] = bytes((_CLAIMED,)) * len(claim)
+        if states != self._states:
+            wrong.append("the states of the pages are not those of their holders and claims")
+        if self.free != self._holders.count(0):
+            wrong.append(f"{self._holders.count(0)} pages are free, counted as {self.free}")
+        if wrong:
+            raise RuntimeError("the page pool is not sound: " + "; ".join(wrong))
+
+    def _unclaimed(self, page: int) -> bool:
+        return 0 <= page < self.pages and self._states[page] == _FREE
+
+    def _fitting(self, pages: int) -> tuple[int, int]:
+        """The first page and the length of the shortest unclaimed run of that many pages, or else of the longest."""
+        best_start = best = longest_start = longest = 0
+        for run in _FREE_RUNS.finditer(self._states):
+            start, end = run.span()
+            length = end - start
+            if length >= pages and (not best or length < best):
+                best_start, best = start, length
+            if length > longest:
+                longest_start, longest = start, length
+        return (best_start, best) if best else (longest_start, longest)
+
+
+class Rows:
+    """The page tables of a session's rows, which all have the same length.
+
+    A step goes `prepare`, copies of pages as that says, writing, `advance`. Between the two `tables` reach beyond `length`.
+
+    Attributes:
+        pool: where the pages come from.
+        max_length: positions that no row will exceed.
+        length: positions that are valid in every row.
+        tables: a list of pages for each row; page i of it holds positions i × page_tokens and following. To be read only.
+    """
+
+    def __init__(self, pool: PagePool, max_length: int) -> None:
+        self.pool = pool
+        self.max_length = max_length
+        self.length = 0
+        self.tables: list[list[int]] = []
+        self._claims: list[Claim | None] = []
+        self._runs: list[int | None] = []  # what `run` answers
+        self._ready = 0  # positions before this one can be written in every row without another look at the tables
+        self._settled = 0  # from this length on scattered rows are brought together
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def run(self, row: int) -> int | None:
+        """The slot (page × page_tokens + offset) of position 0 of a row whose pages are consecutive; None where they are not, or none."""
+        return self._runs[row]
+
+    def resize(self, rows: int) -> None:
+        """Have that many empty rows. Raises ValueError unless `length` is 0."""
+        if self.length:
+            raise ValueError(f"rows of {self.length} positions cannot be resized")
+        self.release()
+        self.tables = [[] for _ in range(rows)]
+        self._claims = [None] * rows
+        self._runs = [None] * rows
+
+    def attach(self, pages: Sequence[Sequence[int]]) -> None:
+        """Begin the rows with pages that somebody else holds, too: as many for each row; `length` becomes pages × page_tokens.
+
+        Raises:
+            ValueError: the rows are not empty, or the pages are not as many for each row, or more than `max_length` allows.
+        """
+        count = len(pages[0]) if pages else 0
+        length = count * self.pool.page_tokens
+        if self.length or len(pages) != len(self.tables) or any(len(one) != count for one in pages) or length > self.max_length:
+            raise ValueError(f"{len(self.tables)} rows of {self.length} positions cannot begin with {[len(one) for one in pages]} pages")
+        self.resize(len(pages))
+        for table, shared in zip(self.tables, pages, strict=True):
+            for page in shared:
+                self.pool.share(page)
+            table.extend(shared)
+        self._runs = [self._run_of(table) for table in self.tables]
+        self.length = self._ready = length
+
+    def prepare(self, new: int) -> list[tuple[int, int]]:
+        """Make positions `length` … `length` + new - 1 of every row writable.
+
+        Returns:
+            Whole pages to be copied, (source, target) each: in this order, before anything else is written and before the copies of any
+            later call, because a source may be free from now on.
+
+        Raises:
+            ValueError: `max_length` would be exceeded.
+            OutOfPages: too few pages are left; the rows are as before.
+        """
+        end = self.length + new
+        if end <= self._ready:
+            return []
+        if end > self.max_length:
+            raise ValueError(f"{end} positions are more than the {self.max_length} of this session")
+        return self._prepare(end)
+
+    def advance(self, new: int) -> None:
+        """Make valid the `new` positions that were prepared and have been written. Raises ValueError for more than were prepared."""
+        length = self.length + new
+        if length > self._ready:
+            raise ValueError(f"only {self._ready} positions were prepared, not {length}")
+        self.length = length
+
+    def truncate(self, length: int) -> None:
+        """Go back to an earlier length; pages beyond it are given back. Raises ValueError for a length that was never reached."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"rows of {self.length} positions cannot be set to {length}")
+        kept, inside = self._pages(length), length % self.pool.page_tokens
+        self.length = length
+        self._settled = min(self._settled, length + SETTLED_TOKENS)
+        self._ready = kept * self.pool.page_tokens
+        for row, table in enumerate(self.tables):
+            if len(table) > kept:
+                claim = self._claims[row]
+                while len(table) > kept:
+                    self.pool.release(table.pop(), claim)
+                if not kept or self._runs[row] is None:
+                    self._runs[row] = self._run_of(table)
+            if inside and self.pool.holders(table[-1]) > 1:
+                self._ready = length
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Let row i continue what row `order[i]` holds; rows may be repeated, dropped and added, at the cost of no page.
+
+        Raises:
+            ValueError: a row is named that there is not.
+        """
+        if any(not 0 <= row < len(self.tables) for row in order):
+            raise ValueError(f"an order of rows {list(order)} where there are {len(self.tables)}")
+        self.truncate(self.length)  # pages that are only prepared are not worth sharing
+        seen: set[int] = set()
+        tables: list[list[int]] = []
+        claims: list[Claim | None] = []
+        for row in reversed(order):
+            table = self.tables[row]
+            if row in seen:
+                for page in table:
+                    self.pool.share(page)
+                tables.append(table.copy())
+                claims.append(None)
+            else:  # the last to continue a row goes on in place, when all others have left its last page (see `_is_shared`)
+                seen.add(row)
+                tables.append(table)
+                claims.append(self._claims[row])
+        self._runs = [self._runs[row] for row in order]
+        for row in range(len(self.tables)):
+            if row not in seen:
+                self._drop(row)
+        self.tables, self._claims = tables[::-1], claims[::-1]
+        if len(seen) < len(order):
+            self._ready, self._settled = self.length, self.length + SETTLED_TOKENS
+
+    def release(self) -> None:
+        """Give everything back; there are no rows afterwards. Harmless where that was done before."""
+        for row in range(len(self.tables)):
+            self._drop(row)
+        self.tables, self._claims, self._runs = [], [], []
+        self.length = self._ready = self._settled = 0
+
+    def _drop(self, row: int) -> None:
+        for page in self.tables[row]:
+            self.pool.release(page)
+        claim = self._claims[row]
+        if claim is not None:
+            self.pool.unclaim(claim)
+
+    def _prepare(self, end: int) -> list[tuple[int, int]]:
+        pool = self.pool
+        pages = self._pages(end)
+        needed = self._needed(pages)
+        if needed > pool.free and pool.reclaim is not None:
+            pool.reclaim(needed - pool.free)
+            needed = self._needed(pages)  # a page that was shared with nobody but the reclaimed needs no copy any more
+        if needed > pool.free:
+            raise OutOfPages(f"{needed} pages are needed, {pool.free} of {pool.pages} are free")
+        copies: list[tuple[int, int]] = []
+        settled = self.length >= self._settled
+        scattered = False
+        for row, table in enumerate(self.tables):
+            shared = self._is_shared(table)
+            kept = len(table) - shared
+            missing = pages - kept
+            if missing or self._runs[row] is None:
+                needed -= missing
+                if not self._stays_run(row, kept, missing) and settled and self._bring_together(row, pages, pool.free - needed, copies):
+                    continue
+                self._extend(row, kept, missing, copies)
+                scattered = scattered or self._runs[row] is None
+        self._ready = pages * pool.page_tokens
+        if scattered and not settled:
+            self._ready = max(end, min(self._ready, self._settled))  # the next look at the tables is due then
+        return copies
+
+    def _needed(self, pages: int) -> int:
+        """Free pages that it takes for every row to have so many, with nobody else holding the one that is written next."""
+        needed = 0
+        leaving: Counter[int] = Counter()
+        for table in self.tables:
+            needed += pages - len(table)
+            if self._is_shared(table) and leaving[table[-1]] < self.pool.holders(table[-1]) - 1:  # the last holder may stay
+                leaving[table[-1]] += 1
+                needed += 1
+        return needed
+
+    def _is_shared(self, table: list[int]) -> bool:
+        """Whether the next position of this row lies in a page that others hold, too."""
+        inside = self.length % self.pool.page_tokens
+        return inside > 0 and self.pool.holders(table[self.length // self.pool.page_tokens]) > 1
+
+    def _stays_run(self, row: int, kept: int, missing: int) -> bool:
+        """Whether a row, of which so many pages stay, can be one run when it has so many more; claims that run."""
+        table, claim = self.tables[row], self._claims[row]
+        if kept and self._runs[row] is None and self._run_of(table[:kept]) is None:
+            return False
+        after = table[kept - 1] if kept else None
+        if claim is not None:
+            if len(claim) >= missing and (after is None or claim.start == after + 1):
+                return True
+            self.pool.unclaim(claim)
+        wanted = self._pages(self.max_length) - kept
+        self._claims[row] = claim = self.pool.claim(wanted, after=after, least=missing)
+        return claim is not None
+
+    def _bring_together(self, row: int, pages: int, spare: int, copies: list[tuple[int, int]]) -> bool:
+        """Copy a row to a run of so many pages and room to grow, if there is one and it takes no more than the spare pages."""
+        if pages > spare:
+            return False
+        claim = self.pool.claim(self._pages(self.max_length), least=pages)
+        if claim is None:
+            return False
+        former = self.tables[row]
+        table = [self.pool.take(claim) for _ in range(pages)]
+        copies.extend(zip(former[: self._pages(self.length)], table, strict=False))
+        self._drop(row)
+        self.tables[row], self._claims[row], self._runs[row] = table, claim, table[0] * self.pool.page_tokens
+        return True
+
+    def _extend(self, row: int, kept: int, missing: int, copies: list[tuple[int, int]]) -> None:
+        """Give a row so many more pages behind those that stay; one that others hold, too, is replaced by a copy."""
+        table, claim = self.tables[row], self._claims[row]
+        leaves = table[kept:]
+        del table[kept:]
+        for _ in range(missing):
+            table.append(self.pool.take(claim, table[-1] if table else None))
+        for page in leaves:
+            copies.append((page, table[kept]))
+            self.pool.release(page)
+        self._runs[row] = self._run_of(table)
+
+    def _pages(self, positions: int) -> int:
+        return -(-positions // self.pool.page_tokens)
+
+    def _run_of(self, table: list[int]) -> int | None:
+        if not table or table != list(range(table[0], table[0] + len(table))):
+            return None
+        return table[0] * self.pool.page_tokens

@@ -1,0 +1,155 @@
+"""Beginnings of rows that are kept after their session, so that a later one with the same beginning need not compute it again.
+
+A beginning has a chain of names: each stands for `UNIT_TOKENS` more tokens and for all before them. What a name is made of is the client's
+business; a server only finds pages by them, and only for the owner who named them. A kept page is held like a row holds one, in whole
+units, and given up again, least recently used first, when a row needs it.
+
+Like the pool, this belongs to the thread that computes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from petalnet.blocks.pages import PagePool
+
+UNIT_TOKENS = 64
+"""Positions that a name stands for, beyond those of the name before it."""
+
+
+class _Unit:
+    """A node of the tree of beginnings: what follows its parent. A root has its owner for a name and no pages."""
+
+    __slots__ = ("children", "name", "pages", "parent")
+
+    def __init__(self, parent: _Unit | None, name: bytes, pages: Sequence[int]) -> None:
+        self.parent = parent
+        self.name = name
+        self.pages = tuple(pages)
+        self.children: dict[bytes, _Unit] = {}
+
+
+class PrefixCache:
+    """The pages of named beginnings, by owner.
+
+    Attributes:
+        unit_tokens: positions that are shared at a time: a name's, or a page's where that is longer.
+        unit_pages: pages of so many positions.
+        most_pages: the most pages that are kept.
+    """
+
+    def __init__(self, pool: PagePool, *, most_pages: int | None = None) -> None:
+        """
+        Args:
+            pool: where the pages are from; from now on it asks this cache for pages when none are free.
+            most_pages: the most pages to keep; None for any number.
+
+        Raises:
+            ValueError: the pool's pages are not a power of two of tokens.
+        """
+        if pool.page_tokens & (pool.page_tokens - 1):
+            raise ValueError(f"pages of {pool.page_tokens} tokens cannot be named, only of a power of two")
+        self.unit_tokens = max(UNIT_TOKENS, pool.page_tokens)
+        self.unit_pages = self.unit_tokens // pool.page_tokens
+        self.most_pages = pool.pages if most_pages is None else min(most_pages, pool.pages)
+        self._names_per_unit = self.unit_tokens // UNIT_TOKENS
+        self._pool = pool
+        self._roots: dict[str, _Unit] = {}
+        # Least recently used first. A use counts for a unit and then for all before it, so every unit stands before its parent.
+        self._units: OrderedDict[_Unit, None] = OrderedDict()
+        pool.reclaim = self.evict
+
+    def __len__(self) -> int:
+        """Pages that are kept; one that is known by several names counts for each."""
+        return len(self._units) * self.unit_pages
+
+    def find(self, owner: str, names: Sequence[bytes]) -> list[int]:
+        """The pages of the longest known beginning, which counts as used now. They are only safe until the pool is asked for pages.
+
+        Args:
+            owner: whose names these are.
+            names: names[i] stands for tokens 0 … (i + 1) × UNIT_TOKENS - 1.
+        """
+        unit = self._roots.get(owner)
+        if unit is None:
+            return []
+        pages: list[int] = []
+        for name in self._unit_names(names):
+            following = unit.children.get(name)
+            if following is None:
+                break
+            unit = following
+            pages.extend(unit.pages)
+        self._use(unit)
+        return pages
+
+    def keep(self, owner: str, names: Sequence[bytes], pages: Sequence[int]) -> None:
+        """Keep a beginning; of what is known already the pages stay those that are kept.
+
+        Args:
+            owner: whose names these are.
+            names: as for `find`.
+            pages: those of the row, in order; only whole units that are both named and given are kept.
+        """
+        size = self.unit_pages
+        most = min(len(pages), self.most_pages) // size
+        if not most:
+            return
+        unit: _Unit | None = None
+        for i, name in enumerate(self._unit_names(names)[:most]):
+            unit = unit or self._roots.setdefault(owner, _Unit(None, owner.encode(), ()))
+            following = unit.children.get(name)
+            if following is None:
+                following = _Unit(unit, name, pages[i * size : (i + 1) * size])
+                for page in following.pages:
+                    self._pool.share(page)
+                unit.children[name] = following
+                self._units[following] = None
+            unit = following
+        if unit is None:
+            return
+        self._use(unit)
+        while len(self) > self.most_pages:
+            self._forget(next(iter(self._units)))
+
+    def evict(self, pages: int) -> int:
+        """Give up what was least recently used until at least so many pages are free that were not.
+
+        What would free nothing, because rows hold those pages too, is given up only where the rest does not suffice.
+
+        Returns:
+            How many became free; fewer than asked for where nothing is kept any more.
+        """
+        before = self._pool.free
+        for useful in (True, False):
+            for unit in list(self._units):
+                if self._pool.free - before >= pages:
+                    break
+                if not unit.children and (not useful or any(self._pool.holders(page) == 1 for page in unit.pages)):
+                    self._forget(unit)
+        return self._pool.free - before
+
+    def held(self) -> list[list[int]]:
+        """The pages of each unit, for `PagePool.check`."""
+        return [list(unit.pages) for unit in self._units]
+
+    def _unit_names(self, names: Sequence[bytes]) -> Sequence[bytes]:
+        return names[self._names_per_unit - 1 :: self._names_per_unit]
+
+    def _use(self, unit: _Unit) -> None:
+        step: _Unit = unit
+        while step.parent is not None:
+            self._units.move_to_end(step)
+            step = step.parent
+
+    def _forget(self, unit: _Unit) -> None:
+        """Give up a unit that nothing known follows."""
+        del self._units[unit]
+        for page in unit.pages:
+            self._pool.release(page)
+        parent = unit.parent
+        if parent is not None:
+            del parent.children[unit.name]
+            if parent.parent is None and not parent.children:
+                del self._roots[parent.name.decode()]

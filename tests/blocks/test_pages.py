@@ -1,0 +1,441 @@
+"""Pages and page tables: what is read at a row's positions is what was written there, nothing is lost, and promises hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from petalnet.blocks.pages import SETTLED_TOKENS, OutOfPages, PagePool, Rows
+from petalnet.blocks.prefixes import UNIT_TOKENS, PrefixCache
+
+
+def make(rows: int, max_length: int, pool: PagePool) -> Rows:
+    made = Rows(pool, max_length)
+    made.resize(rows)
+    return made
+
+
+def step(rows: Rows, new: int) -> list[tuple[int, int]]:
+    copies = rows.prepare(new)
+    rows.advance(new)
+    return copies
+
+
+# The pool.
+
+
+def test_a_page_has_holders() -> None:
+    pool = PagePool(2, 16)
+    page = pool.take()
+    pool.share(page)
+    assert (pool.holders(page), pool.free) == (2, 1)
+    pool.check([[page], [page]])
+    pool.release(page)
+    assert pool.free == 1
+    pool.release(page)
+    assert (pool.holders(page), pool.free) == (0, 2)
+    with pytest.raises(RuntimeError, match="nobody holds it"):
+        pool.release(page)
+    with pytest.raises(RuntimeError, match="nobody holds it"):
+        pool.share(page)
+    pool.check([])
+
+
+def test_all_pages_can_be_taken_and_no_more() -> None:
+    pool = PagePool(5, 16)
+    claim = pool.claim(3)
+    assert {pool.take() for _ in range(5)} == set(range(5)), "claimed ones, too, when nothing else is left"
+    assert claim is not None and len(claim) == 0
+    with pytest.raises(OutOfPages):
+        pool.take()
+    asked = []
+
+    def reclaim(pages: int) -> int:
+        asked.append(pages)
+        pool.release(3)
+        return 1
+
+    pool.reclaim = reclaim
+    assert pool.take() == 3 and asked == [1]
+
+
+def test_claims_fit_best() -> None:
+    pool = PagePool(12, 16)
+    pages = [pool.take() for _ in range(12)]
+    for page in (1, 2, 3, 4, 6, 7, 9, 10, 11):  # runs of four, two and three
+        pool.release(page)
+    wanted = [pool.claim(2), pool.claim(3), pool.claim(9)]
+    assert [(claim.start, claim.end) for claim in wanted if claim] == [(6, 8), (9, 12), (1, 5)], "where none suffices, the longest"
+    assert pool.claim(1) is None
+    for claim in wanted:
+        assert claim
+        pool.unclaim(claim)
+        pool.unclaim(claim)
+    assert pool.claim(5, least=5) is None
+    behind = pool.claim(5, after=5)
+    assert behind and (behind.start, behind.end) == (6, 8)
+    assert pool.claim(5, after=7) is None
+    pool.check([[page for page in pages if pool.holders(page)]])
+
+
+def test_the_end_of_a_claim_is_taken_last() -> None:
+    pool = PagePool(8, 16)
+    claim = pool.claim(6)
+    assert [pool.take(), pool.take()] == [6, 7]
+    assert [pool.take(), pool.take()] == [5, 4]
+    assert [pool.take(claim), pool.take(claim, 0), pool.take(claim, 5)] == [0, 1, 2]
+    pool.release(2, claim)
+    pool.release(6, claim)
+    assert claim and (claim.start, claim.end) == (2, 4), "what adjoins goes back to the claim"
+    pool.check([[0, 1, 4, 5, 7]])
+
+
+def test_the_check_tells_what_is_wrong() -> None:
+    pool = PagePool(4, 16)
+    page = pool.take()
+    with pytest.raises(RuntimeError, match="page 0 is held by 0, counted as 1"):
+        pool.check([])
+    with pytest.raises(RuntimeError, match="page 0 is held by 2, counted as 1"):
+        pool.check([[page], [page]])
+    with pytest.raises(RuntimeError, match=r"there are no pages \[7\]"):
+        pool.check([[page], [7]])
+    pool.free = 4
+    with pytest.raises(RuntimeError, match="3 pages are free, counted as 4"):
+        pool.check([[page]])
+    pool.free = 3
+    claim = pool.claim(2)
+    assert claim
+    claim.start = 0
+    with pytest.raises(RuntimeError, match="claim of pages 0:3"):
+        pool.check([[page]])
+    claim.start = 2
+    with pytest.raises(RuntimeError, match="the states of the pages"):
+        pool.check([[page]])
+
+
+def test_a_pool_has_sense() -> None:
+    with pytest.raises(ValueError, match="no pool"):
+        PagePool(-1, 16)
+    with pytest.raises(ValueError, match="no pool"):
+        PagePool(1, 0)
+
+
+# Rows.
+
+
+def test_rows_grow_in_runs_of_their_own() -> None:
+    pool = PagePool(20, 16)
+    rows, others = make(2, 64, pool), make(1, 100, pool)
+    for _ in range(64):
+        step(rows, 1)
+        step(others, 1)
+    assert rows.tables == [[0, 1, 2, 3], [4, 5, 6, 7]] and others.tables == [[8, 9, 10, 11]]
+    assert [rows.run(0), rows.run(1), others.run(0)] == [0, 64, 128]
+    rows.release()
+    rows.release()
+    others.release()
+    pool.check([])
+    assert pool.free == 20 and len(rows) == 0 and rows.length == 0
+
+
+def test_pages_are_taken_as_tokens_arrive() -> None:
+    pool = PagePool(20, 16)
+    rows = make(1, 200, pool)
+    assert rows.run(0) is None and pool.free == 20
+    step(rows, 0)
+    step(rows, 16)
+    assert pool.free == 19
+    step(rows, 17)
+    assert pool.free == 17
+
+
+def test_lengths_are_checked() -> None:
+    pool = PagePool(20, 16)
+    rows = make(1, 40, pool)
+    step(rows, 30)
+    with pytest.raises(ValueError, match="41 positions are more than the 40"):
+        rows.prepare(11)
+    rows.prepare(1)
+    with pytest.raises(ValueError, match="only 32 positions were prepared, not 33"):
+        rows.advance(3)
+    for length in (-1, 31):
+        with pytest.raises(ValueError, match="cannot be set"):
+            rows.truncate(length)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        rows.resize(2)
+    with pytest.raises(ValueError, match="cannot begin with"):
+        rows.attach([[0]])
+    with pytest.raises(ValueError, match="an order of rows"):
+        rows.reorder([0, 1])
+    empty = make(2, 40, pool)
+    for pages in ([[0]], [[0], [0, 1]], [[0, 1, 0], [0, 1, 0]]):
+        with pytest.raises(ValueError, match="cannot begin with"):
+            empty.attach(pages)
+
+
+def test_going_back_keeps_the_run() -> None:
+    pool = PagePool(20, 16)
+    rows, others = make(1, 100, pool), make(1, 100, pool)
+    step(rows, 30)
+    step(others, 20)
+    step(rows, 20)
+    rows.truncate(10)
+    assert rows.tables == [[0]]
+    step(others, 60)
+    step(rows, 90)
+    assert rows.run(0) == 0 and others.run(0) == 7 * 16
+    rows.truncate(0)
+    assert rows.tables == [[]] and rows.run(0) is None
+    rows.resize(3)
+    step(rows, 1)
+    assert len(rows) == 3
+
+
+def test_what_was_prepared_and_not_used_is_given_back() -> None:
+    pool = PagePool(20, 16)
+    rows = make(2, 100, pool)
+    step(rows, 10)
+    rows.prepare(60)
+    assert pool.free == 10
+    rows.truncate(10)
+    assert pool.free == 18
+    rows.prepare(60)
+    rows.reorder([1, 0])
+    assert pool.free == 18
+
+
+def test_rows_are_shared_until_they_differ() -> None:
+    pool = PagePool(40, 16)
+    rows = make(1, 100, pool)
+    step(rows, 40)
+    rows.reorder([0, 0, 0])
+    assert rows.tables == [[0, 1, 2]] * 3 and pool.holders(0) == 3
+    copies = step(rows, 1)
+    assert [source for source, _ in copies] == [2, 2] and len({target for _, target in copies}) == 2
+    assert rows.tables[2] == [0, 1, 2] and [pool.holders(page) for page in (0, 1, 2)] == [3, 3, 1], "the last to write has it in place"
+    rows.reorder([2, 2])
+    rows.reorder([1])
+    assert step(rows, 1) == [] and rows.tables == [[0, 1, 2]]
+    pool.check(rows.tables)
+    assert pool.free == 37
+
+
+def test_rows_that_have_settled_are_brought_together() -> None:
+    pool = PagePool(60, 16)
+    rows = make(1, 160, pool)
+    step(rows, 40)
+    rows.reorder([0, 0, 0])
+    copies = []
+    for _ in range(SETTLED_TOKENS):
+        copies += step(rows, 1)
+    assert len(copies) == 2 and [rows.run(row) for row in range(3)] == [None, None, 0]
+    assert len(step(rows, 1)) == 6, "all pages of two rows"
+    assert [rows.run(row) is None for row in range(3)] == [False] * 3
+    assert [step(rows, 1) for _ in range(100)] == [[]] * 100
+    assert [rows.run(row) is None for row in range(3)] == [False] * 3
+
+
+def test_rows_of_a_beam_search_are_not_copied() -> None:
+    pool = PagePool(100, 16)
+    rows = make(1, 320, pool)
+    step(rows, 100)
+    rows.reorder([0] * 5)
+    copies = []
+    for i in range(60):
+        copies += step(rows, 1)
+        rows.reorder([0, 0, i % 5, 3, 4])
+    assert len(copies) <= 2 * 60 + 5, "only the page that is written, of rows that were duplicated"
+
+
+def test_too_few_pages_change_nothing() -> None:
+    pool = PagePool(5, 16)
+    rows = make(2, 100, pool)
+    step(rows, 20)
+    before = [list(table) for table in rows.tables]
+    with pytest.raises(OutOfPages):
+        rows.prepare(20)
+    assert rows.tables == before and pool.free == 1
+    pool.check(rows.tables)
+    step(rows, 10)
+
+
+def test_a_prefix_is_continued_in_place_or_copied() -> None:
+    pool = PagePool(40, 16)
+    cache = PrefixCache(pool)
+    first = make(1, 160, pool)
+    step(first, 130)
+    names = [b"one", b"two"]
+    cache.keep("a", names, first.tables[0])
+    first.release()
+    second, third = make(1, 160, pool), make(1, 160, pool)
+    second.attach([cache.find("a", names)])
+    third.attach([cache.find("a", names)])
+    assert second.length == 128 and second.run(0) == third.run(0) == 0
+    assert step(second, 30) == [] and second.tables == [list(range(10))] and second.run(0) == 0
+    copies = step(third, 1)
+    assert [source for source, _ in copies] == list(range(8)) and third.run(0) == copies[0][1] * 16
+    pool.check([*second.tables, *third.tables, *cache.held()])
+
+
+# All of it against a plain model.
+
+
+@dataclass
+class Modelled:
+    """A session, and what its rows must hold: a number for each position that depends on all before it, as keys and values do."""
+
+    owner: str
+    rows: Rows
+    promised: int
+    contents: list[list[int]] = field(default_factory=list)
+
+
+class PagesMachine(RuleBasedStateMachine):
+    """Sessions of a pool and a prefix cache; never is more promised than the pool has, and so never may pages run out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions: list[Modelled] = []
+
+    @initialize(
+        page_tokens=st.sampled_from([16, 32, 64, 128]),
+        pages=st.integers(1, 24),
+        cached=st.none() | st.integers(0, 12),
+    )
+    def begin(self, page_tokens: int, pages: int, cached: int | None) -> None:
+        self.page_tokens = page_tokens
+        self.pool = PagePool(pages, page_tokens)
+        self.cache = PrefixCache(self.pool, most_pages=cached)
+        # Copies one after another, and all of a call at once: a store may do either.
+        self.stores = [[[-1] * page_tokens for _ in range(pages)] for _ in range(2)]
+
+    @property
+    def unpromised(self) -> int:
+        return self.pool.pages - sum(session.promised for session in self.sessions)
+
+    def pick(self, data: st.DataObject) -> Modelled:
+        return data.draw(st.sampled_from(self.sessions))
+
+    def pages_of(self, length: int) -> int:
+        return -(-length // self.page_tokens)
+
+    def names(self, contents: Sequence[int]) -> list[bytes]:
+        return [str(contents[end - 1]).encode() for end in range(UNIT_TOKENS, len(contents) + 1, UNIT_TOKENS)]
+
+    @precondition(lambda self: self.unpromised > 0)
+    @rule(data=st.data(), owner=st.sampled_from(["", "a"]))
+    def open(self, data: st.DataObject, owner: str) -> None:
+        rows = data.draw(st.integers(1, min(self.unpromised, 4)))
+        max_length = data.draw(st.integers(1, self.unpromised // rows * self.page_tokens))
+        session = Modelled(owner, make(rows, max_length, self.pool), rows * self.pages_of(max_length), [[] for _ in range(rows)])
+        self.sessions.append(session)
+        assert sum(one.promised for one in self.sessions) <= self.pool.pages
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data(), succeeds=st.booleans() | st.just(True))
+    def step(self, data: st.DataObject, succeeds: bool) -> None:
+        session = self.pick(data)
+        rows = session.rows
+        left = rows.max_length - rows.length
+        new = data.draw(st.sampled_from([size for size in (0, 1, 2, 5, 30, 64, 100, 128, left) if size <= left]))
+        copies = rows.prepare(new)
+        for source, target in copies:
+            self.stores[0][target] = list(self.stores[0][source])
+        for target, content in [(target, list(self.stores[1][source])) for source, target in copies]:
+            self.stores[1][target] = content
+        written = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
+        for contents, table, token in zip(session.contents, rows.tables, written, strict=True):
+            history = contents if succeeds else list(contents)
+            for position in range(rows.length, rows.length + new):
+                history.append(hash((history[-1] if history else 0, token)))
+                page = table[position // self.page_tokens]
+                assert self.pool.holders(page) == 1, "written while others read it"
+                for store in self.stores:
+                    store[page][position % self.page_tokens] = history[-1]
+        if succeeds:
+            rows.advance(new)
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        length = data.draw(st.integers(0, session.rows.length))
+        session.rows.truncate(length)
+        for contents in session.contents:
+            del contents[length:]
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        each = self.pages_of(session.rows.max_length)
+        most = min((session.promised + self.unpromised) // each, 6)
+        order = data.draw(st.lists(st.integers(0, len(session.rows) - 1), min_size=1, max_size=most))
+        session.promised = max(session.promised, len(order) * each)
+        free = self.pool.free
+        session.rows.reorder(order)
+        assert self.pool.free >= free
+        session.contents = [list(session.contents[row]) for row in order]
+
+    @precondition(lambda self: any(session.rows.length == 0 for session in self.sessions))
+    @rule(data=st.data())
+    def attach(self, data: st.DataObject) -> None:
+        """Empty rows begin with what is known of the beginning of what another session has written."""
+        session = data.draw(st.sampled_from([one for one in self.sessions if one.rows.length == 0]))
+        known = data.draw(st.sampled_from([contents for one in self.sessions for contents in one.contents]))
+        most = session.rows.max_length // self.cache.unit_tokens * self.cache.unit_pages
+        found = self.cache.find(session.owner, self.names(known))[:most]
+        session.rows.attach([found] * len(session.rows))
+        session.contents = [known[: len(found) * self.page_tokens] for _ in session.contents]
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        for contents, table in zip(session.contents, session.rows.tables, strict=True):
+            self.cache.keep(session.owner, self.names(contents), table)
+            found = self.cache.find(session.owner, self.names(contents))
+            units = min(len(contents) // self.cache.unit_tokens, self.cache.most_pages // self.cache.unit_pages)
+            assert len(found) == units * self.cache.unit_pages
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        session = self.pick(data)
+        self.sessions.remove(session)
+        session.rows.release()
+
+    @invariant()
+    def what_was_written_is_there(self) -> None:
+        for session in self.sessions:
+            rows = session.rows
+            assert len(rows) == len(session.contents)
+            for row, (table, contents) in enumerate(zip(rows.tables, session.contents, strict=True)):
+                assert len(contents) == rows.length <= len(table) * self.page_tokens
+                for store in self.stores:
+                    assert [value for page in table for value in store[page]][: rows.length] == contents
+                run = table and table == list(range(table[0], table[0] + len(table)))
+                assert rows.run(row) == (table[0] * self.page_tokens if run else None)
+
+    @invariant()
+    def the_pool_is_sound(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check([table for session in self.sessions for table in session.rows.tables] + self.cache.held())
+            assert len(self.cache) <= self.cache.most_pages
+
+    def teardown(self) -> None:
+        for session in self.sessions:
+            session.rows.release()
+        if hasattr(self, "pool"):
+            assert self.cache.evict(self.pool.pages) + self.pool.free >= self.pool.pages
+            self.pool.check([])
+            assert self.cache.held() == [] and self.pool.claim(self.pool.pages, least=self.pool.pages)
+
+
+TestPages = PagesMachine.TestCase
+TestPages.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
