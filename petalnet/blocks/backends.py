@@ -1,0 +1,310 @@
+"""The arithmetic of attention over pages, for each kind of device.
+
+`Backend` is exact everywhere: it takes a pass apart into pieces (some new tokens of one row) and attends each with the library's fused
+kernel, over a view of the store where the row's pages are consecutive and over a copy of its entries where they are not. What is the same
+for all blocks of a pass, such as masks, is computed once. `CudaBackend` hands what the kernel for paged attention takes to that one.
+
+What the choices rest on was measured on a CPU with one thread:
+- One new token of grouped heads is put to the kernel as a few queries of each KV head, which needs neither a mask nor repeated keys.
+  The same pays for some more tokens (`GROUPED_QUERIES`), though these need a mask; beyond, the kernel's own way is faster.
+- A mask of numbers that is made once a pass costs less than one of truth values, which the kernel converts in each block. Attending to the
+  past and to the new tokens apart, so as to need no mask for the past, is no faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from petalnet.blocks.attention import Batch, Segment
+from petalnet.blocks.kv import KVStore
+
+GROUPED_QUERIES = 64
+"""Up to so many queries of a KV head (new tokens × heads that share it) are attended as one group."""
+
+MOST_QUERIES = 256
+"""New tokens in a piece, where a piece needs less than all keys of its row or memory for each query and key."""
+
+MOST_SCORES = 1 << 22
+"""Scores in memory at once, where they differ between heads and are kept."""
+
+
+@dataclass(eq=False, slots=True)
+class _Piece:
+    """Some new tokens of one row, and the keys that they attend to.
+
+    Attributes:
+        start, tokens: its columns in the packed row.
+        first, end: positions of the keys.
+        slot: the slot of the first key where the row's pages are consecutive, else None.
+        pages: the row's pages where they are not.
+        grouped: whether the heads that share a KV head are its queries: [1, KV heads, group × tokens, size].
+        bias: what is added to scores, -inf where nothing is to be seen; broadcasts over [1, heads, tokens, keys], or when grouped
+            [1, KV heads, group × tokens, keys].
+        causal: the kernel's own causal mask does instead.
+        blind: nothing but padding, which sees nothing: its output is zero.
+    """
+
+    start: int
+    tokens: int
+    first: int = 0
+    end: int = 0
+    slot: int | None = None
+    pages: Tensor | None = None
+    grouped: bool = True
+    bias: Tensor | None = None
+    causal: bool = False
+    blind: bool = False
+
+
+class Backend:
+    """Attention over pages by the library's fused kernel, row by row. Keeps what it computes once (tables of biases): one a span.
+
+    Attributes:
+        page_tokens: slots of a page.
+        heads_together: how slots lie in memory (see `KVStore`).
+    """
+
+    page_tokens = 32
+    heads_together = False
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self,
+        batch: Batch,
+        store: KVStore,
+        block: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        """Write a block's new keys and values, then attend.
+
+        Args:
+            query: [1, heads, tokens, key size].
+            key, value: [1, KV heads, tokens, key size or value size].
+            window: a query sees so many positions, its own among them.
+            softcap, sinks, slopes: see `paged_attention`.
+        Returns:
+            [1, tokens, heads, value size].
+        """
+        store.write_heads(block, batch.slots, key, value)
+        return self._by_pieces(batch, store, block, query, scale, window, softcap, sinks, slopes)
+
+    def _by_pieces(
+        self,
+        batch: Batch,
+        store: KVStore,
+        block: int,
+        query: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        slopes: Tensor | None,
+    ) -> Tensor:
+        keys = store.head_keys[block]
+        heads, kv_heads = query.shape[1], keys.shape[1]
+        plain = softcap is not None or (sinks is not None and not _kernel_tells_sums(query, store.head_values[block]))
+        # Tensors of slopes are kept by `_tables`, so an id stands for one of them.
+        name = ("pieces", window, heads, kv_heads, None if slopes is None else id(slopes), plain)
+        pieces: list[_Piece] | None = batch.prepared.get(name)
+        if pieces is None:
+            pieces = batch.prepared[name] = self._pieces(batch, query, kv_heads, window, slopes, plain)
+        outputs = [_attend_piece(piece, store, block, query, scale, softcap, sinks, plain) for piece in pieces]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return output.reshape(1, query.shape[2], heads, -1)
+
+    def _pieces(self, batch: Batch, query: Tensor, kv_heads: int, window: int | None, slopes: Tensor | None, plain: bool) -> list[_Piece]:
+        """Take a pass apart."""
+        biases = _Biases(self, query, kv_heads, window, slopes)
+        pieces = []
+        for index, segment in enumerate(batch.segments):
+            first_query = segment.past
+            if segment.mask is None and segment.first > segment.past:
+                first_query = min(segment.first, segment.total)
+                pieces.append(_Piece(segment.start, first_query - segment.past, blind=True))
+            while first_query < segment.total:
+                first = 0 if segment.mask is not None else segment.first
+                tokens = segment.total - first_query
+                if window is not None or slopes is not None or plain or segment.mask is not None:
+                    tokens = min(tokens, MOST_QUERIES)
+                if plain or slopes is not None:
+                    tokens = min(tokens, max(1, MOST_SCORES // (query.shape[1] * segment.total)))
+                if window is not None:
+                    first = max(first, first_query - window + 1)
+                piece = _Piece(segment.start + first_query - segment.past, tokens, first, first_query + tokens)
+                if segment.run is not None:
+                    piece.slot = segment.run + first
+                else:
+                    piece.pages = batch.pages(index)
+                piece.grouped = plain or tokens == 1 or tokens * (query.shape[1] // kv_heads) <= GROUPED_QUERIES
+                alone = segment.mask is None and slopes is None and (window is None or tokens <= window)
+                if alone and tokens > 1 and first == first_query and not plain:
+                    piece.causal, piece.grouped = True, False
+                elif tokens > 1 or not alone:
+                    piece.bias = biases.of(piece, segment, first_query)
+                pieces.append(piece)
+                first_query += tokens
+        return pieces
+
+    def slope_table(self, slopes: Tensor, positions: int, like: Tensor) -> Tensor:
+        """slope × position, [heads, at least `positions`], in the dtype of `like`, as the library rounds it."""
+        name = (id(slopes), like.dtype)
+        known = self._tables.get(name)
+        if known is None or known[1].shape[1] < positions:
+            room = 1 << max(positions - 1, 1023).bit_length()
+            table = slopes.to(like.device)[:, None] * torch.arange(room, device=like.device)
+            known = self._tables[name] = (slopes, table.to(like.dtype))
+        return known[1]
+
+
+class _Biases:
+    """Makes the biases of a pass's pieces, each kind once."""
+
+    def __init__(self, backend: Backend, query: Tensor, kv_heads: int, window: int | None, slopes: Tensor | None) -> None:
+        self._backend = backend
+        self._like = query
+        self._heads, self._kv_heads = query.shape[1], kv_heads
+        self._window = window
+        self._slopes = slopes
+        self._made: dict[Hashable, Tensor] = {}
+
+    def of(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor:
+        """The bias of a piece whose first query is at position `first_query`."""
+        if segment.mask is not None:
+            return self._make(piece, segment, first_query)
+        kind = (piece.tokens, piece.grouped, first_query - piece.first, piece.first - segment.first if self._slopes is not None else None)
+        bias = self._made.get(kind)
+        if bias is None:
+            bias = self._made[kind] = self._make(piece, segment, first_query)
+        return bias
+
+    def _make(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor:
+        device = self._like.device
+        bias = None
+        group, keys = self._heads // self._kv_heads, piece.end - piece.first
+        if self._slopes is not None:
+            bias = self._slope_bias(piece, segment)[None, :, None]
+        hidden = self._hidden(piece, segment, first_query)
+        if hidden is not None:
+            zero = torch.zeros((), dtype=self._like.dtype, device=device) if bias is None else bias
+            bias = torch.where(hidden, torch.full((), -torch.inf, dtype=self._like.dtype, device=device), zero)
+        assert bias is not None
+        if not piece.grouped:
+            return bias
+        if bias.shape[1] == 1:
+            return bias.repeat(1, 1, group, 1)
+        return bias.reshape(1, self._kv_heads, group * piece.tokens, keys)
+
+    def _hidden(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor | None:
+        """bool [1, 1, tokens, keys]: what a query does not see; None where it sees all."""
+        if piece.tokens == 1 and segment.mask is None:
+            return None
+        device = self._like.device
+        queries = torch.arange(first_query, piece.end, device=device)[:, None]
+        keys = torch.arange(piece.first, piece.end, device=device)
+        hidden = keys > queries
+        if self._window is not None:
+            hidden |= keys <= queries - self._window
+        if segment.mask is not None:
+            hidden |= (~segment.mask[piece.first : piece.end].to(device)) & (keys != queries)
+        return hidden[None, None]
+
+    def _slope_bias(self, piece: _Piece, segment: Segment) -> Tensor:
+        """[heads, keys]"""
+        assert self._slopes is not None
+        table = self._backend.slope_table(self._slopes, segment.total, self._like)
+        if segment.mask is None:
+            return table[:, piece.first - segment.first : piece.end - segment.first]
+        mask = segment.mask.to(self._like.device)
+        positions = ((mask.cumsum(0) - 1) * mask)[piece.first : piece.end]
+        return table.index_select(1, positions)
+
+
+def _kernel_tells_sums(query: Tensor, values: Tensor) -> bool:
+    """Whether the fused kernel that returns the logarithms of its sums, from which a sink's share follows, takes these."""
+    return query.device.type == "cpu" and query.shape[-1] == values.shape[-1]
+
+
+def _attend_piece(
+    piece: _Piece, store: KVStore, block: int, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, plain: bool
+) -> Tensor:
+    """[1, tokens, KV heads, group, value size]"""
+    heads, size = query.shape[1], query.shape[3]
+    keys, values = store.head_keys[block], store.head_values[block]
+    kv_heads = keys.shape[1]
+    group, tokens = heads // kv_heads, piece.tokens
+    if piece.blind:
+        return query.new_zeros(1, tokens, kv_heads, group, values.shape[3])
+    if piece.slot is not None:
+        count = piece.end - piece.first
+        keys, values = keys.narrow(2, piece.slot, count), values.narrow(2, piece.slot, count)
+    else:
+        assert piece.pages is not None
+        keys, values = store.gather(block, piece.pages, piece.first, piece.end)
+    queries = query if tokens == query.shape[2] else query.narrow(2, piece.start, tokens)
+    if piece.grouped:
+        queries = queries.reshape(1, kv_heads, group * tokens, size)
+    if plain:
+        output = _plain(queries, keys, values, piece.bias, scale, softcap, None if sinks is None else _per_query(sinks, kv_heads, tokens))
+    elif sinks is not None:
+        output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, piece.causal, attn_mask=piece.bias, scale=scale
+        )
+        further = _per_query(sinks, kv_heads, tokens) if piece.grouped else sinks[:, None]
+        output = output * torch.sigmoid(sums - further.to(sums.dtype)).unsqueeze(-1).to(output.dtype)
+    else:
+        output = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=piece.bias,
+            is_causal=piece.causal,
+            scale=scale,
+            enable_gqa=group > 1 and not piece.grouped,
+        )
+    if tokens == 1:
+        return output.unsqueeze(1)
+    if piece.grouped:
+        return output.view(1, kv_heads, group, tokens, -1).permute(0, 3, 1, 2, 4)
+    return output.transpose(1, 2).unflatten(2, (kv_heads, group))
+
+
+def _per_query(sinks: Tensor, kv_heads: int, tokens: int) -> Tensor:
+    """A sink for each query of a KV head, [KV heads, group × tokens]."""
+    return sinks.reshape(kv_heads, -1).repeat_interleave(tokens, dim=1)
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention written out, for what the fused kernel does not know. The softmax is taken in float32, as the library does."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    if sinks is None:
+        weights = torch.softmax(scores, -1, dtype=torch.float32)
+    else:
+        scores = torch.cat([scores, sinks[None, :, :, None].to(scores.dtype)], -1)
+        weights = torch.softmax(scores, -1, dtype=torch.float32)[..., :-1]
+    return torch.matmul(weights.to(value.dtype), value)
+
+
+def pick_backend(device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """The backend for spans of a dtype on a device."""
+    return Backend()

@@ -1,0 +1,236 @@
+"""Attention over pages against attention written out, over everything that a pass can consist of."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from petalnet.blocks import backends
+from petalnet.blocks.attention import NAME, STATE, Batch, PagedState, Segment, paged_attention
+from petalnet.blocks.backends import Backend
+from petalnet.blocks.kv import KVShape, KVStore
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
+"""In bfloat16 scores themselves are rounded where the library has no fused kernel; float32 shows whether the arithmetic is right."""
+
+
+class Row:
+    """A row of a session, with all its keys and values from the first position on, and the pages that its past is in."""
+
+    def __init__(self, past, new, pages, consecutive, first=0, mask=None):
+        self.past, self.new, self.pages, self.consecutive, self.first, self.mask = past, new, pages, consecutive, first, mask
+
+    def seen(self, query, window):
+        """bool [past + new]: which keys the query at a position may attend to."""
+        keys = torch.arange(self.past + self.new)
+        visible = keys <= query
+        if window is not None:
+            visible &= keys > query - window
+        padding = keys < self.first if self.mask is None else ~self.mask
+        return visible & (~padding | (keys == query) & torch.tensor(self.mask is not None))
+
+
+def expected(row, query, key, value, *, scale, window=None, softcap=None, sinks=None, slopes=None):
+    """Attention of a row's new tokens, in float64: query [new, heads, size], key and value [past + new, KV heads, size]."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    query, key, value = (tensor.double() for tensor in (query, key, value))
+    output = torch.zeros(row.new, heads, value.shape[2], dtype=torch.float64)
+    counted = torch.arange(row.past + row.new) - row.first if row.mask is None else (row.mask.cumsum(0) - 1) * row.mask
+    for at in range(row.new):
+        visible = row.seen(row.past + at, window)
+        if not visible.any():
+            continue
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            scores = key[visible, kv_head] @ query[at, head] * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if slopes is not None:
+                scores = scores + (slopes[head] * counted[visible]).to(value.dtype)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head].double()[None]])
+            weights = torch.softmax(scores, 0)[: int(visible.sum())]
+            output[at, head] = weights @ value[visible, kv_head]
+    return output
+
+
+def run(backend, rows, *, heads, kv_heads, key_size, value_size, dtype=torch.float32, seed=0, **options):
+    """Attend as a backend does; returns (rows' outputs, rows' expected outputs)."""
+    torch.manual_seed(seed)
+    shape = KVShape(kv_heads, key_size, value_size)
+    pages = 1 + max(page for row in rows for page in row.pages)
+    store = KVStore(
+        [shape, shape], pages=pages, page_tokens=backend.page_tokens, dtype=dtype, device=CPU, heads_together=backend.heads_together
+    )
+    for tensor in store.keys + store.values:
+        tensor.fill_(torch.nan)  # what nobody has written must not matter
+    segments, queries, keys, values, column = [], [], [], [], 0
+    for row in rows:
+        total = row.past + row.new
+        key, value = torch.randn(total, kv_heads, key_size).to(dtype), torch.randn(total, kv_heads, value_size).to(dtype)
+        slots = torch.tensor([row.pages[at // store.page_tokens] * store.page_tokens + at % store.page_tokens for at in range(total)])
+        store.write(1, slots[: row.past], key[: row.past], value[: row.past])
+        run_at = row.pages[0] * store.page_tokens if row.consecutive else None
+        segments.append(Segment(column, column + row.new, row.past, row.pages, run_at, row.first, row.mask))
+        queries.append(torch.randn(row.new, heads, key_size).to(dtype))
+        keys.append(key)
+        values.append(value)
+        column += row.new
+    packed = [
+        torch.cat(parts).transpose(0, 1)[None]
+        for parts in (
+            queries,
+            [k[r.past :] for k, r in zip(keys, rows, strict=True)],
+            [v[r.past :] for v, r in zip(values, rows, strict=True)],
+        )
+    ]
+    batch = Batch(segments, store.page_tokens, CPU)
+    with torch.inference_mode():
+        output = backend.attend(batch, store, 1, *packed, **options)
+    assert output.shape == (1, column, heads, value_size)
+    assert output.dtype == dtype
+    pieces = [output[0, segment.start : segment.end] for segment in segments]
+    return pieces, [expected(*each, **options) for each in zip(rows, queries, keys, values, strict=True)]
+
+
+def check(outputs, references, dtype=torch.float32):
+    for output, reference in zip(outputs, references, strict=True):
+        assert torch.isfinite(output).all()
+        torch.testing.assert_close(output.double(), reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@st.composite
+def rows_of_a_pass(draw, page_tokens, largest=40):
+    """Some rows whose pages do not overlap, some consecutive, some scattered."""
+    free = list(range(48))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        new = draw(st.one_of(st.just(1), st.integers(1, largest)))
+        past = draw(st.integers(0, largest * 2))
+        count = -(-(past + new) // page_tokens)
+        starts = [at for at in range(48 - count) if all(page in free for page in range(at, at + count))]
+        consecutive = draw(st.booleans()) and bool(starts)
+        if consecutive:
+            start = draw(st.sampled_from(starts))
+            pages = list(range(start, start + count))
+        else:
+            pages = draw(st.permutations(free))[:count]
+        if len(pages) < count:
+            break
+        free = [page for page in free if page not in pages]
+        first, mask = 0, None
+        padding = draw(st.sampled_from(["none", "none", "left", "holes"]))
+        if padding == "left":
+            first = draw(st.integers(0, past + new))
+        elif padding == "holes":
+            mask = torch.tensor(draw(st.lists(st.booleans(), min_size=past + new, max_size=past + new)))
+        rows.append(Row(past, new, pages, consecutive, first, mask))
+    return rows
+
+
+@pytest.mark.parametrize("heads_together", [False, True])
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_equals_attention_written_out(heads_together, data):
+    backend = Backend()
+    backend.page_tokens, backend.heads_together = data.draw(st.sampled_from([4, 16])), heads_together
+    rows = data.draw(rows_of_a_pass(backend.page_tokens))
+    if not rows:
+        return
+    kv_heads = data.draw(st.integers(1, 3))
+    heads = kv_heads * data.draw(st.integers(1, 3))
+    key_size = data.draw(st.sampled_from([4, 8, 16]))
+    value_size = data.draw(st.sampled_from([key_size, key_size, 8]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    slopes = 2.0 ** -torch.arange(1.0, heads + 1) if data.draw(st.booleans()) else None
+    if dtype == torch.bfloat16 and slopes is not None:
+        slopes = 2.0 ** -torch.arange(1.0, heads + 1).clamp(max=3)  # products that bfloat16 holds exactly
+    options = {
+        "scale": data.draw(st.sampled_from([key_size**-0.5, 1.0 / 16])),
+        "window": data.draw(st.sampled_from([None, None, 1, 5, 30])),
+        "softcap": data.draw(st.sampled_from([None, None, 5.0])),
+        "sinks": torch.randn(heads).to(dtype) if data.draw(st.booleans()) else None,
+        "slopes": slopes,
+    }
+    shape = {"heads": heads, "kv_heads": kv_heads, "key_size": key_size, "value_size": value_size, "dtype": dtype}
+    check(*run(backend, rows, seed=data.draw(st.integers(0, 99)), **shape, **options), dtype)
+
+
+@pytest.mark.parametrize("option", [{}, {"window": 300}, {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.1])}, {"softcap": 4.0}])
+def test_long_prefill_over_a_past_is_cut_into_pieces(option, monkeypatch):
+    monkeypatch.setattr(backends, "MOST_QUERIES", 64)
+    monkeypatch.setattr(backends, "MOST_SCORES", 4 * 500 * 20)
+    rows = [Row(300, 150, list(range(20)), True, 40), Row(0, 100, [30, 21, 25, 22], False)]
+    check(*run(Backend(), rows, heads=4, kv_heads=2, key_size=8, value_size=8, scale=0.3, **option))
+
+
+def test_what_is_not_finite_stays_in_its_session():
+    torch.manual_seed(0)
+    store = KVStore([KVShape(2, 8, 8)], pages=8, page_tokens=32, dtype=torch.float32, device=CPU)
+    segments = [Segment(0, 1, 3, [0], 0), Segment(1, 6, 3, [5, 2], None), Segment(6, 7, 3, [3], 96)]
+    for tensor in store.keys + store.values:
+        tensor.copy_(torch.randn(tensor.shape))
+    query, key, value = (torch.randn(1, heads, 7, 8) for heads in (4, 2, 2))
+    whole = Backend().attend(Batch(segments, 32, CPU), store, 0, query, key, value, scale=0.3)
+    for tensor in (query, key, value):
+        tensor[:, :, 1:6] = torch.nan
+    ill = Backend().attend(Batch(segments, 32, CPU), store, 0, query, key, value, scale=0.3)
+    assert ill[:, 1:6].isnan().all()
+    assert torch.equal(ill[:, 0], whole[:, 0])
+    assert torch.equal(ill[:, 6], whole[:, 6])
+
+
+def test_the_function_finds_its_state_and_block():
+    backend = Backend()
+    store = KVStore([KVShape(2, 8, 8)] * 3, pages=4, page_tokens=32, dtype=torch.float32, device=CPU)
+    store.keys[0].fill_(0)
+    state = PagedState(store, backend, [None, None, 2], first_block=1)
+    module = torch.nn.Module()
+    module.layer_idx = 1
+    setattr(module, STATE, state)
+    query, key, value = (torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
+    with pytest.raises(RuntimeError, match="outside"):
+        paged_attention(module, query, key, value, None)
+    state.batch = Batch([Segment(0, 5, 0, [1], 32)], 32, CPU)
+    output, weights = paged_attention(module, query, key, value, None, dropout=0.0, sliding_window=77, is_causal=True)
+    assert weights is None
+    row = Row(0, 5, [1], True)
+    reference = expected(row, *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), scale=8**-0.5, window=2)
+    torch.testing.assert_close(output[0].double(), reference, atol=1e-5, rtol=1e-5)
+    assert torch.equal(store.keys[2][32:37], key[0].transpose(0, 1))
+    assert not store.keys[0].any()
+
+
+def test_it_is_registered():
+    assert AttentionInterface()[NAME] is paged_attention
+    assert AttentionMaskInterface()[NAME] is None
+
+
+def test_batch_checks_its_segments():
+    with pytest.raises(ValueError, match="columns 2:3"):
+        Batch([Segment(0, 1, 0, [0], 0), Segment(2, 3, 0, [1], 32)], 32, CPU)
+    with pytest.raises(ValueError, match="columns 0:0"):
+        Batch([Segment(0, 0, 0, [0], 0)], 32, CPU)
+    with pytest.raises(ValueError, match="65 entries do not fit into 2 pages"):
+        Batch([Segment(0, 3, 62, [0, 1], 0)], 32, CPU)
+
+
+def test_slots():
+    assert Batch([Segment(0, 3, 30, [4, 5], 128)], 32, CPU).slots == slice(158, 161)
+    assert Batch([Segment(0, 3, 30, [4, 9], None)], 32, CPU).slots.tolist() == [158, 159, 288]
+    two = Batch([Segment(0, 1, 0, [4], 128), Segment(1, 3, 31, [7, 1], None)], 32, CPU)
+    assert two.slots.tolist() == [128, 255, 32]
+
+
+def test_what_is_the_same_for_all_blocks_is_computed_once(monkeypatch):
+    made = []
+    make = backends._Biases._make
+    monkeypatch.setattr(backends._Biases, "_make", lambda *args: made.append(1) or make(*args))
+    store = KVStore([KVShape(2, 8, 8)] * 4, pages=4, page_tokens=32, dtype=torch.float32, device=CPU)
+    batch = Batch([Segment(0, 5, 9, [1], 32), Segment(5, 10, 9, [2], 64)], 32, CPU)
+    store.keys[0].fill_(0)
+    for block in range(4):
+        Backend().attend(batch, store, block, *(torch.randn(1, heads, 10, 8) for heads in (4, 2, 2)), scale=0.3)
+    assert len(made) == 1  # for both segments and all blocks
