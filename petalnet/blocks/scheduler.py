@@ -1,0 +1,397 @@
+"""What the compute thread runs next. Pure: tasks, measured seconds and `now` in, the parts of the next round out.
+
+A **round** is one pass through the span, shared by tasks of one key (steps of the same blocks, see `Span.batch_key`):
+
+- *decodes* (steps of a few new tokens; verifying speculated ones is of that kind) all go into the next round;
+- *prefills* (longer steps) add a chunk to it, so long that the round keeps its time budget: those who decode meanwhile get a token a
+  round, and a prompt that comes in waits for one round, not for another's whole prompt;
+- *passes* (without a session: training) are cut by rows and run when no step could.
+
+**Turns.** The three are in this order of rank, but work that could not join the rounds of higher rank (another key, rows too wide for the
+budget, a pass) leads a round of its own when as much time has gone to others as its round takes (passes: `PASS_TURN` times as much).
+Within a rank, peers are served by virtual time (start-time fair queueing): who has used least computation is first, whoever comes anew
+starts where the least of those present is, and idle time forgives. Time spent waiting counts in a peer's favour, so nobody starves.
+Within a peer, what is soonest done is first; again waiting counts in favour.
+
+**Waiting for stragglers.** A pass of eight tokens costs little more than one of four. Were a round started as soon as the first of eight
+clients is back, the others would miss it and wait for its end, and from then on the clients would go in groups, each at the pace of all.
+So the device stays idle for the moment that others are expected to take, if that costs those who are here less time than it saves those
+who come.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from petalnet.blocks.arrivals import Arrivals
+from petalnet.blocks.costs import Costs
+
+ROUND_S = 0.15
+"""Seconds that a round with a chunk of a prefill may take."""
+ALONE_ROUNDS = 2.0
+"""The budget, in rounds, of a chunk that nobody waits for: larger chunks run faster, and somebody may come in at any time."""
+DECODE_ROUNDS = 1.5
+"""A chunk may make a round at least so much longer than its decodes take."""
+DECODE_UNITS = 16
+"""A step of at most so many new tokens a row is a decode, ..."""
+DECODE_TOKENS = 64
+"""... if it has at most so many in all."""
+LEAST_PREFILL = 16
+"""Tokens by which a prefill gets on in a round, whatever the budget says."""
+PASS_TURN = 4.0
+"""Steps that come all the time leave passes one part of the time in so many and one."""
+WAIT_SHARE = 0.35
+"""Seconds that a round may wait for stragglers, as a share of what it takes itself."""
+KNOWN_PEERS = 1024
+"""Peers that are not here now and whose use of the device is remembered."""
+
+Rank = Literal["empty", "decode", "prefill", "pass"]
+RANKS: tuple[Rank, ...] = ("decode", "prefill", "pass")
+TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}
+"""Whose turn comes when others have had so many times as long as its round takes."""
+
+
+@dataclass(eq=False)
+class Task:
+    """Something to compute, maybe in several parts. A session has at most one at a time.
+
+    Attributes:
+        peer: who asks.
+        session: which session; None for a pass.
+        key: tasks with equal keys may share a round's pass; None: it runs alone.
+        units: how far it can be cut: new tokens of a step, rows of a pass; 0 for a step without tokens.
+        width: tokens that one unit puts into a pass: rows of a step, length of a pass's row.
+        kind: a step of a session, or a pass without one.
+        max_units: the most units at a time, for the sake of memory.
+        work: for the runner.
+        done: units that are finished.
+        weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through,
+            three times as much where gradients are taken. Tasks of equal keys have equal weights.
+    """
+
+    peer: str
+    session: Hashable
+    key: Hashable
+    units: int
+    width: int
+    kind: Literal["step", "pass"]
+    max_units: int
+    work: Any
+    done: int = 0
+    weight: float = 1.0
+
+    @property
+    def tokens_left(self) -> int:
+        return (self.units - self.done) * self.width
+
+    @property
+    def rank(self) -> Rank:
+        if self.kind == "pass":
+            return "pass"
+        if self.units == 0:
+            return "empty"
+        small = self.units - self.done <= DECODE_UNITS and self.tokens_left <= DECODE_TOKENS
+        return "decode" if small else "prefill"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units start … end - 1 of a task."""
+
+    task: Task
+    start: int
+    end: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.end - self.start) * self.task.width
+
+
+@dataclass(eq=False)
+class _Peer:
+    used: float
+    """Virtual time: seconds of computation that it has had, and those it was advanced by when it came in."""
+    tasks: int = 0
+
+
+@dataclass(eq=False)
+class _Waiting:
+    task: Task
+    peer: _Peer
+    since: float
+    """When it came, or last got a part."""
+
+
+@dataclass
+class _Plan:
+    """A round that could be run."""
+
+    parts: list[Part]
+    seconds: float
+
+    def serves(self, waiting: _Waiting) -> bool:
+        return any(part.task is waiting.task for part in self.parts)
+
+
+class Scheduler:
+    """Decides the rounds of one compute thread, which is the only one to call it."""
+
+    def __init__(self, costs: Costs, *, round_s: float = ROUND_S, most_tokens: int = 2048) -> None:
+        """
+        Args:
+            costs: of steps through the whole span; from now on the scheduler's own. Passes begin with the same and are measured apart.
+            round_s: the time budget of a round with prefills or passes, in seconds.
+            most_tokens: the most tokens of a round, unless a single unit of a task has more.
+        """
+        self._costs = {"step": costs, "pass": copy.deepcopy(costs)}
+        self._round_s = round_s
+        self._most_tokens = most_tokens
+        self._waiting: dict[Task, _Waiting] = {}
+        self._queues: dict[Rank, dict[Task, _Waiting]] = {"empty": {}, "decode": {}, "prefill": {}, "pass": {}}
+        self._peers: dict[str, _Peer] = {}
+        self._virtual = 0.0  # where whoever comes in begins
+        self._idle_since: float | None = None  # since when nothing is queued
+        self._held_since: float | None = None  # since when a round has been held back for stragglers
+        self._arrivals = Arrivals()
+        self._owed = dict.fromkeys(TURNS, 0.0)  # seconds that went to others while the first of its rank waited
+        self._passed_over: list[Rank] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, task: Task, now: float) -> None:
+        """A task was submitted at `now`, which may be a little ago: before the end of a round that was already accounted for."""
+        if self._idle_since is not None:
+            self._virtual += max(0.0, now - self._idle_since)
+            self._idle_since = None
+        peer = self._peer(task.peer)
+        if peer.tasks == 0:
+            peer.used = max(peer.used, self._virtual)
+        peer.tasks += 1
+        waiting = _Waiting(task, peer, now)
+        self._waiting[task] = waiting
+        self._queues[task.rank][task] = waiting
+        if task.session is not None:
+            self._arrivals.came(task.session, now)
+
+    def drop(self, task: Task) -> None:
+        """Forget a task whose asker is gone, or that failed; harmless where it is not known."""
+        if task in self._waiting:
+            self._remove(task)
+            self._arrivals.forget(task.session)
+
+    def forget(self, session: Hashable) -> None:
+        """A session has ended: nobody waits for it any more."""
+        self._arrivals.forget(session)
+
+    def next(self, now: float) -> list[Part] | float | None:
+        """The parts of the next round, all for one pass; or the time until which to wait for stragglers, unless something comes in; or
+        None: there is nothing to do."""
+        if self._queues["empty"]:
+            self._passed_over = []
+            return [Part(task, 0, 0) for task in self._queues["empty"]]
+        if not self._waiting:
+            self._held_since = None
+            if self._idle_since is None:
+                self._idle_since = now
+            return None
+        ranked = {rank: self._ranked(rank, now) for rank in RANKS}
+        plan, in_turn = self._choose(ranked, now)
+        if not in_turn:
+            until = self._stragglers(plan, now)
+            if until is not None:
+                return until
+        self._held_since = None
+        self._passed_over = []
+        for rank in self._owed:
+            if ranked[rank] and not plan.serves(ranked[rank][0]):
+                self._passed_over.append(rank)
+            else:
+                self._owed[rank] = 0.0
+        self._virtual = max(self._virtual, min(waiting.peer.used for waiting in self._waiting.values()))
+        return plan.parts
+
+    def finished(self, parts: Sequence[Part], seconds: float, now: float) -> list[Task]:
+        """Account for a round that took `seconds` and ended at `now`; returns the tasks that are complete. The others stay queued."""
+        tokens = sum(part.tokens for part in parts)
+        for rank in self._passed_over:
+            self._owed[rank] += seconds
+        self._passed_over = []
+        if tokens:
+            task = parts[0].task
+            self._costs[task.kind].measured(tokens, seconds / task.weight)
+        complete = []
+        for part in parts:
+            task = part.task
+            task.done = part.end
+            waiting = self._waiting.get(task)
+            if waiting is None:
+                continue
+            if tokens:
+                waiting.peer.used += seconds * part.tokens / tokens
+            if task.done < task.units:
+                waiting.since = now
+                self._requeue(waiting)
+                continue
+            complete.append(task)
+            self._remove(task)
+            if task.session is not None:
+                self._arrivals.left(task.session, task.key, task.width, now)
+        return complete
+
+    def expected_wait(self) -> float:
+        """Seconds that the computation of all that waits is expected to take. Whoever comes anew waits no longer, and mostly much less."""
+        decodes: dict[Hashable, list[Task]] = {}
+        seconds = 0.0
+        for task in self._waiting:
+            if task.rank == "decode":
+                decodes.setdefault(task.key if task.key is not None else task, []).append(task)
+            elif task.units:
+                chunk = max(LEAST_PREFILL, self._costs[task.kind].fitting(self._round_s))
+                seconds += task.tokens_left * self._seconds(task, chunk) / chunk
+        return seconds + sum(self._seconds(tasks[0], sum(task.tokens_left for task in tasks)) for tasks in decodes.values())
+
+    # Which round
+
+    def _choose(self, ranked: dict[Rank, list[_Waiting]], now: float) -> tuple[_Plan, bool]:
+        """The next round, and whether it is that of somebody whose turn has come, whatever else there is."""
+        for rank, turn in TURNS.items():
+            if ranked[rank] and self._owed[rank]:
+                plan = self._plan(ranked[rank][0], ranked)
+                if self._owed[rank] >= turn * plan.seconds:
+                    return plan, True
+        first = next(queue[0] for queue in ranked.values() if queue)
+        return self._plan(first, ranked), False
+
+    def _ranked(self, rank: Rank, now: float) -> list[_Waiting]:
+        """The tasks of a rank, who is first in turn first."""
+        queue = list(self._queues[rank].values())
+        if len(queue) < 2:
+            return queue
+        oldest: dict[_Peer, float] = {}
+        for waiting in queue:
+            oldest[waiting.peer] = min(waiting.since, oldest.get(waiting.peer, math.inf))
+
+        def order(waiting: _Waiting) -> tuple[int, float]:
+            # Peers within a round's time of each other count as equal, so that between them, too, what is soonest done is first.
+            behind = (waiting.peer.used - (now - oldest[waiting.peer])) // self._round_s
+            return int(behind), self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
+
+        return sorted(queue, key=order)
+
+    def _plan(self, first: _Waiting, ranked: dict[Rank, list[_Waiting]]) -> _Plan:
+        """The round that `first` leads."""
+        task = first.task
+        if task.kind == "pass":
+            parts = [self._part(task, max(1, self._chunk(task, 0) // task.width))]
+        elif task.key is None:
+            parts = [self._part(task, task.units if task.rank == "decode" else max(1, self._chunk(task, 0) // task.width))]
+        else:
+            parts = self._shared(first, ranked)
+        return _Plan(parts, self._seconds(task, sum(part.tokens for part in parts)))
+
+    def _shared(self, first: _Waiting, ranked: dict[Rank, list[_Waiting]]) -> list[Part]:
+        """A pass of steps: decodes with the key of the first, and chunks of prefills."""
+        key, tokens = first.task.key, 0
+        parts: list[Part] = []
+        for waiting in ranked["decode"]:
+            task = waiting.task
+            if task.key == key and (not parts or tokens + task.tokens_left <= self._most_tokens):
+                parts.append(self._part(task, task.units))
+                tokens += parts[-1].tokens
+        prefills = [waiting.task for waiting in ranked["prefill"] if waiting.task.key == key and waiting is not first]
+        if first.task.rank == "prefill":
+            prefills.insert(0, first.task)
+        if not prefills:
+            return parts
+        room = self._chunk(prefills[0], tokens)
+        for number, task in enumerate(prefills):
+            units = room // task.width
+            if not units and number == 0 and self._may_exceed(first, task, tokens):
+                units = 1
+            # A few tokens more of a long prompt are not worth what they cost beside the others; the end of one is.
+            if units and (number == 0 or units * task.width >= LEAST_PREFILL or units * task.width >= task.tokens_left):
+                parts.append(self._part(task, units))
+                room -= parts[-1].tokens
+        return parts
+
+    def _chunk(self, task: Task, tokens: int) -> int:
+        """The tokens of this task, and of others after it, that may be added to a round of so many."""
+        alone = len(self._waiting) == 1 and not len(self._arrivals)
+        budget = self._round_s * (ALONE_ROUNDS if alone else 1.0)
+        if tokens:
+            budget = max(budget, DECODE_ROUNDS * self._seconds(task, tokens))
+        fitting = self._costs[task.kind].fitting(budget / task.weight)
+        return min(max(fitting - tokens, LEAST_PREFILL), max(self._most_tokens - tokens, 0))
+
+    def _may_exceed(self, first: _Waiting, task: Task, tokens: int) -> bool:
+        """Whether a single unit of a prefill may be added though it has more tokens than there is room for."""
+        if task is first.task:
+            return True
+        return tokens + task.width <= self._most_tokens and self._seconds(task, tokens + task.width) <= 2 * self._round_s
+
+    @staticmethod
+    def _part(task: Task, units: int) -> Part:
+        return Part(task, task.done, min(task.units, task.done + min(units, task.max_units)))
+
+    def _seconds(self, task: Task, tokens: int) -> float:
+        return self._costs[task.kind].seconds(tokens) * task.weight
+
+    # Stragglers
+
+    def _stragglers(self, plan: _Plan, now: float) -> float | None:
+        """Until when to hold a round back for sessions that are about to come; None to start it."""
+        expected = self._arrivals.expected(now)
+        first, tokens = plan.parts[0].task, sum(part.tokens for part in plan.parts)
+        decodes = sum(part.tokens for part in plan.parts if part.task.rank == "decode")
+        gathered = decodes + (LEAST_PREFILL if tokens > decodes else 0)  # of a chunk, so much stays if others come
+        here = len(self._queues["decode"]) + len(self._queues["prefill"])  # all of them lose what is waited; passes have time
+        held_since = now if self._held_since is None else self._held_since
+        until, best, saved, late = None, 0.0, 0.0, math.inf
+        for arrival in expected:
+            # Beside decodes, those count that could join their pass; but whoever comes while a mere chunk runs waits for its end.
+            if decodes and arrival.key != first.key:
+                continue
+            more = gathered + arrival.tokens
+            seconds = max(plan.seconds, self._seconds(first, more)) if first.kind == "step" else plan.seconds
+            latest = held_since + WAIT_SHARE * seconds
+            if arrival.usual > WAIT_SHARE * seconds or now + arrival.wait > latest:
+                continue
+            gathered = more
+            saved += max(0.0, plan.seconds - arrival.wait)
+            lost = here * (arrival.wait + seconds - plan.seconds)
+            late = min(late, arrival.late)
+            if saved - lost > best:
+                until, best = min(late, latest), saved - lost
+        if until is not None:
+            self._held_since = held_since
+        return until
+
+    # Keeping account
+
+    def _peer(self, name: str) -> _Peer:
+        peer = self._peers.get(name)
+        if peer is None:
+            if len(self._peers) >= KNOWN_PEERS:
+                # Those who owe nothing first; where all do, the most fruitless thing that a stranger of many names can reach is that
+                # everybody who is absent is forgiven.
+                present = {name: known for name, known in self._peers.items() if known.tasks}
+                owing = {name: known for name, known in self._peers.items() if known.tasks or known.used > self._virtual}
+                self._peers = owing if len(owing) < KNOWN_PEERS else present
+            peer = self._peers[name] = _Peer(self._virtual)
+        return peer
+
+    def _remove(self, task: Task) -> None:
+        self._waiting.pop(task).peer.tasks -= 1
+        for queue in self._queues.values():
+            queue.pop(task, None)
+
+    def _requeue(self, waiting: _Waiting) -> None:
+        """What is left of a task may be of another rank."""
+        for queue in self._queues.values():
+            queue.pop(waiting.task, None)
+        self._queues[waiting.task.rank][waiting.task] = waiting
