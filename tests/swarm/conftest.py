@@ -122,6 +122,15 @@ class Nodes:
                 known = servers[0].wait_ready().addrs
         return [server.wait_ready() for server in servers]
 
+    def serve_all(self, servers: Sequence[tuple[Path, tuple[int, int]]], *options: object) -> list[NodeProcess]:
+        """A server for each (model, span), of several models in one swarm; the first starts it, the others join all at once."""
+        options = ("--dtype", "float32", "--throughput", "100", *options)
+        (model, (first, end)), *others = servers
+        started = [self.start(model, "--serve", f"{first}:{end}", "--new-swarm", *options)]
+        joining = ("--initial-peers", *started[0].addrs)
+        started += [self.launch(model, "--serve", f"{first}:{end}", *options, *joining) for model, (first, end) in others]
+        return [server.wait_ready() for server in started]
+
     def stop_all(self) -> None:
         for node in self.started:
             if node.process.poll() is None:
@@ -135,6 +144,16 @@ class Nodes:
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     """A `Nodes` for one test."""
     started = Nodes(tmp_path)
+    try:
+        yield started
+    finally:
+        started.stop_all()
+
+
+@pytest.fixture(scope="module")
+def module_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A `Nodes` for all tests of a module."""
+    started = Nodes(tmp_path_factory.mktemp("nodes"))
     try:
         yield started
     finally:
