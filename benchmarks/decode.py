@@ -41,9 +41,9 @@ class Trace:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        from petalnet.client import chain, session
+        from petalnet.client import chain, server_side, session
 
-        ask, step, run = chain._ask, session._ServerSide.step, session.InferenceSession.run
+        ask, step, run = chain.ask, server_side.ServerSide.step, session.InferenceSession.run
         sends: list[float] = []
 
         async def timed_ask(stream: Any, request: Any, expected: Any) -> Any:
@@ -78,8 +78,8 @@ class Trace:
             return outputs
 
         patched: tuple[tuple[Any, str, Any, Any], ...] = (
-            (chain, "_ask", timed_ask, ask),
-            (session._ServerSide, "step", timed_step, step),
+            (chain, "ask", timed_ask, ask),
+            (server_side.ServerSide, "step", timed_step, step),
             (session.InferenceSession, "run", timed_run, run),
         )
         for owner, name, timed, _ in patched:

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from petalnet.client.chain import Target
 from petalnet.client.loading import SOURCE_ARGUMENTS, join, load_model
 from petalnet.client.remote import make_target
+from petalnet.client.requests import Target
 from petalnet.client.settings import SETTING_NAMES, ClientSettings, attributes_of
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import text_config

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from petalnet.client import chain
-from petalnet.client.chain import Inputs, Target
+from petalnet.client import passes
+from petalnet.client.chain import Inputs
+from petalnet.client.requests import Target, prompts_of
 from petalnet.p2p.messages import Blob
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
@@ -20,7 +21,7 @@ from petalnet.p2p.tensors import decode_tensor, encode_tensor
 def run(target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inputs: Inputs) -> list[torch.Tensor]:
     """A forward pass without gradients: the output, or with `inputs.all_hidden` the outputs of all blocks."""
     inputs = replace(inputs, prompts=None if prompts is None else encode_tensor(prompts))
-    _, outputs = target.swarm.portal.run(chain.forward, target, encode_tensor(hidden), inputs)
+    _, outputs = target.swarm.portal.run(passes.forward, target, encode_tensor(hidden), inputs)
     if inputs.all_hidden:
         return [boundary for output in outputs for boundary in decode_tensor(output).to(hidden.device)]
     return [decode_tensor(outputs[-1]).to(hidden.device)]
@@ -37,7 +38,7 @@ class _RemoteBlocks(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, prompts: torch.Tensor | None, target: Target, inputs: Inputs) -> torch.Tensor:
         sent = encode_tensor(hidden)
         inputs = replace(inputs, prompts=None if prompts is None else encode_tensor(prompts))
-        ctx.hops, outputs = target.swarm.portal.run(chain.forward, target, sent, inputs)
+        ctx.hops, outputs = target.swarm.portal.run(passes.forward, target, sent, inputs)
         ctx.target, ctx.inputs = target, inputs
         ctx.boundaries = [sent, *outputs[:-1]]
         # What was sent may be the memory of `hidden` itself: saved, so that torch notices when somebody writes into it in between.
@@ -53,7 +54,7 @@ class _RemoteBlocks(torch.autograd.Function):
         prompt_gradients: list[torch.Tensor] = []
         for hop, entered in zip(reversed(ctx.hops), reversed(ctx.boundaries), strict=True):
             part = replace(target, first=hop.first, end=hop.end)
-            inputs = replace(ctx.inputs, prompts=chain.prompts_of(ctx.inputs.prompts, target, hop))
+            inputs = replace(ctx.inputs, prompts=prompts_of(ctx.inputs.prompts, target, hop))
             gradient, prompt_gradient = _backward(part, entered, gradient, inputs)
             if prompt_gradient is not None:
                 prompt_gradients.append(decode_tensor(prompt_gradient))
@@ -63,4 +64,4 @@ class _RemoteBlocks(torch.autograd.Function):
 
 
 def _backward(target: Target, entered: Blob, gradient: Blob, inputs: Inputs) -> tuple[Blob, Blob | None]:
-    return target.swarm.portal.run(chain.backward, target, entered, gradient, inputs)
+    return target.swarm.portal.run(passes.backward, target, entered, gradient, inputs)

@@ -2,7 +2,8 @@
 
 `distributed_class(BloomForCausalLM)` is a subclass of the library's class, made once for each. Its models are the library's, with two
 changes: the list of layers is a `RemoteSequential`, and the class of the module that runs that list (the backbone) is the distributed
-version of its own, whose `forward` tells the list what the library does not tell its layers: the padding mask, positions, the session.
+version of its own, whose `forward` tells the list what the library does not tell its layers: the padding mask, positions, the session,
+and how many of the last positions the head around the backbone is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from petalnet.errors import ModelError, UsageError
 
 IMPLICIT_MAX_LENGTH = 2048
 """KV entries of a session that is opened because `forward` was called with use_cache=True, where the model allows as many."""
+
+_kept: ContextVar[int] = ContextVar("petalnet_kept", default=0)
+"""Inside of the `forward` of a model with a head: of how many of the last positions it uses the hidden states; 0 for all of them."""
 
 
 class DistributedModel(DistributedGeneration):
@@ -148,10 +153,15 @@ def _wrap_forward(library_forward: Callable[..., Any]) -> Callable[..., Any]:
     # The library looks at the signature to decide what it may pass; `wraps` shows it the original one.
     @functools.wraps(library_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.layers_name is None:
-            return library_forward(self, *args, **kwargs)
         call = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
-        return _run_backbone(self, self._modules[self.layers_name], library_forward, call)
+        if self.layers_name is not None:
+            return _run_backbone(self, self._modules[self.layers_name], library_forward, call)
+        kept = call.get("logits_to_keep")
+        token = _kept.set(kept if type(kept) is int and kept > 0 else 0)
+        try:
+            return library_forward(self, *args, **kwargs)
+        finally:
+            _kept.reset(token)
 
     return forward
 
@@ -180,12 +190,13 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     wanted = call.get("output_hidden_states")
     wanted = config.output_hidden_states if wanted is None else wanted
     all_hidden = wanted is not False and wanted is not None
+    kept = 0 if all_hidden else _kept.get()
     return_dict = call.get("return_dict")
     return_dict = config.return_dict if return_dict is None else return_dict
 
     def run(hidden: torch.Tensor) -> list[torch.Tensor]:
         if session is not None:
-            return session.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden)
+            return session.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden, keep=kept)
         return blocks.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden)
 
     call.update(

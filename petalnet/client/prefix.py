@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-UNIT_TOKENS = 64
-"""Tokens that one name stands for beyond the name before it; the same number as on the servers."""
-NAME_BYTES = 16
+from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS
+
 MOST_NAMES = 1 << 15
 """Names that a client remembers having sent: two million tokens' worth."""
 
@@ -82,9 +81,9 @@ class SentNames:
     def __len__(self) -> int:
         return len(self._sent)
 
-    def note(self, peer_id: str, names: Iterable[bytes]) -> None:
+    def note(self, peer_id: str, names: Sequence[bytes]) -> None:
         """The server has what these names stand for, as far as it keeps it."""
-        for name in names:
+        for name in reversed(names):  # what a row begins with is forgotten last
             self._sent[peer_id, name] = None
             self._sent.move_to_end((peer_id, name))
         while len(self._sent) > self._most:

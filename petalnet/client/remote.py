@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from petalnet.client import autograd, chain
-from petalnet.client.chain import Inputs, Target
-from petalnet.client.session import InferenceSession, as_mask, encode_positions
+from petalnet.client import autograd
+from petalnet.client.chain import Inputs
+from petalnet.client.requests import Target, find_hops
+from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.swarm import Swarm
 from petalnet.errors import MissingBlocksError
@@ -152,9 +153,10 @@ class RemoteSequential(nn.Module):
             mask = as_mask(mask, rows)
             if mask.shape[1] != length:
                 raise ValueError(f"attention_mask has {mask.shape[1]} columns for {length} tokens")
+        positions = unusual_positions(position_ids, 0, rows, length)
         inputs = Inputs(
             mask=None if mask is None or bool(mask.all()) else encode_tensor(mask),
-            position_ids=encode_positions(position_ids, 0, rows, length),
+            position_ids=None if positions is None else encode_tensor(positions),
             all_hidden=all_hidden,
         )
         if differentiable:
@@ -195,7 +197,7 @@ class RemoteSequential(nn.Module):
 
     def route(self) -> list[Hop]:
         """The servers that a session would use now, in order. Raises MissingBlocksError, ServerError."""
-        return self.target.swarm.portal.run(chain.find_hops, self.target)
+        return self.target.swarm.portal.run(find_hops, self.target)
 
     def check_hidden(self, hidden_states: torch.Tensor) -> None:
         """Raises ValueError unless `hidden_states` can go through these blocks."""

@@ -1,31 +1,32 @@
 """An inference session: a KV cache that lies on the servers of a route, seen as one object that takes tokens.
 
 `InferenceSession` is what a user holds: synchronous, checks everything before it is sent, and knows what the servers know of each row (how
-many entries, which are padding) and what they do not (the token ids). `_ServerSide` is its half on the portal's thread: it opens the
-chain of servers ahead of the first step, and opens another one when a server fails before there is anything to lose.
+many entries, which are padding) and what they do not (the token ids). `ServerSide` is its half on the portal's thread.
+
+Rows that begin alike (beams, several answers to one prompt) are sent once, with room promised for all; the order of the next step makes
+them many.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import trio
 
-from petalnet.client.chain import LONGEST_PAUSE_S, Chain, Inputs, Target
-from petalnet.errors import BusyError, CallerError, PetalnetError, ServerError, SessionClosed
-from petalnet.p2p.messages import Blob
+from petalnet.client.chain import Inputs, Names
+from petalnet.client.prefix import Prefix, first_name
+from petalnet.client.server_side import ServerSide
+from petalnet.errors import SessionClosed
+from petalnet.p2p.messages import UNIT_TOKENS, Blob
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 if TYPE_CHECKING:
     from petalnet.client.cache import SessionCache
     from petalnet.client.remote import RemoteSequential
     from petalnet.routing.routes import Hop
-
-logger = logging.getLogger(__name__)
 
 
 class InferenceSession:
@@ -36,23 +37,23 @@ class InferenceSession:
 
     Attributes:
         max_length: the most KV entries that a row may take.
-        rows: rows of the cache, None before the first step.
     """
 
     def __init__(self, blocks: RemoteSequential, max_length: int) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"max_length needs a number of tokens above 0; got {max_length!r}")
         self.max_length = max_length
-        self.rows: int | None = None
+        self._rows: int | None = None  # as the servers hold them
         self._blocks = blocks
         self._position = 0
         self._mask: torch.Tensor | None = None  # bool [rows, position]; None where nothing is padding
         self._tokens: torch.Tensor | None = None  # ids of [rows, position] entries, and of those that are yet to be computed
-        self._order: torch.Tensor | None = None  # which rows the next step's rows continue
+        self._order: torch.Tensor | None = None  # which of the servers' rows the next step's rows continue
+        self._prefixes: list[Prefix] = []  # of each row, as far as its beginning can be named
         self._closed: str | None = None
         self._lock = threading.RLock()
         self._portal = blocks.target.swarm.portal
-        self._server_side = _ServerSide(blocks.target, max_length)
+        self._server_side = ServerSide(blocks.target, max_length)
         self._portal.start(self._server_side.prepare)
         # Not at exit: then the portal winds down as a whole.
         self._finalizer = weakref.finalize(self, self._portal.start, self._server_side.close)
@@ -60,6 +61,11 @@ class InferenceSession:
 
     def __repr__(self) -> str:
         return f"<InferenceSession of {self._blocks} at {self._position} of {self.max_length}{', closed' if self.closed else ''}>"
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the cache, None before the first step."""
+        return self._rows if self._order is None else len(self._order)
 
     @property
     def position(self) -> int:
@@ -74,6 +80,7 @@ class InferenceSession:
             self._position = position
             self._mask = None if self._mask is None else self._mask[:, :position]
             self._tokens = None if self._tokens is None else self._tokens[:, :position]
+            self._prefixes = [prefix.cut(position) for prefix in self._prefixes]
 
     @property
     def closed(self) -> bool:
@@ -112,7 +119,7 @@ class InferenceSession:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the next step goes on from row `rows[i]` (int64 [rows]); rows may be repeated and left out."""
         self._check_open()
-        present = len(self._order) if self._order is not None else self.rows
+        present = self.rows
         rows = rows.detach().to("cpu", torch.int64)
         if self._position == 0 and self._tokens is None:
             return
@@ -121,6 +128,7 @@ class InferenceSession:
         self._order = rows if self._order is None else self._order[rows]
         self._mask = None if self._mask is None else self._mask[rows]
         self._tokens = None if self._tokens is None else self._tokens[rows]
+        self._prefixes = [self._prefixes[row] for row in rows.tolist()] if self._prefixes else []
 
     def run(
         self,
@@ -130,6 +138,7 @@ class InferenceSession:
         position_ids: torch.Tensor | None = None,
         prompts: torch.Tensor | None = None,
         all_hidden: bool = False,
+        keep: int = 0,
     ) -> list[torch.Tensor]:
         """`step` with all that a model's `forward` knows.
 
@@ -137,37 +146,70 @@ class InferenceSession:
             mask: [rows, position + new] or [rows, new], 0 or False where a token is padding; None: no new token is.
             position_ids: [rows or 1, new]; None for position … position + new - 1.
             all_hidden: return the output of every block, first to last, not only of the last.
+            keep: only the outputs of the last `keep` tokens matter, the others may be zeros; 0 where all matter.
         """
         with self._lock:
             self._check_open()
             blocks, position = self._blocks, self._position
             blocks.check_hidden(hidden_states)
             rows, new = hidden_states.shape[:2]
-            present = len(self._order) if self._order is not None else self.rows
-            if position and rows != present:
-                raise ValueError(f"the session holds {present} rows and was given {rows}")
+            if position and rows != self.rows:
+                raise ValueError(f"the session holds {self.rows} rows and was given {rows}")
             if position + new > self.max_length:
                 raise ValueError(
                     f"{position + new} KV entries ({position} so far, {new} new) exceed the session's max_length of {self.max_length}"
                 )
             full_mask = self._full_mask(mask, rows, new)
+            positions = unusual_positions(position_ids, position, rows, new)
+            prompts = None if prompts is None else blocks.check_prompts(prompts, hidden_states)
+            alike = None
+            if rows > 1 and new and not position and prompts is None:
+                alike = alike_rows([tensor for tensor in (hidden_states, full_mask, positions) if tensor is not None])
+            first = slice(None) if alike is None else alike[0]
+            sent = encode_tensor(hidden_states[first])
+            prefixes = self._extended_prefixes(sent, usual=full_mask is None and positions is None and prompts is None)
             inputs = Inputs(
-                mask=None if full_mask is None else encode_tensor(full_mask),
-                position_ids=encode_positions(position_ids, position, rows, new),
-                prompts=None if prompts is None else encode_tensor(blocks.check_prompts(prompts, hidden_states)),
+                mask=None if full_mask is None else encode_tensor(full_mask[first]),
+                position_ids=None if positions is None else encode_tensor(positions[first]),
+                prompts=None if prompts is None else encode_tensor(prompts),
                 all_hidden=all_hidden,
+                keep=keep if keep < new and not all_hidden else 0,
+                promise_rows=0 if alike is None else rows,
+                names=_completed(prefixes, position, position + new),
             )
             order = None if self._order is None or not position else encode_tensor(self._order)
             try:
-                outputs = self._portal.run(self._server_side.step, encode_tensor(hidden_states), position, order, inputs)
+                outputs = self._portal.run(self._server_side.step, sent, position, order, inputs)
             except BaseException as error:
                 # An interrupted step may yet arrive at some servers; and a reordering that some have done must not be done again.
                 if not isinstance(error, Exception) or (order is not None and not isinstance(error, SessionClosed)):
                     self.close(f"a step was interrupted ({type(error).__name__})")
                 raise
-            self.rows, self._order, self._mask, self._position = rows, None, full_mask, position + new
-            decoded = [decode_tensor(output).to(hidden_states.device) for output in outputs]
-            return [boundary for output in decoded for boundary in output] if all_hidden else decoded
+            self._rows, self._order, self._mask, self._position = sent.shape[0], None, full_mask, position + new
+            self._prefixes = prefixes
+            answers = [decode_tensor(output).to(hidden_states.device) for output in outputs]
+            if alike is not None:
+                self._order = torch.tensor(alike[1])
+                self._prefixes = [prefixes[like] for like in alike[1]] if prefixes else []
+                answers = [answer.index_select(-3, self._order.to(answer.device)) for answer in answers]
+            if inputs.keep:
+                whole = answers[-1].new_zeros(hidden_states.shape)
+                whole[:, -inputs.keep :] = answers[-1]
+                return [whole]
+            return [boundary for answer in answers for boundary in answer] if all_hidden else answers
+
+    def _extended_prefixes(self, sent: Blob, usual: bool) -> list[Prefix]:
+        """What is known of the rows' beginnings once the tokens in `sent` are computed; nothing new where they are not usual ones."""
+        rows, new, _ = sent.shape
+        if not self._position:
+            if self.max_length < 2 * UNIT_TOKENS:
+                return []  # too little for anybody to ask for later
+            target = self._blocks.target
+            self._prefixes = [Prefix(first_name(target.model, sent.dtype, target.first))] * rows
+        if not usual or not self._prefixes or self._prefixes[0].length < self._position:
+            return self._prefixes
+        data, size = memoryview(sent.data), len(sent.data) // rows
+        return [prefix.extended(data[row * size : (row + 1) * size], new) for row, prefix in enumerate(self._prefixes)]
 
     def known_tokens(self, filler: int) -> torch.Tensor | None:
         """Ids of the cache's entries and of tokens yet to be computed, int64 [rows, at least position]; None where there are none at all.
@@ -177,8 +219,7 @@ class InferenceSession:
         known = 0 if self._tokens is None else self._tokens.shape[1]
         if known >= self._position:
             return self._tokens
-        rows = len(self._order) if self._order is not None else self.rows
-        unknown = torch.full((rows or 1, self._position - known), filler, dtype=torch.int64)
+        unknown = torch.full((self.rows or 1, self._position - known), filler, dtype=torch.int64)
         return unknown if self._tokens is None else torch.cat([self._tokens, unknown], dim=1)
 
     def note_tokens(self, ids: torch.Tensor, start: int, filler: int = 0) -> None:
@@ -236,8 +277,8 @@ def as_mask(mask: torch.Tensor, rows: int) -> torch.Tensor:
     return mask.detach().to("cpu", torch.bool).expand(rows, -1)
 
 
-def encode_positions(position_ids: torch.Tensor | None, position: int, rows: int, new: int) -> Blob | None:
-    """The wire form of position ids [rows or 1, new]; None where they are the default, position … position + new - 1."""
+def unusual_positions(position_ids: torch.Tensor | None, position: int, rows: int, new: int) -> torch.Tensor | None:
+    """Position ids [rows or 1, new] as int32 [rows, new] on the CPU; None where they are position … position + new - 1 in every row."""
     if position_ids is None or new == 0:
         return None
     if position_ids.ndim == 1:
@@ -248,88 +289,34 @@ def encode_positions(position_ids: torch.Tensor | None, position: int, rows: int
         usual = all(row == [position] for row in position_ids.tolist())
     else:
         usual = bool((position_ids == torch.arange(position, position + new, device=position_ids.device)).all())
-    return None if usual else encode_tensor(position_ids.to("cpu", torch.int32).expand(rows, new))
+    return None if usual else position_ids.to("cpu", torch.int32).expand(rows, new)
 
 
-class _ServerSide:
-    """The half of a session that runs on the portal's thread."""
+def alike_rows(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]] | None:
+    """Rows that are equal in all of the tensors [rows, tokens, …], the first of which tells most of them apart.
 
-    def __init__(self, target: Target, max_length: int) -> None:
-        self.chain: Chain | None = None
-        self._target = target
-        self._max_length = max_length
-        self._lock = trio.Lock()
-        self._opening = trio.CancelScope()
-        self._error: PetalnetError | None = None  # what `prepare` met; the first step raises it
-        self._ended: str | None = None
+    Returns:
+        the first row of each kind, and for each row the number of its kind; None where no two rows are alike.
+    """
+    last = encode_tensor(tensors[0][:, -1])
+    rows, size = last.shape[0], len(last.data) // last.shape[0]
+    firsts: list[int] = []
+    kinds: list[int] = []
+    candidates: dict[bytes, list[int]] = {}  # kinds by their last tokens
+    for row in range(rows):
+        similar = candidates.setdefault(bytes(last.data[row * size : (row + 1) * size]), [])
+        kind = next((kind for kind in similar if all(torch.equal(tensor[row], tensor[firsts[kind]]) for tensor in tensors)), None)
+        if kind is None:
+            kind = len(firsts)
+            firsts.append(row)
+            similar.append(kind)
+        kinds.append(kind)
+    return (firsts, kinds) if len(firsts) < rows else None
 
-    async def prepare(self) -> None:
-        """Open the chain ahead of the first step."""
-        async with self._lock:
-            with self._opening:
-                try:
-                    await self._open()
-                except PetalnetError as error:
-                    self._error = error
 
-    async def _open(self) -> Chain:
-        self._check_open()
-        if self.chain is None:
-            chain = await Chain.open(self._target, self._max_length)
-            try:
-                self._check_open()
-            except SessionClosed:
-                await chain.close()
-                raise
-            self.chain = chain
-        return self.chain
-
-    def _check_open(self) -> None:
-        if self._ended is not None:
-            raise SessionClosed(f"this session cannot be used any more: {self._ended}")
-
-    async def step(self, hidden: Blob, position: int, order: Blob | None, inputs: Inputs) -> list[Blob]:
-        """`Chain.step`, on another chain where a server fails and the caches are empty anyway, and again where a server had no room."""
-        async with self._lock:
-            if self._error is not None:
-                error, self._error = self._error, None
-                raise error
-            retries = 0
-            failure: BusyError | ServerError
-            while True:
-                chain = await self._open()
-                try:
-                    return await chain.step(hidden, position, order, inputs)
-                except BusyError as busy:
-                    pause, failure = min(busy.retry_after_s, LONGEST_PAUSE_S), busy
-                except CallerError:
-                    raise
-                except ServerError as error:
-                    await self._drop()
-                    if position > 0:
-                        self._ended = str(error)
-                        raise
-                    pause, failure = 0.0, error
-                except BaseException:
-                    await self._drop()
-                    self._ended = "a step was interrupted"
-                    raise
-                limit = self._target.settings.max_retries
-                if limit is not None and retries >= limit:
-                    raise failure
-                retries += 1
-                logger.info("trying again (%d): %s", retries, failure)
-                await trio.sleep(pause)
-
-    async def _drop(self) -> None:
-        chain, self.chain = self.chain, None
-        if chain is not None:
-            await chain.close()
-
-    async def close(self) -> None:
-        self._ended = self._ended or "it was closed"
-        self._opening.cancel()
-        await self._drop()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ServerSide:
-        return self
+def _completed(prefixes: list[Prefix], position: int, end: int) -> Names | None:
+    """Names of the units that tokens position … end - 1 complete; None where they complete none, or these have no names."""
+    start, stop = position // UNIT_TOKENS, end // UNIT_TOKENS
+    if start == stop or not prefixes or prefixes[0].length < end:
+        return None
+    return tuple(prefix.names[start:stop] for prefix in prefixes)

@@ -18,9 +18,10 @@ class ClientSettings:
     Attributes:
         initial_peers: bootstrap multiaddrs; None to look into the environment, the configuration file and for a client daemon.
         allowed_servers, blocked_servers: peer ids; only, respectively none, of these are used. None for no restriction.
-        request_timeout: seconds that one request to one server may take.
+        request_timeout: seconds that one request to one server may take, and the most that full servers are waited for.
         connect_timeout: seconds that a connection to a server may take.
-        max_retries: how often a failed request is tried again on another route before its error is raised; None for without end.
+        max_retries: how often a failed request is tried again on another route before its error is raised; None for without end. Where
+            all servers are full, each retry stands for half a minute of waiting.
         show_route: whether each session's route is logged (on standard error, where the program has set up no logging); "inference" and
             True mean the same.
         active_adapter: name of a LoRA adapter that servers apply, or None.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from petalnet.client.portal import Job, Portal, get_portal
+from petalnet.client.prefix import SentNames
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
@@ -53,6 +54,7 @@ class Membership:
         self.access = access
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
+        self.sent_names = SentNames()
         self._peering: Peering
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join

@@ -216,7 +216,7 @@ def test_missing_blocks_are_named(bloom_path: Path, serving: Callable[..., Any],
 def test_a_full_server_is_passed_over_or_waited_for(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
     with serving(bloom_path, []) as servers:
         small = servers.start(0, 6, pool_tokens=16)
-        with connect(bloom_path, servers.peers, max_retries=1) as model:
+        with connect(bloom_path, servers.peers, request_timeout=3) as model:
             ids = torch.tensor([[5, 6, 7]])
             with model.inference_session(max_length=10) as session:
                 model.generate(ids, max_new_tokens=2, session=session)

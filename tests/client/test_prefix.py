@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petalnet.client.prefix import NAME_BYTES, UNIT_TOKENS, Prefix, SentNames, first_name
+from petalnet.client.prefix import Prefix, SentNames, first_name
+from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS
 
 ORIGIN = first_name("model", "float32", 0)
 TOKEN_BYTES = 8
@@ -71,9 +72,8 @@ def test_sent_names_are_few_and_the_latest() -> None:
     sent.note("a", names[:3])
     assert (sent.known("a", names), sent.known("b", names)) == (3, 0)
     sent.note("b", names[:1])
-    sent.note("a", names[:1])  # used again: now the second is the oldest
-    sent.note("a", names[3:4])
+    sent.note("a", names[3:])  # two too many: of the first row the end goes
     assert len(sent) == 4
-    assert (sent.known("a", names), sent.known("a", names[2:]), sent.known("b", names)) == (1, 2, 1)
+    assert (sent.known("a", names), sent.known("a", names[3:]), sent.known("b", names)) == (1, 2, 1)
     sent.forget("a", names)
     assert (sent.known("a", names), len(sent)) == (0, 1)

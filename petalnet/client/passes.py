@@ -1,0 +1,127 @@
+"""Passes that belong to no session: forward without a cache, and backward. On the portal's thread."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from petalnet.client.chain import Inputs, checked
+from petalnet.client.requests import (
+    Answer,
+    Target,
+    ask,
+    blaming,
+    find_hops,
+    joined,
+    last_of,
+    open_stream,
+    prompts_of,
+    retrying,
+)
+from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError
+from petalnet.p2p.messages import Backward, BackwardDone, Blob, Forward, ForwardDone, Message
+from petalnet.routing.routes import Hop
+
+
+async def forward(target: Target, hidden: Blob, inputs: Inputs) -> tuple[list[Hop], list[Blob]]:
+    """A stateless forward pass through the target's blocks, each hop retried on another route when its server fails.
+
+    Returns:
+        the hops that did it and the output of each ([blocks, rows, length, hidden] each with `inputs.all_hidden`).
+    """
+    hops: list[Hop] = []
+    outputs: list[Blob] = []
+    rest = target
+    while rest.first < rest.end:
+
+        async def attempt(full: frozenset[str], rest: Target = rest, hidden: Blob = hidden) -> tuple[Hop, Blob]:
+            hop = (await find_hops(rest, full, "forward", math.prod(hidden.shape[:-1])))[0]
+            request = Forward(
+                model=target.model,
+                first=hop.first,
+                end=hop.end,
+                hidden=hidden,
+                mask=inputs.mask,
+                position_ids=inputs.position_ids,
+                prompts=prompts_of(inputs.prompts, target, hop),
+                all_hidden=inputs.all_hidden,
+            )
+            async with blaming(target, hop):
+                answer = await _ask_once(target, hop, request, ForwardDone)
+                checked(answer.output, hidden, hop, inputs.all_hidden)
+            return hop, answer.output
+
+        hop, output = await retrying(rest, attempt)
+        hops.append(hop)
+        outputs.append(output)
+        hidden = last_of(output) if inputs.all_hidden else output
+        rest = replace(rest, first=hop.end)
+    return hops, outputs if inputs.all_hidden else outputs
+
+
+async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inputs) -> tuple[Blob, Blob | None]:
+    """Gradients of a stateless forward pass through the target's blocks: of its hidden states, and of its prompts where there are some.
+
+    The target is one hop of an earlier `forward`; where its server is gone, others do it, which need not cut it at the same blocks.
+    """
+
+    async def attempt(full: frozenset[str]) -> tuple[Blob, Blob | None]:
+        hops = await find_hops(target, full, "forward", math.prod(hidden.shape[:-1]))
+        entering = [hidden]
+        for hop in hops[:-1]:
+            part = replace(target, first=hop.first, end=hop.end)
+            _, outputs = await forward(part, entering[-1], replace(inputs, prompts=prompts_of(inputs.prompts, target, hop)))
+            entering.append(outputs[-1])
+        gradient, prompt_gradients = grad_output, []
+        for hop, entered in zip(reversed(hops), reversed(entering), strict=True):
+            request = Backward(
+                model=target.model,
+                first=hop.first,
+                end=hop.end,
+                hidden=entered,
+                grad_output=gradient,
+                mask=inputs.mask,
+                position_ids=inputs.position_ids,
+                prompts=prompts_of(inputs.prompts, target, hop),
+            )
+            async with blaming(target, hop):
+                answer = await _ask_once(target, hop, request, BackwardDone)
+                _same(answer.grad_hidden, entered, "gradient")
+                if request.prompts is not None:
+                    if answer.grad_prompts is None:
+                        raise ProtocolError("the gradient of the prompts is missing", hop.peer_id)
+                    _same(answer.grad_prompts, request.prompts, "gradient of the prompts")
+                    prompt_gradients.append(answer.grad_prompts)
+            gradient = answer.grad_hidden
+        return gradient, joined(prompt_gradients[::-1]) if prompt_gradients else None
+
+    return await retrying(target, attempt)
+
+
+async def _ask_once(target: Target, hop: Hop, request: Message, expected: type[Answer]) -> Answer:
+    """One request that belongs to no session, on a stream that was used before or a new one."""
+    from petalnet.p2p.protocols import FORWARD
+
+    idle = target.swarm.membership.idle_streams
+    while True:
+        stream = idle.take(hop.peer_id)
+        used_before = stream is not None
+        if stream is None:
+            stream = await open_stream(target, hop, FORWARD)
+        try:
+            answer = await ask(stream, request, expected)
+        except (CallerError, BusyError):
+            await idle.keep(stream)
+            raise
+        except BaseException as error:
+            await stream.reset()
+            if used_before and isinstance(error, PeerLost):
+                continue  # the server has closed it while it was idle, or is gone: a new stream will tell
+            raise
+        await idle.keep(stream)
+        return answer
+
+
+def _same(answered: Blob, sent: Blob, what: str) -> None:
+    if answered.shape != sent.shape or answered.dtype != sent.dtype:
+        raise ProtocolError(f"the {what} is {answered.dtype} {list(answered.shape)} instead of {sent.dtype} {list(sent.shape)}")

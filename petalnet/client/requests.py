@@ -1,0 +1,210 @@
+"""Requests to servers: which server gets one, what its answer must be, and what an error of it means.
+
+Runs on the portal's thread. An error has a class (see `errors`): the caller's fault is raised at once; a full server is gone round or
+waited for; whatever else goes wrong is the server's fault, which is out of the routes in the same instant.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+from petalnet.client.settings import ClientSettings
+from petalnet.client.swarm import Swarm
+from petalnet.errors import (
+    BusyError,
+    CallerError,
+    MissingBlocksError,
+    PeerLost,
+    ProtocolError,
+    ServerError,
+    describe_blocks,
+)
+from petalnet.p2p.messages import Blob, Error, Message, blob_size
+from petalnet.routing.routes import Hop, Work
+
+if TYPE_CHECKING:
+    from petalnet.p2p.host import Stream
+    from petalnet.p2p.protocols import Protocol
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Answer = TypeVar("Answer", bound=Message)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+"""Pause before the second retry, doubled with each further one; the first retry comes at once, since it goes to other servers."""
+BUSY_S_PER_RETRY = 30.0
+"""How long full servers are waited for, for each retry that the settings allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Which blocks of which model, in which swarm, and how to treat its servers."""
+
+    swarm: Swarm
+    model: str
+    first: int
+    end: int
+    settings: ClientSettings
+
+
+class Busy(Exception):
+    """A server had no room; internal to the choice of a route."""
+
+    def __init__(self, error: BusyError, peer_id: str) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.peer_id = peer_id
+
+
+class Patience:
+    """How long full servers are waited for: `BUSY_S_PER_RETRY` for each retry that the settings allow, `request_timeout` at most."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        retries = settings.max_retries
+        self._longest = settings.request_timeout if retries is None else min(settings.request_timeout, retries * BUSY_S_PER_RETRY)
+        self._until: float | None = None
+
+    async def wait(self, busy: BusyError) -> None:
+        """Sleep for as long as the server said. Raises its error when that would be in vain: patience is at its end."""
+        now = trio.current_time()
+        if self._until is None:
+            self._until = now + self._longest
+        if now >= self._until:
+            raise busy
+        pause = min(max(busy.retry_after_s, FIRST_PAUSE_S), LONGEST_PAUSE_S, self._until - now)
+        logger.info("waiting %.1f s: %s", pause, busy)
+        await trio.sleep(pause)
+
+
+async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable[T]]) -> T:
+    """`attempt(servers to do without)` until it succeeds, within the bounds of the target's settings.
+
+    A server's fault is tried again elsewhere (the server is out of the routes by then), a full server is left out of the next tries until
+    nobody else holds its blocks, then waited for.
+
+    Raises:
+        CallerError, MissingBlocksError: at once.
+        ServerError: when the retries are used up.
+        BusyError: when patience is.
+    """
+    full: set[str] = set()
+    busy: BusyError | None = None
+    patience = Patience(target.settings)
+    retries = 0
+    while True:
+        try:
+            return await attempt(frozenset(full))
+        except Busy as found:
+            full.add(found.peer_id)
+            busy = found.error
+        except MissingBlocksError:
+            if busy is None:
+                raise
+            await patience.wait(busy)
+            full.clear()
+            busy = None
+        except CallerError:
+            raise
+        except ServerError as error:
+            limit = target.settings.max_retries
+            if limit is not None and retries >= limit:
+                raise
+            pause = min(FIRST_PAUSE_S * 2 ** (retries - 1), LONGEST_PAUSE_S) if retries else 0.0
+            retries += 1
+            logger.info("trying again (%d): %s", retries, error)
+            await trio.sleep(pause)
+
+
+async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Work = "decode", tokens: int = 1) -> list[Hop]:
+    """The route that a request to the target takes now. Raises MissingBlocksError, ServerError."""
+    settings = target.settings
+    return await target.swarm.membership.route(
+        target.model,
+        target.first,
+        target.end,
+        allowed=settings.allowed_servers,
+        blocked=settings.blocked_servers | full,
+        work=work,
+        tokens=tokens,
+    )
+
+
+def describe_route(hops: list[Hop]) -> str:
+    return " → ".join(f"{hop.first}:{hop.end} at …{hop.peer_id[-6:]}" for hop in hops)
+
+
+async def open_stream(target: Target, hop: Hop, protocol: Protocol) -> Stream:
+    """A stream to the hop's server."""
+    host = target.swarm.membership.host
+    return await host.open_stream(hop.peer_id, protocol, addrs=hop.addrs, timeout_s=target.settings.connect_timeout)
+
+
+async def ask(stream: Stream, request: Message, expected: type[Answer]) -> Answer:
+    """Send a request and receive its answer, which is of the expected type.
+
+    Raises: the error that was answered; PeerLost, ProtocolError.
+    """
+    await stream.send(request)
+    answer = await stream.receive()
+    if type(answer) is expected:
+        return answer
+    if isinstance(answer, Error):
+        raise answer.exception(stream.peer_id)
+    if answer is None:
+        raise PeerLost("the server closed the stream", stream.peer_id)
+    raise ProtocolError(f"answered {answer.name} instead of {expected.name}", stream.peer_id)
+
+
+@asynccontextmanager
+async def blaming(target: Target, hop: Hop) -> AsyncIterator[None]:
+    """What goes wrong inside is the fault of the hop's server, unless its error says otherwise; bounded by the request time-out.
+
+    A BusyError becomes `Busy`.
+    """
+    timeout_s = target.settings.request_timeout
+    where = f"server {hop.peer_id} ({describe_blocks(range(hop.first, hop.end))})"
+    try:
+        with trio.fail_after(timeout_s):
+            yield
+    except trio.TooSlowError:
+        target.swarm.membership.mark_failed(hop.peer_id)
+        raise PeerLost(f"{where} did not answer within {timeout_s:g} s", hop.peer_id) from None
+    except ServerError as error:
+        target.swarm.membership.mark_failed(hop.peer_id)
+        raise type(error)(f"{where}: {error}", hop.peer_id) from error
+    except BusyError as error:
+        raise Busy(error, hop.peer_id) from error
+    target.swarm.membership.mark_ok(hop.peer_id)
+
+
+def last_of(blob: Blob) -> Blob:
+    """The last entry along the first dimension."""
+    return part_of(blob, blob.shape[0] - 1, blob.shape[0], drop_dimension=True)
+
+
+def part_of(blob: Blob, start: int, stop: int, *, drop_dimension: bool = False) -> Blob:
+    """Entries [start, stop) along the first dimension of a raw array, without a copy."""
+    if blob.codec != "raw":
+        raise ProtocolError(f"an array of codec {blob.codec} cannot be cut")
+    size = blob_size(blob.dtype, blob.shape[1:], "raw")
+    shape = blob.shape[1:] if drop_dimension else (stop - start, *blob.shape[1:])
+    return Blob(blob.dtype, shape, "raw", memoryview(blob.data)[start * size : stop * size])
+
+
+def joined(blobs: list[Blob]) -> Blob:
+    """Raw arrays one after another along the first dimension."""
+    if len(blobs) == 1:
+        return blobs[0]
+    return Blob(blobs[0].dtype, (sum(blob.shape[0] for blob in blobs), *blobs[0].shape[1:]), "raw", b"".join(blob.data for blob in blobs))
+
+
+def prompts_of(prompts: Blob | None, target: Target, hop: Hop) -> Blob | None:
+    """Of the prompts for all blocks of the target those for the hop's."""
+    return None if prompts is None else part_of(prompts, hop.first - target.first, hop.end - target.first)
