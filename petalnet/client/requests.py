@@ -123,7 +123,14 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
 
 
 async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Work = "decode", tokens: int = 1) -> list[Hop]:
-    """The route that a request to the target takes now. Raises MissingBlocksError, ServerError."""
+    """The route that a request to the target takes now.
+
+    Args:
+        full: servers to do without; where only these hold some block, nobody else is looked for.
+        work, tokens: what it is for, and how much.
+    Raises:
+        MissingBlocksError, ServerError.
+    """
     settings = target.settings
     return await target.swarm.membership.route(
         target.model,
@@ -133,6 +140,7 @@ async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Wo
         blocked=settings.blocked_servers | full,
         work=work,
         tokens=tokens,
+        look=not full,
     )
 
 

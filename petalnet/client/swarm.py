@@ -132,8 +132,12 @@ class Membership:
         blocked: Collection[str] = (),
         work: Work = "decode",
         tokens: int = 1,
+        look: bool = True,
     ) -> list[Hop]:
         """The quickest chain of servers through blocks [first, end) of a model.
+
+        Args:
+            look: whether to look for servers where those that are known do not suffice.
 
         Raises:
             MissingBlocksError: some block has no server: at once where the swarm is known, a moment after joining at the latest.
@@ -158,7 +162,7 @@ class Membership:
             try:
                 return find(records)
             except MissingBlocksError as error:
-                if looked and trio.current_time() > self._joined_at + SETTLE_S:
+                if not look or (looked and trio.current_time() > self._joined_at + SETTLE_S):
                     known = view.servers(model, now=now, include_failed=True)
                     raise MissingBlocksError(error.blocks, (record.peer_id for record in known), hint=error.hint) from None
             if looked:

@@ -1,0 +1,147 @@
+"""Full servers: gone round where others hold their blocks, else waited for within a bound, and never taken for broken."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+from trio.testing import MockClock
+
+from petalnet.client.requests import Busy, Patience, retrying
+from petalnet.client.settings import ClientSettings
+from petalnet.errors import BusyError, MissingBlocksError
+
+GREEDY = {"do_sample": False}
+IDS = torch.tensor([[5, 6, 7]])
+
+
+def test_a_session_goes_round_a_full_server(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
+    with serving(bloom_path, []) as servers:
+        small = servers.start(0, 6, pool_tokens=64)
+        with connect(bloom_path, servers.peers, request_timeout=5) as model:
+            expected = model.generate(IDS, max_new_tokens=4, **GREEDY)
+            with model.inference_session(max_length=64) as holder:
+                model.generate(IDS, max_new_tokens=1, session=holder, **GREEDY)
+                large = servers.start(0, 6)
+                # Whichever of the two the route takes first: it is the other that has room.
+                sessions = [model.inference_session(max_length=60) for _ in range(4)]
+                for session in sessions:
+                    assert torch.equal(model.generate(IDS, max_new_tokens=4, session=session, **GREEDY), expected)
+                    assert session.hops[0].peer_id == large.peer_id
+                for session in sessions:
+                    session.close()
+                view = model.transformer.h.target.swarm.membership._peering.view
+                assert not view.on_probation(small.peer_id) and not view.on_probation(large.peer_id)
+
+
+def test_a_full_server_is_waited_for(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
+    """Two sessions that fit only one after the other."""
+    with serving(bloom_path, []) as servers:
+        servers.start(0, 3)
+        servers.start(3, 6, pool_tokens=16)
+        with connect(bloom_path, servers.peers, request_timeout=20) as model, ThreadPoolExecutor(1) as pool:
+            expected = model.generate(IDS, max_new_tokens=8, **GREEDY)
+            with model.inference_session(max_length=10) as holder:
+                model.generate(IDS, max_new_tokens=2, session=holder, **GREEDY)
+                waiting = pool.submit(model.generate, IDS, max_new_tokens=8, **GREEDY)
+                threading.Event().wait(0.3)  # it may be asking by now; the outcome is the same if not
+                assert not waiting.done()
+            assert torch.equal(waiting.result(20), expected)
+
+
+def test_rows_that_a_later_server_has_no_room_for_are_reordered_once(
+    bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    """More rows in mid-session: the first server has done the reordering when the second says that it is full."""
+    hidden, more = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)), torch.randn(3, 1, 32)
+    with serving(bloom_path, []) as servers:
+        servers.start(0, 3)
+        servers.start(3, 6, pool_tokens=40)
+        with connect(bloom_path, servers.peers, request_timeout=20) as model, torch.inference_mode():
+            blocks = model.transformer.h
+            order = torch.tensor([1, 0, 1])
+            with blocks.inference_session(max_length=12) as session:
+                session.step(hidden)
+                with blocks.inference_session(max_length=12) as other:
+                    other.step(hidden[:1])
+                    threading.Timer(0.5, other.close).start()
+                    answer = session.step(more, hypo_ids=order)
+            expected = blocks(torch.cat([hidden[order], more], dim=1))[:, -1:]
+            assert torch.allclose(answer, expected, atol=1e-4)
+
+
+def test_patience_has_an_end(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
+    with serving(bloom_path, []) as servers:
+        servers.start(0, 6, pool_tokens=16)
+        for bound in ({"request_timeout": 1.0}, {"max_retries": 0}):
+            with connect(bloom_path, servers.peers, **bound) as model, model.inference_session(max_length=10) as holder:
+                first = model.generate(IDS, max_new_tokens=2, session=holder, **GREEDY)
+                late = model.inference_session(max_length=10)
+                began = time.monotonic()
+                with pytest.raises(BusyError, match="no room"):
+                    model.generate(IDS, max_new_tokens=8, session=late, **GREEDY)
+                assert time.monotonic() - began < 4
+                holder.close()
+                assert torch.equal(model.generate(IDS, max_new_tokens=2, session=late, **GREEDY), first)  # none the worse
+                late.close()
+
+
+def in_virtual_time(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What `work` returns, or the error that it raises, and the seconds that it takes."""
+
+    async def main() -> tuple[Any, float]:
+        try:
+            result = await work()
+        except BusyError as error:
+            result = error
+        return result, trio.current_time()
+
+    clock = MockClock(autojump_threshold=0)
+    clock.jump(-clock.current_time())
+    return trio.run(main, clock=clock)
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [({}, 90), ({"max_retries": 1}, 30), ({"max_retries": None}, 180), ({"request_timeout": 7}, 7), ({"max_retries": 0}, 0)],
+)
+def test_how_long_is_waited(settings: dict[str, Any], seconds: float) -> None:
+    asked: list[float] = []
+
+    async def work() -> None:
+        patience = Patience(ClientSettings(**settings))
+        while True:
+            asked.append(trio.current_time())
+            await patience.wait(BusyError("no room", 4.0))
+
+    error, end = in_virtual_time(work)
+    assert isinstance(error, BusyError)
+    assert end == seconds
+    assert [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)][:1] in ([], [4.0])
+
+
+def test_all_servers_are_asked_before_one_is_waited_for() -> None:
+    asked: list[tuple[frozenset[str], float]] = []
+
+    class FakeTarget:
+        settings = ClientSettings(max_retries=1)
+
+    async def attempt(full: frozenset[str]) -> str:
+        asked.append((full, trio.current_time()))
+        free = sorted({"a", "b", "c"} - full)
+        if not free:
+            raise MissingBlocksError([0])
+        if trio.current_time() < 8:
+            raise Busy(BusyError("no room", 5.0), free[0])
+        return free[0]
+
+    result, _ = in_virtual_time(lambda: retrying(FakeTarget(), attempt))  # type: ignore[arg-type]
+    assert result == "a"
+    assert [(len(full), now) for full, now in asked] == [(n, t) for t in (0.0, 5.0) for n in range(4)] + [(0, 10.0)]
