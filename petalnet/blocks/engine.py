@@ -6,13 +6,15 @@ in which they came. Whatever touches the span or a cache runs there, so none of 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import queue
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +22,7 @@ import outcome
 import torch
 import trio
 
+from petalnet.blocks.scheduler import Part, Scheduler, Task
 from petalnet.errors import BusyError, PetalnetError, ServerError
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,13 @@ T = TypeVar("T")
 SWITCH_INTERVAL_S = 0.0005
 """How often Python's threads take turns while the engine runs. At the default of 5 ms, a message waits up to 5 ms for a busy compute
 thread to let go; at this value 0.5 ms, and the computation does not slow measurably."""
+
+LOOP_SAMPLE_S = 0.02
+"""How often the trio loop's delay is sampled while something waits for the compute thread."""
+ESTIMATE_GAP_S = 0.25
+"""How often the expected wait is estimated anew."""
+REMEMBERED_S = 60.0
+"""How far back the figures of delays and rounds go."""
 
 
 @dataclass(frozen=True)
@@ -142,3 +152,315 @@ def _capture(job: _Job, started: float) -> outcome.Outcome[Any]:
         failure.__cause__ = error
         return outcome.Error(failure)
     return outcome.Value(Result(value, started - job.submitted, time.perf_counter() - started))
+
+
+@dataclass(frozen=True)
+class LoopDelay:
+    """How late the trio loop ran what was due, over the last minute in which there was work; seconds."""
+
+    median_s: float = 0.0
+    worst_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of the last minute: how many, their seconds, and their sums of tokens and of tasks that took part."""
+
+    count: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    tasks: int = 0
+
+
+@dataclass(eq=False)
+class _Asker:
+    """A task of the trio loop that waits for the compute thread."""
+
+    trio_task: trio.lowlevel.Task
+    submitted: float = field(default_factory=time.perf_counter)
+    gone: bool = False
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _RoundDone:
+    ended: float
+    seconds: float
+    tokens: int
+    tasks: int
+
+
+class BatchEngine:
+    """The compute thread, run by rounds; to take the place, and the name, of `Engine` once the service hands it tasks.
+
+    `run` keeps it alive; the other methods belong to the same trio loop. What is submitted and called takes effect in that order: a call
+    runs after the round under way and before any part of a task that was submitted after it.
+
+    Attributes:
+        busy_s: seconds of computation so far.
+        jobs: tasks answered so far.
+        expected_wait_s: seconds that all that waits is expected to take, as estimated in the last quarter of a second.
+    """
+
+    def __init__(self, run: Callable[[list[Part]], Sequence[outcome.Outcome[Any] | None]], scheduler: Scheduler) -> None:
+        """
+        Args:
+            run: runs a round on the compute thread. For each part, what its task's asker gets to hear; None where the task goes on.
+            scheduler: decides the rounds; belongs to the compute thread from now on (`call(scheduler.forget, session)`).
+        """
+        self._run_parts = run
+        self._scheduler = scheduler
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._closing = False
+        self.busy_s = 0.0
+        self.jobs = 0
+        self.expected_wait_s = 0.0
+        # The trio thread's.
+        self._askers: set[_Asker] = set()
+        self._asked = trio.Event()
+        self._over = trio.Event()
+        self._delays: collections.deque[tuple[float, float]] = collections.deque()
+        self._rounds: collections.deque[_RoundDone] = collections.deque()
+        # The compute thread's.
+        self._by_task: dict[Task, _Asker] = {}
+        self._stopped = False
+        self._estimated = 0.0
+        self._failure: BaseException | None = None
+
+    @property
+    def queue_length(self) -> int:
+        """Tasks and questions that wait or run."""
+        return len(self._askers)
+
+    @property
+    def loop_delay(self) -> LoopDelay:
+        since = time.perf_counter() - REMEMBERED_S
+        while self._delays and self._delays[0][0] < since:
+            self._delays.popleft()
+        delays = [delay for _, delay in self._delays]
+        return LoopDelay(statistics.median(delays), max(delays)) if delays else LoopDelay()
+
+    @property
+    def rounds(self) -> Rounds:
+        self._forget_rounds(time.perf_counter())
+        rounds = self._rounds
+        return Rounds(len(rounds), sum(r.seconds for r in rounds), sum(r.tokens for r in rounds), sum(r.tasks for r in rounds))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the compute thread until cancelled; then waits for the round under way, tells those who still wait and ends the thread."""
+        self._token = trio.lowlevel.current_trio_token()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(interval, SWITCH_INTERVAL_S))
+        thread = threading.Thread(target=self._compute, args=(self._token,), name="petalnet-engine", daemon=True)
+        thread.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_loop)
+                task_status.started()
+                await self._over.wait()
+                nursery.cancel_scope.cancel()
+            raise RuntimeError("the compute thread has ended") from self._failure
+        finally:
+            self._closing = True
+            self._inbox.put(self._stop)
+            with trio.CancelScope(shield=True):
+                await self._over.wait()
+                await trio.to_thread.run_sync(thread.join)
+            sys.setswitchinterval(interval)
+
+    async def submit(self, task: Task) -> Result[Any]:
+        """Have a task computed, in as many rounds as it takes.
+
+        A caller that is cancelled stops waiting at once; its task is dropped, and a part of it that is under way runs to its end unheard.
+
+        Raises:
+            PetalnetError: as the runner raised it.
+            BusyError: the task ran out of memory.
+            ServerError: the task failed in another way (logged with its traceback), or the engine is not running.
+        """
+        asker = await self._new_asker()
+        self._inbox.put(lambda: self._enter(asker, task))
+        result: Result[Any] = await self._answer_to(asker, lambda: self._leave(task))
+        return result
+
+    async def ask(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work(*args)` on the compute thread, between rounds, and wait for what it returns.
+
+        Raises as `submit` does. If the caller is cancelled before the function has begun, it is not run.
+        """
+        asker = await self._new_asker()
+
+        def run() -> None:
+            if not asker.gone and not self._closing:
+                self._tell([(asker, _hearable(outcome.capture(work, *args)))])
+
+        self._inbox.put(run)
+        value: T = await self._answer_to(asker, None)
+        return value
+
+    def call(self, work: Callable[..., object], *args: Any) -> None:
+        """Run `work(*args)` on the compute thread, between rounds; nobody waits for it. After the engine's end nothing happens."""
+
+        def run() -> None:
+            try:
+                work(*args)
+            except Exception:
+                # Nobody hears of it, and the thread has others to serve.
+                log.exception("a call to the compute thread failed")
+
+        self._inbox.put(run)
+
+    # In the trio thread
+
+    async def _new_asker(self) -> _Asker:
+        if self._token is None or self._closing:
+            raise _shutting_down()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        asker = _Asker(trio.lowlevel.current_task())
+        self._askers.add(asker)
+        self._asked.set()
+        return asker
+
+    async def _answer_to(self, asker: _Asker, withdraw: Callable[[], None] | None) -> Any:
+        def abort(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
+            asker.gone = True
+            self._askers.discard(asker)
+            if withdraw is not None:
+                self._inbox.put(withdraw)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        return await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def _deliver(self, answers: list[tuple[_Asker, outcome.Outcome[Any]]], done: _RoundDone | None) -> None:
+        for asker, answer in answers:
+            if not asker.gone:
+                self._askers.discard(asker)
+                trio.lowlevel.reschedule(asker.trio_task, answer)
+        if done is not None:
+            self.jobs += len(answers)
+            self.busy_s += done.seconds
+            self._rounds.append(done)
+            self._forget_rounds(done.ended)
+
+    def _forget_rounds(self, now: float) -> None:
+        while self._rounds and self._rounds[0].ended < now - REMEMBERED_S:
+            self._rounds.popleft()
+
+    def _end(self) -> None:
+        """The thread is over: whoever still waits hears of it."""
+        self._closing = True
+        for asker in self._askers:
+            asker.gone = True
+            trio.lowlevel.reschedule(asker.trio_task, outcome.Error(_shutting_down()))
+        self._askers.clear()
+        self._over.set()
+
+    async def _watch_loop(self) -> None:
+        """Note how late the loop is, while there is work."""
+        while True:
+            if not self._askers:
+                self._asked = trio.Event()
+                await self._asked.wait()
+            began = time.perf_counter()
+            await trio.sleep(LOOP_SAMPLE_S)
+            now = time.perf_counter()
+            self._delays.append((now, max(0.0, now - began - LOOP_SAMPLE_S)))
+            while self._delays[0][0] < now - REMEMBERED_S:
+                self._delays.popleft()
+
+    # In the compute thread
+
+    def _compute(self, token: trio.lowlevel.TrioToken) -> None:
+        try:
+            while not self._stopped:
+                decision = self._scheduler.next(time.perf_counter())
+                if isinstance(decision, list):
+                    self._run_round(decision)
+                else:
+                    self._wait(decision)
+                self._drain()
+        except BaseException as error:
+            # A defect of the scheduler or of this class: without the thread nobody is served, so `run` raises it.
+            log.exception("the compute thread failed")
+            self._failure = error
+        finally:
+            with contextlib.suppress(trio.RunFinishedError):  # the loop is gone, and with it whoever waited
+                token.run_sync_soon(self._end)
+
+    def _wait(self, until: float | None) -> None:
+        """Wait for something to come in, at the longest until then."""
+        if until is None:
+            self.expected_wait_s = 0.0
+            self._inbox.get()()
+            return
+        with contextlib.suppress(queue.Empty):
+            self._inbox.get(timeout=max(0.0, until - time.perf_counter()))()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while not self._stopped:
+                self._inbox.get_nowait()()
+
+    def _run_round(self, parts: list[Part]) -> None:
+        started = time.perf_counter()
+        outcomes: Sequence[outcome.Outcome[Any] | None]
+        try:
+            outcomes = self._run_parts(parts)
+        except Exception as error:
+            # The boundary of the compute thread: a round's failure is for those to hear whose round it was, and must not end the thread.
+            outcomes = [outcome.Error(error)] * len(parts)
+        now = time.perf_counter()
+        seconds = now - started
+        complete = self._scheduler.finished(parts, seconds, now)
+        answers: list[tuple[_Asker, outcome.Outcome[Any]]] = []
+        for part, result in zip(parts, outcomes, strict=True):
+            asker = self._by_task[part.task]
+            asker.compute_s += seconds
+            if result is None and part.task in complete:
+                result = outcome.Error(RuntimeError("a task is complete, and its runner has no answer"))
+            if result is None:
+                continue
+            self._leave(part.task)
+            if isinstance(result, outcome.Value):
+                result = outcome.Value(Result(result.value, max(0.0, now - asker.submitted - asker.compute_s), asker.compute_s))
+            answers.append((asker, _hearable(result)))
+        self._tell(answers, _RoundDone(now, seconds, sum(part.tokens for part in parts), len(parts)))
+        if now - self._estimated > ESTIMATE_GAP_S:
+            self._estimated = now
+            self.expected_wait_s = self._scheduler.expected_wait()
+
+    def _enter(self, asker: _Asker, task: Task) -> None:
+        if not asker.gone:
+            self._by_task[task] = asker
+            self._scheduler.add(task, asker.submitted)
+
+    def _leave(self, task: Task) -> None:
+        if self._by_task.pop(task, None) is not None:
+            self._scheduler.drop(task)
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _tell(self, answers: list[tuple[_Asker, outcome.Outcome[Any]]], done: _RoundDone | None = None) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._deliver, answers, done)
+
+
+def _shutting_down() -> ServerError:
+    return ServerError("the server is shutting down")
+
+
+def _hearable(result: outcome.Outcome[Any]) -> outcome.Outcome[Any]:
+    """A result as its asker may hear of it: errors of other kinds than ours are logged, and told without their details."""
+    if not isinstance(result, outcome.Error) or isinstance(result.error, PetalnetError):
+        return result
+    error = result.error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        log.warning("a task did not fit into memory")
+        return outcome.Error(BusyError("the server ran out of memory for this request"))
+    log.error("a task of the compute thread failed", exc_info=error)
+    failure = ServerError(f"computation failed: {type(error).__name__}")
+    failure.__cause__ = error
+    return outcome.Error(failure)
