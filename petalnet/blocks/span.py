@@ -3,13 +3,18 @@
 The backbone keeps its `forward`: masks, rotary tables, ALiBi, sliding windows stay the library's business. Only its list of layers is
 cut to the span, and two hooks replace what reaches the first layer by what was received and take what the last layer puts out, so
 that whatever the backbone does before (embedding scales, norms) or after (the final norm) does not matter.
+
+A pass without a past (`forward`) is the library's, its attention included. Steps of sessions (`step`) keep their keys and values in pages.
+Where the family's layers take an attention function, all steps of a pass lie side by side in one packed row, and that function, ours,
+attends over the pages; other families run one session after the other, with the library's attention over what is gathered from the pages.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +22,24 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from petalnet.blocks.cache import SpanCache, windows_of
+from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
+from petalnet.blocks.backends import Backend, pick_backend
+from petalnet.blocks.cache import PagedCache, ShapeCache, SpanCache, windows_of
+from petalnet.blocks.kv import KVShape, KVStore
+from petalnet.blocks.packed import PackedRow
+from petalnet.blocks.packed import SpanStep as SpanStep
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.rotary import RotaryRegimes
 from petalnet.errors import ModelError, UsageError
 from petalnet.models import loading
 from petalnet.models.anatomy import find_layers, text_config
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import block_digests
+
+log = logging.getLogger(__name__)
+
+_LAYER_NUMBERS = ("layer_idx", "layer_id")
+"""Under which a module knows its layer's number, by which it finds its share of a cache, and our attention function its pages."""
 
 
 class Span:
@@ -32,45 +49,74 @@ class Span:
         first, end: which blocks of the model these are.
         num_blocks: how many the whole model has.
         hidden_size: width of the hidden states.
-        dtype, device: of the weights and of what `forward` returns.
+        dtype, device: of the weights and of what `forward` and `step` return.
+        backend: how attention over pages is computed on this device, and in pages of which size.
         takes_position_ids: whether the backbone is told positions (families with ALiBi are not).
         score_heads: attention scores (or a mask) of rows × score_heads × new × total entries are in memory at once: the heads where the
             library computes scores one after the other, 1 where a fused kernel does it all.
         max_positions: positions that the model has a table for; None for a family that computes them (rotary, ALiBi).
     """
 
-    def __init__(self, model: Any, first: int, end: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Cut a model, whose layers [first, end) are loaded, to these layers. `load` is the usual way."""
+    def __init__(self, model: Any, first: int, end: int, *, dtype: torch.dtype, device: torch.device, may_pack: bool = True) -> None:
+        """Cut a model, whose layers [first, end) are loaded, to these layers. `load` is the usual way.
+
+        Args:
+            may_pack: False where packed passes are known to be wrong for the family (see `probe`).
+        """
         layers = find_layers(model)
         config = text_config(model.config)
         self.num_blocks = len(layers.layers)
         self.first, self.end = first, end
         self.hidden_size: int = config.hidden_size
         self.dtype, self.device = dtype, device
+        self.backend: Backend = pick_backend(device, dtype)
         self._compute_digests: Callable[[], list[str]] = list
         self._list = layers
         self._blocks = list(layers.layers)[first:end]
         self._config = _quiet(config)
         self.score_heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 1
         self._windows = windows_of(config)[first:end]
-        self._active: tuple[int, int] | None = None
         self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters
         tokens = model.get_input_embeddings()
         self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
         self.max_positions = _learned_positions(layers.owner, tokens)
-        self._growing_rotary = [m for m in layers.owner.modules() if "dynamic" in str(getattr(m, "rope_type", ""))]
+        self._rotary = RotaryRegimes(layers.owner)
+        self._numbered = [m for block in self._blocks for m in block.modules() if any(name in m.__dict__ for name in _LAYER_NUMBERS)]
         for index, block in enumerate(self._blocks):
             for module in block.modules():
-                for name in ("layer_idx", "layer_id"):  # under which a layer finds its share of the cache
+                for name in _LAYER_NUMBERS:
                     if name in module.__dict__:
                         module.__dict__[name] = index
+        if config.model_type == "bloom":
+            from petalnet.blocks.bloom import page_attention
+
+            page_attention(self._blocks)
+        self._may_pack = may_pack and "chunked_attention" not in (getattr(config, "layer_types", None) or ())
+        # Attention modules and the backbone look into the configuration for the attention function, at every pass anew.
+        self._library_attention: str | None = config._attn_implementation
+        self._attention = self._library_attention
+        self._configs = _configurations(self._blocks)
+        self._active: tuple[int, int] | None = None
+        self._shown: list[nn.Module] = []
+        self._edges: list[torch.utils.hooks.RemovableHandle] = []
+        self._entering: torch.Tensor | None = None
+        self._outputs: list[torch.Tensor] = []
+        self._paged: PagedState | None = None
+        self._paged_cache: PagedCache | None = None
         self._activate(first, end)
 
     @classmethod
     def load(
-        cls, source: ModelSource, first: int, end: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        source: ModelSource,
+        first: int,
+        end: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        may_pack: bool = True,
     ) -> Span:
-        """Load blocks [first, end), reading only their tensors.
+        """Load blocks [first, end), reading only their tensors. `may_pack`: see `Span`.
 
         Raises:
             UsageError: the model has no such blocks.
@@ -92,7 +138,7 @@ class Span:
         lacking = sorted(name for name in built.missing if name.startswith(wanted))
         if lacking:
             raise ModelError(f"{source.name} lacks the tensor {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
-        span = cls(built.model, first, end, dtype=dtype, device=torch.device(device))
+        span = cls(built.model, first, end, dtype=dtype, device=torch.device(device), may_pack=may_pack)
         span._compute_digests = lambda: block_digests(source, built.partition, first, end)
         return span
 
@@ -113,13 +159,89 @@ class Span:
         """Memory that the weights take."""
         return sum(weight.nbytes for block in self._blocks for weight in (*block.parameters(), *block.buffers()))
 
-    @cached_property
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Memory that one position of one row takes in a cache, over all blocks. Found by running a token through the first block."""
-        cache = self.new_cache(1)
+        """Memory that one position of one row takes, over all blocks."""
+        return sum(shape.heads * (shape.key_size + shape.value_size) for shape in self.kv_shapes) * self.dtype.itemsize
+
+    @cached_property
+    def kv_shapes(self) -> list[KVShape]:
+        """What a position takes in each block. Found by running a token through one block of each kind."""
+        found: dict[int, KVShape] = {}
+        token = torch.zeros(1, 1, self.hidden_size)
+        for index in set(self._kinds):
+            cache = ShapeCache(self._windows)
+            with torch.inference_mode():
+                self._library_pass(token, self.first + index, self.first + index + 1, cache=cache)
+            shape = cache.shapes[index]
+            if shape is None:
+                raise ModelError(f"a {self._config.model_type} model cannot be served: its layers put nothing into a cache")
+            found[index] = shape
+        return [found[index] for index in self._kinds]
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether steps of several sessions can share a pass; where not, `step` runs them one after the other.
+
+        Tried with a token through one block of each kind: its keys have to arrive in the pages. Whether the results are right is for the
+        probe of the family to say."""
+        if not self._may_pack:
+            return False
+        store = KVStore(self.kv_shapes, pages=1, page_tokens=self.backend.page_tokens, dtype=self.dtype, device=self.device)
+        rows = Rows(PagePool(1, self.backend.page_tokens), 1)
+        rows.resize(1)
+        rows.prepare(1)
+        step = SpanStep(rows, torch.zeros(1, 1, self.hidden_size))
+        before = self._paged
+        try:
+            self._paged = self._state_over(store)
+            for index in set(self._kinds):
+                store.keys[index].fill_(torch.nan)
+                with torch.inference_mode():
+                    self._packed_pass([step], self.first + index, self.first + index + 1)
+                if bool(store.keys[index][0].isnan().any()):
+                    return False
+            return True
+        except Exception:
+            # The family's own code, told to use an attention function it may know nothing of, raises whatever it raises.
+            log.debug("%s models do not run with an attention function of ours", self._config.model_type, exc_info=True)
+            return False
+        finally:
+            self._paged = before
+            self._show(before)
+
+    def attach(self, store: KVStore) -> None:
+        """Keep keys and values in a store, which has an entry a block and the backend's page size, from now on: `step` works."""
+        if self.packs:
+            self._paged = self._state_over(store)
+        else:
+            self._paged_cache = PagedCache(store, self._windows)
+
+    def step(self, steps: Sequence[SpanStep], first: int | None = None, end: int | None = None) -> list[list[torch.Tensor]]:
+        """Run steps of several sessions through blocks [first, end) of the model, by default all of the span.
+
+        Steps share a pass: their `batch_key`s have to be equal. Their keys and values are written to the pages; the rows are not advanced.
+
+        Returns:
+            for each step its outputs [rows, new, hidden] in the span's dtype on its device: one, or with `all_hidden` one a block.
+        Raises:
+            ValueError: the span has no such blocks.
+            RuntimeError: no store is attached.
+        """
+        first, end = self._range(first, end)
         with torch.inference_mode():
-            self.forward(torch.zeros(1, 1, self.hidden_size), cache=cache, end=self.first + 1)
-        return cache.bytes * len(self)
+            if self._paged is not None:
+                return self._packed_pass(steps, first, end)
+            return [self._alone(step, first, end) for step in steps]
+
+    def batch_key(self, position_end: int, session: Hashable) -> Hashable:
+        """Steps that have equal keys, and run through the same blocks, may share a pass.
+
+        Args:
+            position_end: one past the last position that the whole of the step reaches.
+            session: whose step it is.
+        """
+        return self._rotary.key(position_end, session) if self.packs else ("alone", session)
 
     def forward(
         self,
@@ -145,52 +267,175 @@ class Span:
         Returns:
             outputs [rows, new, hidden] in the span's dtype on its device: one, or with `all_hidden` one a block.
         """
-        first, end = self.first if first is None else first, self.end if end is None else end
-        if not self.first <= first < end <= self.end:
-            raise ValueError(f"blocks {first}:{end} are not within {self.first}:{self.end}")
-        self._activate(first, end)
-        for module in self._growing_rotary:
-            module.__dict__["max_seq_len_cached"] = 0  # tables are chosen for this session's length, not for the longest seen so far
-        hidden = hidden.to(self.device, self.dtype)
-        rows, new, _ = hidden.shape
+        first, end = self._range(first, end)
         past = cache.length if cache is not None else 0
+        outputs = self._library_pass(
+            hidden,
+            first,
+            end,
+            cache=cache,
+            past=past,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            prompts=prompts,
+            all_hidden=all_hidden,
+        )
+        if cache is not None:
+            cache.advance(hidden.shape[1])
+        return outputs
+
+    def _alone(self, step: SpanStep, first: int, end: int) -> list[torch.Tensor]:
+        """A step by itself, with the library's own attention."""
+        cache = self._paged_cache
+        if cache is None:
+            raise RuntimeError("the span has no store of keys and values")
+        cache.begin(step.rows, step.hidden.shape[1])
+        return self._library_pass(
+            step.hidden,
+            first,
+            end,
+            cache=cache,
+            past=step.rows.length,
+            attention_mask=step.mask,
+            position_ids=step.position_ids,
+            position_end=step.position_end,
+            prompts=step.prompts,
+            all_hidden=step.all_hidden,
+        )
+
+    def _library_pass(
+        self,
+        hidden: torch.Tensor,
+        first: int,
+        end: int,
+        *,
+        cache: Any = None,
+        past: int = 0,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        position_end: int | None = None,
+        prompts: torch.Tensor | None = None,
+        all_hidden: bool = False,
+    ) -> list[torch.Tensor]:
+        self._activate(first, end)
+        self._attend_with(self._library_attention)
+        hidden = hidden.to(self.device, self.dtype)
         kwargs: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask.to(self.device, torch.long)
         if position_ids is not None and self.takes_position_ids:
             kwargs["position_ids"] = position_ids.to(self.device, torch.long)
+        adding: list[Hook] = []
+        if prompts is not None and past < prompts.shape[2]:
+            reaching = prompts[:, :, past : past + hidden.shape[1]].to(self.device, self.dtype)
+            adding = [_add_at_start(prompt) for prompt in reaching]
+        return self._run(hidden, kwargs, adding, all_hidden, position_end)
+
+    def _packed_pass(self, steps: Sequence[SpanStep], first: int, end: int) -> list[list[torch.Tensor]]:
+        state = self._paged
+        if state is None:
+            raise RuntimeError("the span has no store of keys and values")
+        self._activate(first, end)
+        self._attend_with(NAME)
+        row = PackedRow.of(steps, dtype=self.dtype, device=self.device, positions=self.takes_position_ids)
+        kwargs: dict[str, Any] = {"use_cache": False}
+        if row.position_ids is not None:
+            kwargs["position_ids"] = row.position_ids
+        adding: list[Hook] = []
+        if row.prompted is not None:
+            columns, added = row.prompted
+            adding = [_add_at(columns, prompt) for prompt in added]
+        longest = max((step.position_end for step in steps if step.position_end is not None), default=None)
+        state.batch = Batch(row.segments, self.backend.page_tokens, self.device)
+        try:
+            outputs = self._run(row.hidden, kwargs, adding, any(step.all_hidden for step in steps), longest)
+        finally:
+            state.batch = None  # which is how BLOOM's modules know that a pass is the library's
+        return [
+            [output[0, columns].view(step.hidden.shape) for output in (outputs if step.all_hidden else outputs[-1:])]
+            for step, columns in zip(steps, row.columns, strict=True)
+        ]
+
+    def _run(
+        self, hidden: torch.Tensor, kwargs: dict[str, Any], adding: list[Hook], all_hidden: bool, position_end: int | None
+    ) -> list[torch.Tensor]:
+        """Run the backbone, with `hidden` as what enters the first active block; `adding`: a hook a block, or none."""
+        self._rotary.begin(position_end)
         if self._embedding_size == self.hidden_size:
             kwargs["inputs_embeds"] = hidden.detach()
         else:
-            kwargs["inputs_embeds"] = hidden.new_zeros(()).expand(rows, new, self._embedding_size)
-
-        blocks = self._blocks[first - self.first : end - self.first]
-        outputs: list[torch.Tensor] = []
-        handles = [blocks[0].register_forward_pre_hook(_replace_input(hidden), with_kwargs=True)]
-        if prompts is not None and past < prompts.shape[2]:
-            reaching = prompts[:, :, past : past + new].to(self.device, self.dtype)
-            handles += [
-                block.register_forward_pre_hook(_add_prompt(prompt), with_kwargs=True)
-                for block, prompt in zip(blocks, reaching, strict=True)
-            ]
-        handles += [block.register_forward_hook(_take_output(outputs)) for block in (blocks if all_hidden else blocks[-1:])]
+            kwargs["inputs_embeds"] = hidden.new_zeros(()).expand(*hidden.shape[:2], self._embedding_size)
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        if adding or all_hidden:
+            handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block, hook in zip(self._shown, adding, strict=False)]
+            if all_hidden:
+                handles += [block.register_forward_hook(self._leave) for block in self._shown[:-1]]
+        self._entering, self._outputs = hidden, []
         try:
             self._list.owner(**kwargs)
+            return self._outputs
         finally:
+            self._entering, self._outputs = None, []
             for handle in handles:
                 handle.remove()
-        if cache is not None:
-            cache.advance(new)
-        return outputs
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What reaches the first block becomes what was received."""
+        return _with_hidden(self._entering, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def _range(self, first: int | None, end: int | None) -> tuple[int, int]:
+        first, end = self.first if first is None else first, self.end if end is None else end
+        if not self.first <= first < end <= self.end:
+            raise ValueError(f"blocks {first}:{end} are not within {self.first}:{self.end}")
+        return first, end
 
     def _activate(self, first: int, end: int) -> None:
         """Show the backbone only blocks [first, end), and a configuration that fits them."""
         if self._active == (first, end):
             return
-        a, b = first - self.first, end - self.first
-        self._list.replace(nn.ModuleList(self._blocks[a:b]))
-        self._list.owner.config = slice_config(self._config, first, end)
+        self._shown = self._blocks[first - self.first : end - self.first]
+        self._list.replace(nn.ModuleList(self._shown))
+        self._shown_config = slice_config(self._config, first, end)
+        self._shown_config._attn_implementation = self._attention
+        self._list.owner.config = self._shown_config
+        for handle in self._edges:
+            handle.remove()
+        self._edges = [
+            self._shown[0].register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._shown[-1].register_forward_hook(self._leave),
+        ]
         self._active = (first, end)
+
+    def _attend_with(self, name: str | None) -> None:
+        """Choose the attention function, ours or the library's, for the passes that follow."""
+        if name == self._attention:
+            return
+        for config in (*self._configs, self._shown_config):
+            config._attn_implementation = name
+        self._attention = name
+
+    def _state_over(self, store: KVStore) -> PagedState:
+        """A state for our attention function, which finds it in the modules that call it."""
+        state = PagedState(store, self.backend, self._windows)
+        self._show(state)
+        return state
+
+    def _show(self, state: PagedState | None) -> None:
+        for module in self._numbered:
+            module.__dict__[STATE] = state
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """For each block the first one that is like it: of the same layout, shapes and attention window."""
+        kinds: dict[Hashable, int] = {}
+        described = (
+            (tuple((name, weight.shape) for name, weight in block.named_parameters()), window)
+            for block, window in zip(self._blocks, self._windows, strict=True)
+        )
+        return [kinds.setdefault(kind, index) for index, kind in enumerate(described)]
 
 
 def slice_config(config: PreTrainedConfig, first: int, end: int) -> PreTrainedConfig:
@@ -216,6 +461,12 @@ def _quiet(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def _configurations(blocks: Sequence[nn.Module]) -> list[PreTrainedConfig]:
+    """The configurations that modules hold, each once."""
+    held = (module.__dict__.get("config") for block in blocks for module in block.modules())
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
+
+
 def _learned_positions(owner: nn.Module, tokens: nn.Module) -> int | None:
     """Entries of the backbone's table of positions, which looking up a later one would overrun."""
     tables = [
@@ -229,29 +480,29 @@ def _learned_positions(owner: nn.Module, tokens: nn.Module) -> int | None:
 Hook = Callable[..., Any]
 
 
-def _replace_input(hidden: torch.Tensor) -> Hook:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-
-    return hook
+def _with_hidden(hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments with other hidden states, which some families pass by position and others by name."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
-def _add_prompt(prompt: torch.Tensor) -> Hook:
+def _add_at_start(prompt: torch.Tensor) -> Hook:
     """Add a prompt [rows, n, hidden] to the first n positions of a layer's input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         count = prompt.shape[1]
-        hidden = torch.cat([hidden[:, :count] + prompt, hidden[:, count:]], dim=1)
-        return _replace_input(hidden)(module, args, kwargs)
+        return _with_hidden(torch.cat([hidden[:, :count] + prompt, hidden[:, count:]], dim=1), args, kwargs)
 
     return hook
 
 
-def _take_output(outputs: list[torch.Tensor]) -> Hook:
-    def hook(module: nn.Module, args: Sequence[Any], output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+def _add_at(columns: torch.Tensor, prompt: torch.Tensor) -> Hook:
+    """Add a prompt [n, hidden] to n columns of a packed row that is a layer's input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return _with_hidden(hidden.index_add(1, columns, prompt.unsqueeze(0)), args, kwargs)
 
     return hook
