@@ -262,6 +262,35 @@ def test_too_few_pages_change_nothing() -> None:
     assert rows.tables == before and pool.free == 1
     pool.check(rows.tables)
     step(rows, 10)
+    rows.release()
+    rows = make(1, 100, pool)
+    step(rows, 50)
+    rows.reorder([0, 0, 0])
+    with pytest.raises(OutOfPages):
+        rows.prepare(1)
+    assert rows.tables == [[0, 1, 2, 3]] * 3 and pool.free == 1
+    pool.check(rows.tables)
+
+
+def test_no_row_is_brought_together_with_pages_that_another_needs() -> None:
+    pool = PagePool(9, 16)
+    rows = make(1, 100, pool)
+    step(rows, 32)
+    rows.reorder([0, 0, 0])
+    step(rows, SETTLED_TOKENS)
+    assert pool.free == 4
+    assert step(rows, 12 + 1) == [] and pool.free == 1, "a run of three would have been free for one of them"
+    pool.check(rows.tables)
+
+
+def test_what_the_cache_shares_with_the_last_row_is_written_in_place_when_nothing_is_free() -> None:
+    pool = PagePool(2, 64)
+    cache = PrefixCache(pool)
+    rows = make(1, 128, pool)
+    step(rows, 128)
+    cache.keep("", [b"one", b"two"], rows.tables[0])
+    rows.truncate(100)
+    assert step(rows, 20) == [] and rows.tables == [[0, 1]]
 
 
 def test_a_prefix_is_continued_in_place_or_copied() -> None:
@@ -303,9 +332,9 @@ class PagesMachine(RuleBasedStateMachine):
         self.sessions: list[Modelled] = []
 
     @initialize(
-        page_tokens=st.sampled_from([16, 32, 64, 128]),
-        pages=st.integers(1, 24),
-        cached=st.none() | st.integers(0, 12),
+        page_tokens=st.sampled_from([64, 32, 128, 16]),
+        pages=st.sampled_from([1, 2, 3, 4, 6, 9, 24]),
+        cached=st.none() | st.integers(0, 4),
     )
     def begin(self, page_tokens: int, pages: int, cached: int | None) -> None:
         self.page_tokens = page_tokens
@@ -331,25 +360,45 @@ class PagesMachine(RuleBasedStateMachine):
     @rule(data=st.data(), owner=st.sampled_from(["", "a"]))
     def open(self, data: st.DataObject, owner: str) -> None:
         rows = data.draw(st.integers(1, min(self.unpromised, 4)))
-        max_length = data.draw(st.integers(1, self.unpromised // rows * self.page_tokens))
-        session = Modelled(owner, make(rows, max_length, self.pool), rows * self.pages_of(max_length), [[] for _ in range(rows)])
-        self.sessions.append(session)
-        assert sum(one.promised for one in self.sessions) <= self.pool.pages
+        most = self.unpromised // rows * self.page_tokens
+        self.open_session(owner, rows, data.draw(st.sampled_from([most, most // 2 + 1]) | st.integers(1, most)))
+
+    def open_session(self, owner: str, rows: int, max_length: int) -> None:
+        promised = rows * self.pages_of(max_length)
+        self.sessions.append(Modelled(owner, make(rows, max_length, self.pool), promised, [[] for _ in range(rows)]))
+        assert sum(session.promised for session in self.sessions) <= self.pool.pages
+
+    @rule(written=st.integers(0, 3), kept=st.booleans())
+    def fill(self, written: int, kept: bool) -> None:
+        """All that is promised is used: the moment when pages would run out."""
+        if self.unpromised:
+            self.open_session("", 1, self.unpromised * self.page_tokens)
+        for session in self.sessions:
+            new = session.rows.max_length - session.rows.length
+            self.write(session, new, [written >> row & 1 for row in range(len(session.rows))], True)
+            if kept:
+                self.keep_rows_of(session)
 
     @precondition(lambda self: self.sessions)
-    @rule(data=st.data(), succeeds=st.booleans() | st.just(True))
-    def step(self, data: st.DataObject, succeeds: bool) -> None:
+    @rule(data=st.data(), succeeds=st.sampled_from([True, True, True, False]), kept=st.booleans())
+    def step(self, data: st.DataObject, succeeds: bool, kept: bool) -> None:
         session = self.pick(data)
+        left = session.rows.max_length - session.rows.length
+        new = data.draw(st.sampled_from([size for size in (left, 5, 64, 1, 128, 2, 30, 100, 0) if size <= left]))
+        count = len(session.rows)
+        self.write(session, new, data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)), succeeds)
+        if succeeds and kept:
+            self.keep_rows_of(session)
+
+    def write(self, session: Modelled, new: int, tokens: list[int], succeeds: bool) -> None:
+        """A step in which each row gets one token `new` times; one that fails has written, too, but does not count."""
         rows = session.rows
-        left = rows.max_length - rows.length
-        new = data.draw(st.sampled_from([size for size in (0, 1, 2, 5, 30, 64, 100, 128, left) if size <= left]))
         copies = rows.prepare(new)
         for source, target in copies:
             self.stores[0][target] = list(self.stores[0][source])
         for target, content in [(target, list(self.stores[1][source])) for source, target in copies]:
             self.stores[1][target] = content
-        written = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
-        for contents, table, token in zip(session.contents, rows.tables, written, strict=True):
+        for contents, table, token in zip(session.contents, rows.tables, tokens, strict=True):
             history = contents if succeeds else list(contents)
             for position in range(rows.length, rows.length + new):
                 history.append(hash((history[-1] if history else 0, token)))
@@ -364,7 +413,8 @@ class PagesMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         session = self.pick(data)
-        length = data.draw(st.integers(0, session.rows.length))
+        reached = session.rows.length
+        length = data.draw(st.sampled_from([max(0, reached - 1), max(0, reached - 20), 0]) | st.integers(0, reached))
         session.rows.truncate(length)
         for contents in session.contents:
             del contents[length:]
@@ -396,7 +446,9 @@ class PagesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
     def keep(self, data: st.DataObject) -> None:
-        session = self.pick(data)
+        self.keep_rows_of(self.pick(data))
+
+    def keep_rows_of(self, session: Modelled) -> None:
         for contents, table in zip(session.contents, session.rows.tables, strict=True):
             self.cache.keep(session.owner, self.names(contents), table)
             found = self.cache.find(session.owner, self.names(contents))
