@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 READY_WITHIN_S = 300.0
 STOPPED_WITHIN_S = 20.0
@@ -110,13 +110,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def make_model(folder: Path, options: argparse.Namespace) -> Path:
     """A BLOOM of seeded random weights in float32, in Hugging Face format."""
-    import torch
-    from transformers import BloomConfig, BloomForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import BloomConfig
 
-    disable_progress_bar()
-
-    torch.manual_seed(0)
     config = BloomConfig(
         vocab_size=options.vocabulary,
         hidden_size=options.hidden,
@@ -126,7 +121,36 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
         bos_token_id=1,
         pad_token_id=3,
     )
-    model = BloomForCausalLM(config)
+    return _save(config, folder)
+
+
+def make_llama(folder: Path, options: argparse.Namespace) -> Path:
+    """As `make_model`, of a Llama with half as many heads for keys and values and an MLP 2.75 times as wide as the hidden states."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.hidden,
+        intermediate_size=options.hidden * 11 // 4,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=max(1, options.heads // 2),
+        max_position_embeddings=8192,
+        eos_token_id=None,
+        bos_token_id=1,
+        pad_token_id=3,
+    )
+    return _save(config, folder)
+
+
+def _save(config: Any, folder: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = None
     path = folder / "model"
     model.save_pretrained(path, safe_serialization=True)
