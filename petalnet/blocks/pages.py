@@ -1,194 +1,25 @@
-"""Which page of the KV store holds which positions of which row: a pool of pages with reference counts, and the page tables of a session.
+"""Which pages of the KV store hold which positions of which row: the page tables of a session.
 
-A page is `page_tokens` positions of one row in every block of a span; the store that holds the tensors knows nothing of rows, and this
-module knows nothing of tensors. Rows that begin alike share pages; a row that writes into a page which others read too gets a copy first.
+Rows that begin alike share pages; a row that writes into a page which others read too gets a copy of it first. Attention reads a row in
+place, without gathering, where its pages are one consecutive **run**. So a row claims a run as long as it may become when it begins, goes
+on right behind a prefix that it shares where there is room, and is otherwise brought together by copying its pages once: that costs about
+what gathering them for a single token costs.
 
-Attention reads a row in place, without gathering, where its pages are one consecutive **run**. So a row claims a run as long as it may
-become when it begins, goes on behind a prefix that it shares where there is room, and is otherwise brought together by copying its pages
-once: that costs about what gathering them for a single token costs.
-
-Everything here belongs to one thread, the one that computes.
+All of it belongs to one thread, the one that computes.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-_FREE, _CLAIMED, _HELD = 0, 1, 2
-"""States of a page. A claimed page is free, too: it is only the last that others than the claim's owner take."""
+from petalnet.blocks.pool import Claim, OutOfPages, PagePool
 
-_FREE_RUNS = re.compile(rb"\x00+")
+__all__ = ["SETTLED_TOKENS", "OutOfPages", "PagePool", "Rows"]
 
 SETTLED_TOKENS = 4
 """How many tokens rows that were duplicated must have gone on before scattered ones are copied to runs of their own: rows of a beam search
 are duplicated at nearly every token, and copying them each time would cost more than gathering does."""
-
-
-class OutOfPages(Exception):
-    """No page is left; cannot happen while the sum of rows × pages of `max_length`, over all sessions, fits the pool."""
-
-
-class Claim:
-    """Free pages start … end - 1, set aside for a row that will grow into them; others take the last of them where nothing else is left."""
-
-    __slots__ = ("end", "start")
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start = start
-        self.end = end
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-
-class PagePool:
-    """Pages 0 … `pages` - 1, how many hold each of them, and which free ones are set aside for whom.
-
-    Attributes:
-        pages: how many there are.
-        page_tokens: positions of a page.
-        free: pages that nobody holds; claimed ones count.
-        reclaim: is asked to free at least so many pages where too few are free, and says how many became free; None where nobody keeps
-            pages that can be done without.
-    """
-
-    def __init__(self, pages: int, page_tokens: int) -> None:
-        if pages < 0 or page_tokens < 1:
-            raise ValueError(f"no pool of {pages} pages of {page_tokens} tokens")
-        self.pages = pages
-        self.page_tokens = page_tokens
-        self.free = pages
-        self.reclaim: Callable[[int], int] | None = None
-        self._holders = [0] * pages
-        self._states = bytearray(pages)
-        self._claims: dict[Claim, None] = {}
-
-    def holders(self, page: int) -> int:
-        """How many hold a page."""
-        return self._holders[page]
-
-    def claim(self, pages: int, *, after: int | None = None, least: int = 1) -> Claim | None:
-        """Set aside a run of free pages that nobody has claimed, for a row that will grow to that many.
-
-        Args:
-            pages: how many are wanted, at least 1.
-            after: the run has to begin right behind this page; None: the shortest run that suffices, or else the longest there is.
-            least: a shorter run is of no use.
-
-        Returns:
-            At least `least` and at most `pages` pages; None where there is no such run.
-        """
-        if after is None:
-            start, found = self._fitting(pages)
-        else:
-            start = after + 1
-            run = _FREE_RUNS.match(self._states, start)
-            found = 0 if run is None else run.end() - start
-        found = min(found, pages)
-        if found < max(least, 1):
-            return None
-        claim = Claim(start, start + found)
-        self._claims[claim] = None
-        self._states[start : claim.end] = bytes((_CLAIMED,)) * found
-        return claim
-
-    def unclaim(self, claim: Claim) -> None:
-        """Give a claim up; what is left of it is anybody's. Harmless where that was done before."""
-        if claim in self._claims:
-            del self._claims[claim]
-            self._states[claim.start : claim.end] = bytes(len(claim))
-            claim.end = claim.start
-
-    def take(self, claim: Claim | None = None, after: int | None = None) -> int:
-        """A free page, with one holder from now on: where there is a choice the next of the claim that follows page `after`, else that
-        which follows `after`, else the next of the claim, else one that nobody has claimed, else the last one of the longest claim.
-
-        Raises:
-            OutOfPages: all pages are held and nothing could be reclaimed.
-        """
-        if not self.free and (self.reclaim is None or not self.reclaim(1)):
-            raise OutOfPages(f"all {self.pages} pages are held")
-        states = self._states
-        follower = -1 if after is None else after + 1
-        if claim is not None and claim.start < claim.end and (claim.start == follower or not self._unclaimed(follower)):
-            page = claim.start
-            claim.start += 1
-        elif self._unclaimed(follower):
-            page = follower
-        else:
-            page = states.find(_FREE)
-            if page < 0:
-                longest = max(self._claims, key=len)
-                longest.end -= 1
-                page = longest.end
-        states[page] = _HELD
-        self._holders[page] = 1
-        self.free -= 1
-        return page
-
-    def share(self, page: int) -> None:
-        """One more holds a page."""
-        if not self._holders[page]:
-            raise RuntimeError(f"page {page} is shared, but nobody holds it")
-        self._holders[page] += 1
-
-    def release(self, page: int, claim: Claim | None = None) -> None:
-        """One less holds a page. Where it was the last and the page lies right before what is left of `claim`, it goes back to that."""
-        left = self._holders[page] - 1
-        if left < 0:
-            raise RuntimeError(f"page {page} is released, but nobody holds it")
-        self._holders[page] = left
-        if not left:
-            self.free += 1
-            if claim is not None and claim.start == page + 1 and claim in self._claims:
-                claim.start = page
-                self._states[page] = _CLAIMED
-            else:
-                self._states[page] = _FREE
-
-    def check(self, held: Iterable[Iterable[int]]) -> None:
-        """Raise RuntimeError, with what is wrong, unless the accounts are exactly those of the given holders.
-
-        Args:
-            held: a list of pages for each holder: all rows of all sessions, and what keeps pages beside them.
-        """
-        wrong = []
-        counted = Counter(page for pages in held for page in pages)
-        for page, expected in enumerate(self._holders):
-            if counted[page] != expected:
-                wrong.append(f"page {page} is held by {counted[page]}, counted as {expected}")
-        unknown = [page for page in counted if not 0 <= page < self.pages]
-        if unknown:
-            wrong.append(f"there are no pages {unknown}")
-        states = bytearray(_HELD if count else _FREE for count in self._holders)
-        for claim in self._claims:
-            if not 0 <= claim.start <= claim.end <= self.pages or any(states[claim.start : claim.end]):
-                wrong.append(f"the claim of pages {claim.start}:{claim.end} has pages in it that are held or claimed by others")
-            else:
-                states[claim.start : claim.end] = bytes((_CLAIMED,)) * len(claim)
-        if states != self._states:
-            wrong.append("the states of the pages are not those of their holders and claims")
-        if self.free != self._holders.count(0):
-            wrong.append(f"{self._holders.count(0)} pages are free, counted as {self.free}")
-        if wrong:
-            raise RuntimeError("the page pool is not sound: " + "; ".join(wrong))
-
-    def _unclaimed(self, page: int) -> bool:
-        return 0 <= page < self.pages and self._states[page] == _FREE
-
-    def _fitting(self, pages: int) -> tuple[int, int]:
-        """The first page and the length of the shortest unclaimed run of that many pages, or else of the longest."""
-        best_start = best = longest_start = longest = 0
-        for run in _FREE_RUNS.finditer(self._states):
-            start, end = run.span()
-            length = end - start
-            if length >= pages and (not best or length < best):
-                best_start, best = start, length
-            if length > longest:
-                longest_start, longest = start, length
-        return (best_start, best) if best else (longest_start, longest)
 
 
 class Rows:
@@ -339,11 +170,11 @@ class Rows:
         pool = self.pool
         pages = self._pages(end)
         needed = self._needed(pages)
-        if needed > pool.free and pool.reclaim is not None:
-            pool.reclaim(needed - pool.free)
-            needed = self._needed(pages)  # a page that was shared with nobody but the reclaimed needs no copy any more
-        if needed > pool.free:
-            raise OutOfPages(f"{needed} pages are needed, {pool.free} of {pool.pages} are free")
+        if needed > pool.available:
+            self._unshare()
+            needed = self._needed(pages)
+        if needed > pool.available:
+            raise OutOfPages(f"{needed} pages are needed, {pool.available} of {pool.pages} are available")
         copies: list[tuple[int, int]] = []
         settled = self.length >= self._settled
         scattered = False
@@ -353,7 +184,11 @@ class Rows:
             missing = pages - kept
             if missing or self._runs[row] is None:
                 needed -= missing
-                if not self._stays_run(row, kept, missing) and settled and self._bring_together(row, pages, pool.free - needed, copies):
+                if (
+                    not self._stays_run(row, kept, missing)
+                    and settled
+                    and self._bring_together(row, pages, pool.available - needed, copies)
+                ):
                     continue
                 self._extend(row, kept, missing, copies)
                 scattered = scattered or self._runs[row] is None
@@ -362,8 +197,14 @@ class Rows:
             self._ready = max(end, min(self._ready, self._settled))  # the next look at the tables is due then
         return copies
 
+    def _unshare(self) -> None:
+        """Have the keeper give up the pages that are written next: where no other holds them, they need not be copied."""
+        for table in self.tables:
+            if self._is_shared(table) and self.pool.is_kept(table[-1]) and self.pool.keeper is not None:
+                self.pool.keeper.forget(table[-1])
+
     def _needed(self, pages: int) -> int:
-        """Free pages that it takes for every row to have so many, with nobody else holding the one that is written next."""
+        """Pages that it takes for every row to have so many, with nobody else holding the one that is written next."""
         needed = 0
         leaving: Counter[int] = Counter()
         for table in self.tables:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from petalnet.blocks.pages import PagePool
+from petalnet.blocks.pool import PagePool
 
 UNIT_TOKENS = 64
 """Positions that a name stands for, beyond those of the name before it."""
@@ -42,7 +42,7 @@ class PrefixCache:
     def __init__(self, pool: PagePool, *, most_pages: int | None = None) -> None:
         """
         Args:
-            pool: where the pages are from; from now on it asks this cache for pages when none are free.
+            pool: where the pages are from; the cache becomes its keeper.
             most_pages: the most pages to keep; None for any number.
 
         Raises:
@@ -58,11 +58,13 @@ class PrefixCache:
         self._roots: dict[str, _Unit] = {}
         # Least recently used first. A use counts for a unit and then for all before it, so every unit stands before its parent.
         self._units: OrderedDict[_Unit, None] = OrderedDict()
-        pool.reclaim = self.evict
+        self._by_page: dict[int, _Unit] = {}
+        self._uses = 0
+        pool.keeper = self
 
     def __len__(self) -> int:
-        """Pages that are kept; one that is known by several names counts for each."""
-        return len(self._units) * self.unit_pages
+        """Pages that are kept."""
+        return len(self._by_page)
 
     def find(self, owner: str, names: Sequence[bytes]) -> list[int]:
         """The pages of the longest known beginning, which counts as used now. They are only safe until the pool is asked for pages.
@@ -102,33 +104,38 @@ class PrefixCache:
             following = unit.children.get(name)
             if following is None:
                 following = _Unit(unit, name, pages[i * size : (i + 1) * size])
-                for page in following.pages:
-                    self._pool.share(page)
+                if not self._by_page.keys().isdisjoint(following.pages) or len(set(following.pages)) < size:
+                    break  # no honest client has two names for the same positions of a row
                 unit.children[name] = following
                 self._units[following] = None
+                self._by_page.update(dict.fromkeys(following.pages, following))
             unit = following
         if unit is None:
             return
         self._use(unit)
         while len(self) > self.most_pages:
-            self._forget(next(iter(self._units)))
+            self._drop(next(iter(self._units)))
 
     def evict(self, pages: int) -> int:
-        """Give up what was least recently used until at least so many pages are free that were not.
-
-        What would free nothing, because rows hold those pages too, is given up only where the rest does not suffice.
+        """Give up what was least recently used until at least so many pages became free; what would free nothing stays if it can.
 
         Returns:
-            How many became free; fewer than asked for where nothing is kept any more.
+            How many became free; fewer than asked for where only rows hold the others.
         """
         before = self._pool.free
-        for useful in (True, False):
-            for unit in list(self._units):
-                if self._pool.free - before >= pages:
-                    break
-                if not unit.children and (not useful or any(self._pool.holders(page) == 1 for page in unit.pages)):
-                    self._forget(unit)
+        goal = before + min(pages, self._pool.available - before)
+        while self._pool.free < goal:
+            ends = (unit for unit in self._units if not unit.children and any(self._pool.holders(page) == 1 for page in unit.pages))
+            self._drop(next(ends, None) or next(iter(self._units)))
         return self._pool.free - before
+
+    def forget(self, page: int) -> None:
+        """Give up the unit that a page belongs to, and all that follows it."""
+        followers = [self._by_page[page]]
+        for unit in followers:
+            followers.extend(unit.children.values())
+        for unit in reversed(followers):
+            self._drop(unit)
 
     def held(self) -> list[list[int]]:
         """The pages of each unit, for `PagePool.check`."""
@@ -138,16 +145,20 @@ class PrefixCache:
         return names[self._names_per_unit - 1 :: self._names_per_unit]
 
     def _use(self, unit: _Unit) -> None:
+        self._uses += 1
         step: _Unit = unit
         while step.parent is not None:
             self._units.move_to_end(step)
+            for page in step.pages:
+                self._pool.keep(page, self._uses)
             step = step.parent
 
-    def _forget(self, unit: _Unit) -> None:
+    def _drop(self, unit: _Unit) -> None:
         """Give up a unit that nothing known follows."""
         del self._units[unit]
         for page in unit.pages:
-            self._pool.release(page)
+            del self._by_page[page]
+            self._pool.unkeep(page)
         parent = unit.parent
         if parent is not None:
             del parent.children[unit.name]
