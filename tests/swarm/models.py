@@ -59,7 +59,9 @@ def make_model(family: str) -> torch.nn.Module:
             **_COMMON, hidden_size=64, num_attention_heads=4, num_hidden_layers=layers, initializer_range=0.15, multi_query=True
         )
         return FalconForCausalLM(config)
-    return MptForCausalLM(MptConfig(**_COMMON, d_model=64, n_heads=4, n_layers=layers, max_seq_len=LONGEST, initializer_range=0.15))
+    return MptForCausalLM(
+        MptConfig(**_COMMON, use_cache=True, d_model=64, n_heads=4, n_layers=layers, max_seq_len=LONGEST, initializer_range=0.15)
+    )
 
 
 def save_model(family: str, folder: Path) -> Path:
