@@ -1,15 +1,17 @@
 """Can a model family be cut into spans? Tried, not believed.
 
 The real configuration, with only its sizes made small, gets random weights, and the model as a whole is held against the same model cut
-in two: a batch with left padding, a prefill and then tokens one by one, and a gradient. What cannot be cut (keys and values shared
-between layers, inputs of its own for each layer, a state other than keys and values) shows here, before anybody's answer depends on it.
+in two: sessions of unequal length that share passes, with prompts in pieces, tokens one by one, several rows and left padding; a pass
+without a past, and its gradient. What cannot be cut (keys and values shared between layers, inputs of its own for each layer, a state
+other than keys and values) shows here, before anybody's answer depends on it. Where only sharing a pass goes wrong, because layers want
+more than an attention function is told, sessions of the family run one after the other.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from torch import nn
 from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
 from petalnet.blocks.cache import windows_of
-from petalnet.blocks.span import Span
+from petalnet.blocks.kv import KVStore
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.span import Span, SpanStep
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import find_layers, text_config
 from petalnet.models.cachedir import load_facts, store_facts
@@ -32,6 +36,7 @@ FEWEST_LAYERS, MOST_LAYERS = 4, 12
 """Layers of the small model: two for each half, and more where that is needed to have every kind of layer."""
 HEADS = 4
 TOKENS, STEPS = 9, 2
+"""Tokens of a prompt, and those that come one by one after it."""
 WINDOW = 5
 """Sliding windows are made this wide, so that the few tokens of a probe go past them."""
 TOLERANCE = 1e-4
@@ -43,31 +48,50 @@ SMALL_SIZES = {
     "vocab_size": 64,
 }
 """Sizes that have nothing to do with how layers are put together. Lengths of contexts stay: rotary scaling depends on them."""
+SESSIONS = ((0,), (1, 2), (0,))
+"""Which rows of the batch each session has; row 0 has no padding."""
+ROUNDS = (
+    ((0, 0, 4), (1, 0, 9)),
+    ((0, 4, 9), (1, 9, 10), (2, 0, 7)),
+    ((0, 9, 10), (1, 10, 11), (2, 7, 9)),
+    ((0, 10, 11), (2, 9, 11)),
+)
+"""The passes: parts (session, start, end)."""
+REVISION = 2
+"""Of what is tried here; a result of another one is not believed."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Whether a model can be split, and if not, why (one line)."""
+    """What has been found out about a model.
+
+    Attributes:
+        ok: it can be split.
+        reason: why not, in one line.
+        packs: steps of several sessions can share a pass.
+    """
 
     ok: bool
     reason: str = ""
+    packs: bool = False
 
 
-def require_splittable(config: PreTrainedConfig) -> None:
+def require_splittable(config: PreTrainedConfig) -> ProbeResult:
     """Raises ModelError with the reason where models of this configuration cannot be served in spans."""
     result = probe(config)
     if not result.ok:
         raise ModelError(f"a {config.model_type} model cannot be split into blocks: {result.reason}")
+    return result
 
 
 def probe(config: PreTrainedConfig) -> ProbeResult:
     """Try to split a model of this configuration; the outcome is remembered for this version of the libraries. Takes under a second."""
-    key = f"{config_hash(config)[:32]}-{transformers.__version__}-{__version__}"
+    key = f"{config_hash(config)[:32]}-{transformers.__version__}-{torch.__version__}-{__version__}-{REVISION}"
     known = load_facts("probe", key)
-    if isinstance(known.get("ok"), bool) and isinstance(known.get("reason"), str):
-        return ProbeResult(known["ok"], known["reason"])
+    if isinstance(known.get("ok"), bool) and isinstance(known.get("reason"), str) and isinstance(known.get("packs"), bool):
+        return ProbeResult(known["ok"], known["reason"], known["packs"])
     result = _probe(config)
-    store_facts("probe", key, {"ok": result.ok, "reason": result.reason})
+    store_facts("probe", key, asdict(result))
     return result
 
 
@@ -92,8 +116,13 @@ def _small_model(config: PreTrainedConfig) -> Any:
         torch.manual_seed(0)
         model = resolve_class(AutoModel, small)._from_config(small, dtype=torch.float32).eval()
         for parameter in model.parameters():
-            # Initialised weights are so small that layers hardly differ from the identity.
-            nn.init.uniform_(parameter, -0.2, 0.2) if parameter.dim() > 1 else nn.init.uniform_(parameter, 0.5, 1.5)
+            # Initialised weights are so small that layers hardly differ from the identity. Much larger ones than these would make
+            # attention choose single keys, so that a difference in the last bit becomes one that is seen.
+            if parameter.dim() > 1:
+                bound = min(0.2, (3 / max(parameter.shape[-2:])) ** 0.5)
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.uniform_(parameter, 0.5, 1.5)
     return model.requires_grad_(False)
 
 
@@ -138,44 +167,120 @@ def shrink(config: PreTrainedConfig) -> None:
 
 def _compare(model: Any) -> ProbeResult:
     """Hold a model against itself cut in two."""
+    spans = _cut(model, may_pack=True)
+    batch = _Batch.of(model, positions=spans[0].takes_position_ids)
+    wrong = _wrong_pass(spans, batch)
+    if wrong is not None:
+        return ProbeResult(False, wrong)
+    if all(span.packs for span in spans):
+        wrong = _wrong_session(spans, batch)
+        if wrong is None:
+            return ProbeResult(True, packs=True)
+        log.debug("%s models cannot share a pass among sessions: %s", model.config.model_type, wrong)
+    wrong = _wrong_session(_cut(model, may_pack=False), batch)
+    return ProbeResult(True) if wrong is None else ProbeResult(False, wrong)
+
+
+def _cut(model: Any, *, may_pack: bool) -> list[Span]:
     count = len(find_layers(model).layers)
     half = max(1, count // 2)
-    spans = [_span(model, 0, half), *([_span(model, half, count)] if half < count else [])]
-    rows = 3
-    ids = torch.arange(rows * (TOKENS + STEPS)).view(rows, -1) * 7 % (text_config(model.config).vocab_size - 4) + 2
-    mask = torch.ones(ids.shape, dtype=torch.bool)
-    mask[1, :2] = mask[2, :5] = False
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    whole = _Whole(model)
+    ranges = [(0, half), (half, count)] if half < count else [(0, count)]
+    cpu = torch.device("cpu")
+    return [Span(_twin(model), first, end, dtype=torch.float32, device=cpu, may_pack=may_pack) for first, end in ranges]
 
-    whole_cache, caches = DynamicCache(config=model.config), [span.new_cache(64) for span in spans]
-    start = 0
-    for end in (TOKENS, *range(TOKENS + 1, TOKENS + STEPS + 1)):
-        kwargs: dict[str, Any] = {"position_ids": positions[:, start:end]} if spans[0].takes_position_ids else {}
-        first, expected = whole.run(
-            input_ids=ids[:, start:end], attention_mask=mask[:, :end].long(), past_key_values=whole_cache, use_cache=True, **kwargs
-        )
-        hidden = first
-        with torch.inference_mode():
-            for span, cache in zip(spans, caches, strict=True):
-                (hidden,) = span.forward(hidden, attention_mask=mask[:, :end], position_ids=positions[:, start:end], cache=cache)
-        error = _error(hidden, expected, mask[:, start:end])
-        if not error < TOLERANCE:
-            what = "a prompt" if start == 0 else "a token with a cache"
-            return ProbeResult(False, f"split, it computes {what} differently (relative difference {error:.1e})")
-        start = end
 
-    first, expected = whole.run(input_ids=ids, use_cache=False)
-    hidden = inputs = first.clone().requires_grad_()
+@dataclass(frozen=True)
+class _Batch:
+    """What the whole model computes.
+
+    Attributes:
+        mask: bool [rows, tokens], left padding.
+        positions: [rows, tokens].
+        entered, left: [rows, tokens, hidden] before the first and after the last layer, with a prompt and then tokens one by one.
+        entered_at_once, left_at_once: the same of one pass without padding.
+    """
+
+    mask: torch.Tensor
+    positions: torch.Tensor
+    entered: torch.Tensor
+    left: torch.Tensor
+    entered_at_once: torch.Tensor
+    left_at_once: torch.Tensor
+
+    @classmethod
+    def of(cls, model: Any, *, positions: bool) -> _Batch:
+        rows, tokens = 3, TOKENS + STEPS
+        ids = torch.arange(rows * tokens).view(rows, -1) * 7 % (text_config(model.config).vocab_size - 4) + 2
+        mask = torch.ones(ids.shape, dtype=torch.bool)
+        mask[1, :2] = mask[2, :5] = False
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)
+        whole = _Whole(_twin(model))
+        cache = DynamicCache(config=model.config)
+        entered, left = [], []
+        start = 0
+        for end in range(TOKENS, tokens + 1):
+            kwargs: dict[str, Any] = {"position_ids": places[:, start:end]} if positions else {}
+            states = whole.run(
+                input_ids=ids[:, start:end], attention_mask=mask[:, :end].long(), past_key_values=cache, use_cache=True, **kwargs
+            )
+            entered.append(states[0])
+            left.append(states[1])
+            start = end
+        at_once = whole.run(input_ids=ids, use_cache=False)
+        return cls(mask, places, torch.cat(entered, dim=1), torch.cat(left, dim=1), *at_once)
+
+
+def _wrong_pass(spans: list[Span], batch: _Batch) -> str | None:
+    """What is wrong with a pass without a past and its gradient, in one line; None where they are right."""
+    hidden = inputs = batch.entered_at_once.clone().requires_grad_()
     for span in spans:
         (hidden,) = span.forward(hidden)
-    error = _error(hidden.detach(), expected, mask.new_ones(mask.shape))
+    error = _error(hidden.detach(), batch.left_at_once)
     if not error < TOLERANCE:
-        return ProbeResult(False, f"split, it computes a pass without a cache differently (relative difference {error:.1e})")
+        return f"split, it computes a pass without a cache differently (relative difference {error:.1e})"
     (gradient,) = torch.autograd.grad(hidden.square().mean(), [inputs])
     if not bool(gradient.isfinite().all()) or not bool(gradient.any()):
-        return ProbeResult(False, "no gradient comes back through its layers")
-    return ProbeResult(True)
+        return "no gradient comes back through its layers"
+    return None
+
+
+def _wrong_session(spans: list[Span], batch: _Batch) -> str | None:
+    """What is wrong with steps of sessions, in one line; None where they are right."""
+    tokens = TOKENS + STEPS
+    held: list[list[Rows]] = []
+    for span in spans:
+        page_tokens = span.backend.page_tokens
+        pages = sum(len(chosen) for chosen in SESSIONS) * -(-tokens // page_tokens)
+        span.attach(KVStore(span.kv_shapes, pages=pages, page_tokens=page_tokens, dtype=span.dtype, device=span.device))
+        pool = PagePool(pages, page_tokens)
+        held.append([Rows(pool, tokens) for _ in SESSIONS])
+        for rows, chosen in zip(held[-1], SESSIONS, strict=True):
+            rows.resize(len(chosen))
+    for parts in ROUNDS:
+        hidden = [batch.entered[SESSIONS[session], start:end] for session, start, end in parts]
+        for span, sessions in zip(spans, held, strict=True):
+            steps = []
+            for (session, start, end), entering in zip(parts, hidden, strict=True):
+                rows, chosen = sessions[session], SESSIONS[session]
+                rows.prepare(end - start)
+                mask = batch.mask[chosen, :end]
+                padded = not bool(mask.all())
+                steps.append(SpanStep(rows, entering, mask if padded else None, batch.positions[chosen, start:end] if padded else None))
+            hidden = [output for (output,) in span.step(steps)]
+            for session, start, end in parts:
+                sessions[session].advance(end - start)
+        for (session, start, end), found in zip(parts, hidden, strict=True):
+            kept = batch.mask[SESSIONS[session], start:end]
+            error = _error(found[kept], batch.left[SESSIONS[session], start:end][kept])
+            if not error < TOLERANCE:
+                what = "a prompt" if start == 0 else "a token with a cache"
+                return f"split, it computes {what} differently (relative difference {error:.1e})"
+    return None
+
+
+def _twin(model: Any) -> Any:
+    """A copy of a model that shares its weights, whose modules can be cut and hooked."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 class _Whole:
@@ -201,13 +306,9 @@ class _Whole:
         self._left = output[0] if isinstance(output, tuple) else output
 
 
-def _span(model: Any, first: int, end: int) -> Span:
-    return Span(copy.deepcopy(model), first, end, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
-    """The largest difference where the mask is set, relative to the outputs' spread."""
-    return float((found - expected)[mask].abs().max() / expected[mask].std())
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the outputs' spread."""
+    return float((found - expected).abs().max() / expected.std())
 
 
 def _first_line(error: Exception) -> str:

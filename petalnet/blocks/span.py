@@ -26,6 +26,7 @@ from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
 from petalnet.blocks.backends import Backend, pick_backend
 from petalnet.blocks.cache import PagedCache, ShapeCache, SpanCache, windows_of
 from petalnet.blocks.kv import KVShape, KVStore
+from petalnet.blocks.linear import speed_up_linears
 from petalnet.blocks.packed import PackedRow
 from petalnet.blocks.packed import SpanStep as SpanStep
 from petalnet.blocks.pages import PagePool, Rows
@@ -101,6 +102,7 @@ class Span:
         self._edges: list[torch.utils.hooks.RemovableHandle] = []
         self._entering: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
+        self._store: KVStore | None = None
         self._paged: PagedState | None = None
         self._paged_cache: PagedCache | None = None
         self._activate(first, end)
@@ -149,6 +151,10 @@ class Span:
 
     def __len__(self) -> int:
         return self.end - self.first
+
+    def speed_up(self) -> None:
+        """Let linear layers take the quickest kernels for a few rows that there are on this machine; takes up to half a second once."""
+        speed_up_linears(nn.ModuleList(self._blocks))
 
     def new_cache(self, max_length: int) -> SpanCache:
         """An empty cache for one session on this span."""
@@ -210,11 +216,22 @@ class Span:
             self._paged = before
             self._show(before)
 
-    def attach(self, store: KVStore) -> None:
-        """Keep keys and values in a store, which has an entry a block and the backend's page size, from now on: `step` works."""
-        if self.packs:
+    @property
+    def store(self) -> KVStore | None:
+        """Where keys and values are kept."""
+        return self._store
+
+    def attach(self, store: KVStore | None) -> None:
+        """Keep keys and values in a store from now on, so that `step` works; None: in none.
+
+        Args:
+            store: has an entry a block (or for the first blocks, if only these will be run) and pages of the backend's size.
+        """
+        self._store = store
+        self._paged = self._paged_cache = None
+        if store is not None and self.packs:
             self._paged = self._state_over(store)
-        else:
+        elif store is not None:
             self._paged_cache = PagedCache(store, self._windows)
 
     def step(self, steps: Sequence[SpanStep], first: int | None = None, end: int | None = None) -> list[list[torch.Tensor]]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from blake3 import blake3
 
-from petalnet.blocks.span import Span
+from petalnet.blocks.kv import KVStore
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.span import Span, SpanStep
 from petalnet.models.cachedir import load_facts, store_facts
 from petalnet.version import __version__
 
 MEASURED_BLOCKS = 3
 """Blocks that are run for a measurement: enough that their weights do not stay in a CPU's cache, few enough to be quick."""
 PROMPT_TOKENS = 32
-DECODE_STEPS = 3
-WORTH_S = 0.05
+SESSIONS = (4, 16)
+"""How many sessions' tokens are run together, beside one alone: a pass gets dearer in no simple way from one token to a prompt's."""
+WORTH_S = 0.04
 """A measurement is repeated for so long, that one interruption does not decide."""
 
 
@@ -31,11 +37,13 @@ class Rates:
         decode: one row, one token at a time.
         prefill: prompts of one session.
         forward: stateless passes.
+        rounds: how long passes of so many sessions, each with one token, take: (sessions, seconds).
     """
 
     decode: float
     prefill: float
     forward: float
+    rounds: tuple[tuple[int, float], ...] = ()
 
 
 def measure(span: Span, *, model: str) -> Rates:
@@ -46,14 +54,23 @@ def measure(span: Span, *, model: str) -> Rates:
         model: the model's key, under which the result is remembered.
     """
     machine = f"{platform.node()} {platform.processor()} {os.cpu_count()} {torch.get_num_threads()} {_device_name(span.device)}"
-    facts = f"{machine} {model} {span.dtype} {len(span)} {torch.__version__} {__version__}"
+    facts = f"{machine} {model} {span.dtype} {len(span)} {span.packs} {torch.__version__} {__version__} 2"
     key = blake3(facts.encode()).hexdigest()
-    known = load_facts("throughput", key)
-    if set(known) == {"decode", "prefill", "forward"} and all(isinstance(rate, float) for rate in known.values()):
-        return Rates(**known)
+    known = _parse(load_facts("throughput", key))
+    if known is not None:
+        return known
     rates = _measure(span)
     store_facts("throughput", key, asdict(rates))
     return rates
+
+
+def _parse(facts: dict[str, Any]) -> Rates | None:
+    """Rates from what was remembered; None where that is not what `measure` stores."""
+    try:
+        rounds = tuple((int(sessions), float(seconds)) for sessions, seconds in facts["rounds"])
+        return Rates(float(facts["decode"]), float(facts["prefill"]), float(facts["forward"]), rounds)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _measure(span: Span) -> Rates:
@@ -61,30 +78,50 @@ def _measure(span: Span) -> Rates:
     end = span.first + blocks
     share = blocks / len(span)  # blocks are alike, so the whole span takes as many times as long as it has more of them
     prompt = torch.zeros(1, PROMPT_TOKENS, span.hidden_size, dtype=span.dtype, device=span.device)
-    token = prompt[:, :1]
-    with torch.inference_mode():
-        cache = span.new_cache(PROMPT_TOKENS + DECODE_STEPS)
-
-        def prefill() -> None:
-            cache.set_length(0)
-            span.forward(prompt, cache=cache, end=end)
-
-        def decode() -> None:
-            cache.set_length(PROMPT_TOKENS)
-            for _ in range(DECODE_STEPS):
-                span.forward(token, cache=cache, end=end)
-
-        def forward() -> None:
-            span.forward(prompt, end=end)
-
-        span.forward(token, end=end)  # the first run maps weights in
-        prefill_s, decode_s, forward_s = (_seconds(run, span.device) for run in (prefill, decode, forward))
+    with _own_store(span, blocks) as pool:
+        starting = _rows(pool, PROMPT_TOKENS)
+        going_on = [_rows(pool, PROMPT_TOKENS + 1) for _ in range(max(SESSIONS))]
+        for rows in going_on:
+            rows.advance(PROMPT_TOKENS)
+        tokens = [SpanStep(rows, prompt[:, :1]) for rows in going_on]
+        span.step(tokens[:1], end=end)  # the first run maps weights in
+        decode_s = _seconds(lambda: span.step(tokens[:1], end=end), span.device)
+        rounds = [(count, _seconds(partial(span.step, tokens[:count], end=end), span.device)) for count in SESSIONS]
+        prefill_s = _seconds(lambda: span.step([SpanStep(starting, prompt)], end=end), span.device)
+        with torch.inference_mode():
+            forward_s = _seconds(lambda: span.forward(prompt, end=end), span.device)
     return Rates(
-        decode=share * DECODE_STEPS / decode_s, prefill=share * PROMPT_TOKENS / prefill_s, forward=share * PROMPT_TOKENS / forward_s
+        decode=share / decode_s,
+        prefill=share * PROMPT_TOKENS / prefill_s,
+        forward=share * PROMPT_TOKENS / forward_s,
+        rounds=tuple((count, seconds / share) for count, seconds in rounds),
     )
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+@contextmanager
+def _own_store(span: Span, blocks: int) -> Iterator[PagePool]:
+    """Give a span a small store for its first blocks, and afterwards the one that it had."""
+    page_tokens = span.backend.page_tokens
+    pool = PagePool((max(SESSIONS) + 1) * -(-(PROMPT_TOKENS + 1) // page_tokens), page_tokens)
+    before = span.store
+    store = KVStore(span.kv_shapes[:blocks], pages=pool.pages, page_tokens=page_tokens, dtype=span.dtype, device=span.device)
+    for entries in (*store.keys, *store.values):
+        entries.zero_()  # sessions go on behind prompts that nobody has run
+    span.attach(store)
+    try:
+        yield pool
+    finally:
+        span.attach(before)
+
+
+def _rows(pool: PagePool, tokens: int) -> Rows:
+    rows = Rows(pool, tokens)
+    rows.resize(1)
+    rows.prepare(tokens)
+    return rows
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The least that one run takes, of as many as fit into `WORTH_S`."""
     best, began = float("inf"), time.perf_counter()
     while True:

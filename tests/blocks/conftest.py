@@ -27,6 +27,7 @@ SIZES = {
     "mixtral": {**_BASE, "num_local_experts": 4},
     "falcon": {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": LAYERS},
     "granite": {**_BASE, "embedding_multiplier": 3.0},
+    "gpt_oss": {**_BASE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "opt": {
         "vocab_size": 99,
         "hidden_size": 32,

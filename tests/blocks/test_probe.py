@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from petalnet.blocks import probe as probe_module
@@ -13,10 +15,15 @@ from petalnet.blocks.probe import ProbeResult, probe, require_splittable
 from petalnet.errors import ModelError
 
 
-@pytest.mark.parametrize("family", ["bloom", "llama", "mistral", "gemma2", "mixtral", "falcon", "opt", "gpt2", "deepseek_v3"])
-def test_families_that_can_be_split(family: str) -> None:
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral", "gemma", "gemma2", "mixtral", "opt", "gpt2", "gpt_oss", "granite"])
+def test_families_whose_sessions_share_passes(family: str) -> None:
     """With the sizes that the library gives a family, billions of parameters some of them."""
-    assert probe(transformers.AutoConfig.for_model(family)) == ProbeResult(True)
+    assert probe(transformers.AutoConfig.for_model(family)) == ProbeResult(True, packs=True)
+
+
+@pytest.mark.parametrize("family", ["falcon", "mpt", "deepseek_v3", "llama4_text"])
+def test_families_whose_sessions_run_one_after_the_other(family: str) -> None:
+    assert require_splittable(transformers.AutoConfig.for_model(family)) == ProbeResult(True, packs=False)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,37 @@ def test_a_family_that_computes_differently_when_split_is_refused() -> None:
     transformers.AutoModel.register(PlacedConfig, PlacedModel)
     result = probe(PlacedConfig())
     assert not result.ok
-    assert "split, it computes a prompt differently" in result.reason
+    assert "split, it computes a pass without a cache differently" in result.reason
+
+
+class CountingConfig(transformers.LlamaConfig):
+    model_type = "counting"
+
+
+class CountingModel(transformers.LlamaModel):
+    """A family whose layers ask the cache how far a session is, which in a packed pass is several sessions."""
+
+    config_class = CountingConfig
+
+    def __init__(self, config: CountingConfig) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._note, with_kwargs=True)
+            layer.register_forward_hook(self._count)
+
+    @staticmethod
+    def _note(layer: Any, args: Any, kwargs: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        layer.past = 0 if cache is None else cache.get_seq_length(layer.self_attn.layer_idx)
+
+    @staticmethod
+    def _count(layer: Any, args: Any, output: Any) -> Any:
+        return output * (1 + 0.01 * torch.arange(layer.past, layer.past + output.shape[1])[:, None])
+
+
+def test_a_family_that_is_wrong_only_in_shared_passes_runs_one_session_after_the_other() -> None:
+    transformers.AutoModel.register(CountingConfig, CountingModel)
+    assert probe(CountingConfig()) == ProbeResult(True, packs=False)
 
 
 def test_the_outcome_is_remembered(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +103,6 @@ def test_the_outcome_is_remembered(cache_folder: Path, monkeypatch: pytest.Monke
 
 
 def test_the_random_state_is_left_alone() -> None:
-    import torch
-
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from petalnet.blocks import throughput
+from petalnet.blocks.kv import KVStore
 from petalnet.blocks.span import Span
 from petalnet.models.checkpoint import ModelSource
 
@@ -17,6 +18,26 @@ def test_rates_are_measured_and_remembered(saved: Callable[..., Path], monkeypat
     rates = throughput.measure(span, model="a")
     assert all(rate > 0 for rate in (rates.decode, rates.prefill, rates.forward))
     assert rates.prefill > rates.decode
+    assert [sessions for sessions, _ in rates.rounds] == list(throughput.SESSIONS)
+    assert all(seconds > 0 for _, seconds in rates.rounds)
+    assert span.store is None
     monkeypatch.setattr(throughput, "_measure", lambda span: throughput.Rates(1.0, 2.0, 3.0))
     assert throughput.measure(span, model="a") == rates
     assert throughput.measure(span, model="b") == throughput.Rates(1.0, 2.0, 3.0)
+
+
+def test_what_was_remembered_is_checked(saved: Callable[..., Path], cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = Span.load(ModelSource.open(saved("falcon")), 1, 2)
+    throughput.measure(span, model="a")
+    (remembered,) = (cache_folder / "throughput").iterdir()
+    remembered.write_text('{"decode": 1.0, "prefill": 2.0, "forward": 3.0, "rounds": 4}')
+    monkeypatch.setattr(throughput, "_measure", lambda span: throughput.Rates(1.0, 2.0, 3.0))
+    assert throughput.measure(span, model="a") == throughput.Rates(1.0, 2.0, 3.0)
+
+
+def test_a_store_that_a_span_has_stays(saved: Callable[..., Path]) -> None:
+    span = Span.load(ModelSource.open(saved("llama")), 0, 4)
+    store = KVStore(span.kv_shapes, pages=1, page_tokens=span.backend.page_tokens, dtype=span.dtype, device=span.device)
+    span.attach(store)
+    throughput.measure(span, model="a")
+    assert span.store is store
