@@ -184,12 +184,10 @@ class Rows:
             missing = pages - kept
             if missing or self._runs[row] is None:
                 needed -= missing
-                if (
-                    not self._stays_run(row, kept, missing)
-                    and settled
-                    and self._bring_together(row, pages, pool.available - needed, copies)
-                ):
-                    continue
+                if not self._stays_run(row, kept, missing, over_kept=False) and settled:
+                    if self._bring_together(row, pages, pool.available - needed, copies):
+                        continue
+                    self._stays_run(row, kept, missing, over_kept=True)
                 self._extend(row, kept, missing, copies)
                 scattered = scattered or self._runs[row] is None
         self._ready = pages * pool.page_tokens
@@ -219,7 +217,7 @@ class Rows:
         inside = self.length % self.pool.page_tokens
         return inside > 0 and self.pool.holders(table[self.length // self.pool.page_tokens]) > 1
 
-    def _stays_run(self, row: int, kept: int, missing: int) -> bool:
+    def _stays_run(self, row: int, kept: int, missing: int, over_kept: bool) -> bool:
         """Whether a row, of which so many pages stay, can be one run when it has so many more; claims that run."""
         table, claim = self.tables[row], self._claims[row]
         if kept and self._runs[row] is None and self._run_of(table[:kept]) is None:
@@ -230,7 +228,7 @@ class Rows:
                 return True
             self.pool.unclaim(claim)
         wanted = self._pages(self.max_length) - kept
-        self._claims[row] = claim = self.pool.claim(wanted, after=after, least=missing)
+        self._claims[row] = claim = self.pool.claim(wanted, after=after, over_kept=over_kept, least=missing)
         return claim is not None
 
     def _bring_together(self, row: int, pages: int, spare: int, copies: list[tuple[int, int]]) -> bool:

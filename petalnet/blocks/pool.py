@@ -28,6 +28,10 @@ _TO_CLAIMED = bytes.maketrans(b"\x00\x02", b"\x01\x03")
 _TO_UNCLAIMED = bytes.maketrans(b"\x01\x03", b"\x00\x02")
 
 
+_STRIDE = 8
+"""Every how many pages a run over kept pages may begin: looking at each of them would take milliseconds in a large pool."""
+
+
 class OutOfPages(Exception):
     """No page is left; cannot happen while the sum of rows × pages of `max_length`, over all sessions, fits the pool."""
 
@@ -86,22 +90,24 @@ class PagePool:
         """Whether the keeper is among those who hold a page."""
         return self._used[page] > 0
 
-    def claim(self, pages: int, *, after: int | None = None, least: int = 1) -> Claim | None:
+    def claim(self, pages: int, *, after: int | None = None, over_kept: bool = True, least: int = 1) -> Claim | None:
         """Set aside a run of pages that are free or only kept and that nobody has claimed, for a row that will grow to that many.
 
         Args:
-            pages: how many are wanted, at least 1.
-            after: the run has to begin right behind this page, and none of it be kept; None: anywhere, see `_fitting`.
+            pages: how many are wanted, at least 1. Where it takes kept pages, half of what they exceed `least` by will do: what is kept is
+                worth more than room that most rows never use.
+            after: the run has to begin right behind this page; None: anywhere, see `_fitting`.
+            over_kept: with `after`, whether the run may have kept pages in it.
             least: a shorter run is of no use.
 
         Returns:
             At least `least` and at most `pages` pages; None where there is no such run.
         """
         if after is None:
-            start, found = self._fitting(pages)
+            start, found = self._fitting(pages, (pages + least) // 2)
         else:
             start = after + 1
-            run = _FREE_RUNS.match(self._marks, start)
+            run = (_OPEN_RUNS if over_kept else _FREE_RUNS).match(self._marks, start)
             found = 0 if run is None else run.end() - start
         found = min(found, pages)
         if found < max(least, 1):
@@ -241,23 +247,31 @@ class PagePool:
                 return page
         raise RuntimeError("the page pool is not sound: pages are free that are neither claimed nor unclaimed")
 
-    def _fitting(self, pages: int) -> tuple[int, int]:
-        """The first page and the length of the shortest unclaimed run of so many free pages; else of the run of free and kept pages whose
-        latest use is longest ago; else of the longest run of such."""
-        best_start = best = 0
+    def _fitting(self, pages: int, enough: int) -> tuple[int, int]:
+        """Where a run begins that nobody has claimed, and how long it is.
+
+        That is the shortest of as many free pages as are wanted; else the longest of free pages, if it is long enough; else, of all runs
+        of free and kept pages that are just long enough, the one whose latest use is longest ago; else the longest of such pages.
+        """
+        best_start = best = longest_start = longest = 0
         for run in _FREE_RUNS.finditer(self._marks):
             start, end = run.span()
             if end - start >= pages and (not best or end - start < best):
                 best_start, best = start, end - start
+            if end - start > longest:
+                longest_start, longest = start, end - start
         if best:
             return best_start, best
-        longest_start = longest = oldest = 0
+        if longest >= enough:
+            return longest_start, longest
+        oldest = 0
         for run in _OPEN_RUNS.finditer(self._marks):
             first, end = run.span()
             if end - first > longest:
                 longest_start, longest = first, end - first
-            for start in (*range(first, end - pages, max(1, pages // 4)), end - pages) if end - first >= pages else ():
-                used = max(self._used[start : start + pages])
-                if not best or used < oldest:
-                    best_start, best, oldest = start, pages, used
+            if end - first >= enough:
+                for start in (*range(first, end - enough, max(_STRIDE, enough // 4)), end - enough):
+                    used = max(self._used[start : start + enough])
+                    if not best or used < oldest:
+                        best_start, best, oldest = start, enough, used
         return (best_start, best) if best else (longest_start, longest)

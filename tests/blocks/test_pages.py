@@ -302,6 +302,43 @@ def test_a_prefix_is_continued_in_place_or_copied() -> None:
     pool.check([*second.tables, *third.tables, *cache.held()])
 
 
+def full_of_prefixes(pages: int) -> tuple[PagePool, PrefixCache]:
+    """A pool whose pages are all kept, in beginnings of four pages of which the first is the oldest."""
+    pool = PagePool(pages, 64)
+    cache = PrefixCache(pool)
+    held = [pool.take() for _ in range(pages)]
+    for first in range(0, pages, 4):
+        cache.keep("", [b"%d" % page for page in range(first, first + 4)], held[first : first + 4])
+    for page in held:
+        pool.release(page)
+    return pool, cache
+
+
+def test_a_claim_reaches_over_the_oldest_of_what_is_kept() -> None:
+    pool, cache = full_of_prefixes(32)
+    rows = make(1, 256, pool)
+    cache.find("", [b"0"])
+    step(rows, 64)
+    assert rows.tables == [[8]], "0 and what followed it were used later than 8"
+    assert len(cache) == 28 and pool.free == 3, "of what is kept only that goes which begins where the row is"
+    step(rows, 192)
+    assert rows.tables == [[8, 9, 10, 11]] and len(cache) == 28
+
+
+def test_pages_that_come_into_use_end_a_claim() -> None:
+    pool, cache = full_of_prefixes(8)
+    rows, others = make(1, 512, pool), make(1, 256, pool)
+    step(rows, 64)
+    assert rows.tables == [[0]] and cache.find("", [b"4", b"5", b"6", b"7"]) == [4, 5, 6, 7]
+    others.attach([[4, 5, 6, 7]])
+    pool.check([*rows.tables, *others.tables, *cache.held()])
+    step(rows, 192)
+    assert rows.tables == [[0, 1, 2, 3]]
+    others.release()
+    step(rows, 256)
+    assert rows.run(0) == 0 and len(cache) == 0
+
+
 # All of it against a plain model.
 
 
