@@ -254,7 +254,10 @@ def check_ids(ids: torch.Tensor, embeddings: nn.Module) -> None:
     size = getattr(embeddings, "num_embeddings", None)
     if size is None or ids.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if ids.numel() == 1:  # as in each step of an answer: one operation instead of three
+        low = high = int(ids)
+    else:
+        low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
         raise ValueError(f"token id {low if low < 0 else high} is outside of the vocabulary of {size} tokens")
 

@@ -177,19 +177,22 @@ async def blaming(target: Target, hop: Hop) -> AsyncIterator[None]:
     A BusyError becomes `Busy`.
     """
     timeout_s = target.settings.request_timeout
-    where = f"server {hop.peer_id} ({describe_blocks(range(hop.first, hop.end))})"
     try:
         with trio.fail_after(timeout_s):
             yield
     except trio.TooSlowError:
         target.swarm.membership.mark_failed(hop.peer_id)
-        raise PeerLost(f"{where} did not answer within {timeout_s:g} s", hop.peer_id) from None
+        raise PeerLost(f"{_describe(hop)} did not answer within {timeout_s:g} s", hop.peer_id) from None
     except ServerError as error:
         target.swarm.membership.mark_failed(hop.peer_id)
-        raise type(error)(f"{where}: {error}", hop.peer_id) from error
+        raise type(error)(f"{_describe(hop)}: {error}", hop.peer_id) from error
     except BusyError as error:
         raise Busy(error, hop.peer_id) from error
     target.swarm.membership.mark_ok(hop.peer_id)
+
+
+def _describe(hop: Hop) -> str:
+    return f"server {hop.peer_id} ({describe_blocks(range(hop.first, hop.end))})"
 
 
 def last_of(blob: Blob) -> Blob:

@@ -47,7 +47,8 @@ class InferenceSession:
         self._blocks = blocks
         self._position = 0
         self._mask: torch.Tensor | None = None  # bool [rows, position]; None where nothing is padding
-        self._tokens: torch.Tensor | None = None  # ids of [rows, position] entries, and of those that are yet to be computed
+        self._pieces: list[torch.Tensor] = []  # ids [rows, any] of entries, and of those that are yet to be computed
+        self._noted = 0  # columns of these
         self._order: torch.Tensor | None = None  # which of the servers' rows the next step's rows continue
         self._prefixes: list[Prefix] = []  # of each row, as far as its beginning can be named
         self._closed: str | None = None
@@ -79,7 +80,7 @@ class InferenceSession:
         if position < self._position:
             self._position = position
             self._mask = None if self._mask is None else self._mask[:, :position]
-            self._tokens = None if self._tokens is None else self._tokens[:, :position]
+            self._set_tokens([tokens[:, :position] for tokens in self._joined_tokens()])
             self._prefixes = [prefix.cut(position) for prefix in self._prefixes]
 
     @property
@@ -121,13 +122,13 @@ class InferenceSession:
         self._check_open()
         present = self.rows
         rows = rows.detach().to("cpu", torch.int64)
-        if self._position == 0 and self._tokens is None:
+        if self._position == 0 and not self._pieces:
             return
         if rows.ndim != 1 or len(rows) == 0 or (present is not None and (int(rows.min()) < 0 or int(rows.max()) >= present)):
             raise ValueError(f"rows must be numbers of the {present} present rows; got {rows.tolist()}")
         self._order = rows if self._order is None else self._order[rows]
         self._mask = None if self._mask is None else self._mask[rows]
-        self._tokens = None if self._tokens is None else self._tokens[rows]
+        self._set_tokens([tokens[rows] for tokens in self._joined_tokens()])
         self._prefixes = [self._prefixes[row] for row in rows.tolist()] if self._prefixes else []
 
     def run(
@@ -165,12 +166,11 @@ class InferenceSession:
             alike = None
             if rows > 1 and new and not position and prompts is None:
                 alike = alike_rows([tensor for tensor in (hidden_states, full_mask, positions) if tensor is not None])
-            first = slice(None) if alike is None else alike[0]
-            sent = encode_tensor(hidden_states[first])
+            sent = encode_tensor(_some_rows(hidden_states, alike))
             prefixes = self._extended_prefixes(sent, usual=full_mask is None and positions is None and prompts is None)
             inputs = Inputs(
-                mask=None if full_mask is None else encode_tensor(full_mask[first]),
-                position_ids=None if positions is None else encode_tensor(positions[first]),
+                mask=None if full_mask is None else encode_tensor(_some_rows(full_mask, alike)),
+                position_ids=None if positions is None else encode_tensor(_some_rows(positions, alike)),
                 prompts=None if prompts is None else encode_tensor(prompts),
                 all_hidden=all_hidden,
                 keep=keep if keep < new and not all_hidden else 0,
@@ -187,7 +187,9 @@ class InferenceSession:
                 raise
             self._rows, self._order, self._mask, self._position = sent.shape[0], None, full_mask, position + new
             self._prefixes = prefixes
-            answers = [decode_tensor(output).to(hidden_states.device) for output in outputs]
+            answers = [decode_tensor(output) for output in outputs]
+            if not hidden_states.is_cpu:
+                answers = [answer.to(hidden_states.device) for answer in answers]
             if alike is not None:
                 self._order = torch.tensor(alike[1])
                 self._prefixes = [prefixes[like] for like in alike[1]] if prefixes else []
@@ -216,17 +218,29 @@ class InferenceSession:
 
         Entries whose ids are not known (they came as hidden states) are given as `filler`.
         """
-        known = 0 if self._tokens is None else self._tokens.shape[1]
-        if known >= self._position:
-            return self._tokens
-        unknown = torch.full((self.rows or 1, self._position - known), filler, dtype=torch.int64)
-        return unknown if self._tokens is None else torch.cat([self._tokens, unknown], dim=1)
+        known = self._joined_tokens()
+        if self._noted < self._position:
+            known = [*known, torch.full((self.rows or 1, self._position - self._noted), filler, dtype=torch.int64)]
+        return torch.cat(known, dim=1) if known else None
 
     def note_tokens(self, ids: torch.Tensor, start: int, filler: int = 0) -> None:
         """The entries from `start` on, and maybe some yet to be computed, have these ids [rows, any]."""
+        ids = ids.detach().to("cpu", torch.int64, copy=True)
+        if start == self._noted and start:
+            self._pieces.append(ids)  # joined when somebody asks: this is on the way of each token
+            self._noted += ids.shape[1]
+            return
         before = None if start == 0 else self.known_tokens(filler)
-        ids = ids.detach().to("cpu", torch.int64)
-        self._tokens = ids if before is None else torch.cat([before[:, :start], ids], dim=1)
+        self._set_tokens([ids] if before is None else [before[:, :start], ids])
+
+    def _set_tokens(self, pieces: list[torch.Tensor]) -> None:
+        self._pieces, self._noted = pieces, sum(piece.shape[1] for piece in pieces)
+
+    def _joined_tokens(self) -> list[torch.Tensor]:
+        """The noted ids as one piece, if there are any."""
+        if len(self._pieces) > 1:
+            self._pieces = [torch.cat(self._pieces, dim=1)]
+        return self._pieces
 
     def known_mask(self, length: int) -> torch.Tensor | None:
         """bool [rows, length], False for padding, for the cache's entries and ones beyond; None where nothing is padding."""
@@ -312,6 +326,11 @@ def alike_rows(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]] |
             similar.append(kind)
         kinds.append(kind)
     return (firsts, kinds) if len(firsts) < rows else None
+
+
+def _some_rows(tensor: torch.Tensor, alike: tuple[list[int], list[int]] | None) -> torch.Tensor:
+    """Of rows that are alike the first ones."""
+    return tensor if alike is None else tensor[alike[0]]
 
 
 def _completed(prefixes: list[Prefix], position: int, end: int) -> Names | None:

@@ -19,6 +19,8 @@ _DTYPES = {
     "bool": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PLAIN = frozenset((torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool))
+"""Dtypes whose memory is to be had with the fewest operations; the others have no counterpart in Python's buffers."""
 
 
 def encode_tensor(tensor: torch.Tensor, codec: str = "raw") -> Blob:
@@ -34,6 +36,8 @@ def encode_tensor(tensor: torch.Tensor, codec: str = "raw") -> Blob:
     if name is None:
         raise ValueError(f"tensors of {tensor.dtype} cannot be sent")
     shape = tuple(tensor.shape)
+    if codec == "raw" and tensor.dtype in _PLAIN and tensor.is_cpu and tensor.numel() and tensor.is_contiguous():
+        return Blob(name, shape, codec, tensor.detach().numpy().data.cast("B"))
     flat = tensor.detach().to("cpu").contiguous().view(-1)
     if codec == "raw":
         return Blob(name, shape, codec, _bytes_of(flat))
