@@ -26,6 +26,10 @@ from petalnet.blocks.kv import KVStore
 GROUPED_QUERIES = 64
 """Up to so many queries of a KV head (new tokens × heads that share it) are attended as one group."""
 
+LEAST_EXTENT = 1 << 19
+"""Bytes of keys and values that the stretches of a row's consecutive pages must have on the average for the row to be attended where it
+lies, stretch by stretch; copying so much costs what a further call of the kernel does."""
+
 MOST_QUERIES = 256
 """New tokens in a piece, where a piece needs less than all keys of its row or memory for each query and key."""
 
@@ -59,6 +63,32 @@ class _Piece:
     bias: Tensor | None = None
     causal: bool = False
     blind: bool = False
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Consecutive slots that hold consecutive positions of a row: `shift` is the first one's position, counted from the first key."""
+
+    slot: int
+    count: int
+    shift: int
+
+
+@dataclass(eq=False, slots=True)
+class _Rows:
+    """Rows with one new token each, one after the other in the packed row, whose keys are read where they lie.
+
+    Attributes:
+        start, rows: the columns in the packed row.
+        calls: (first row, rows, slot, keys, bias): rows that attend to the same slots do it together.
+        parts: int64 [rows, parts]: which of the results of all calls (counted by rows) make up a row's; the number of results where there
+            is none. None when each row has one result, in order.
+    """
+
+    start: int
+    rows: int
+    calls: list[tuple[int, int, int, int, Tensor | None]]
+    parts: Tensor | None
 
 
 class Backend:
@@ -101,64 +131,21 @@ class Backend:
             [1, tokens, heads, value size].
         """
         store.write_heads(block, batch.slots, key, value)
-        return self._by_pieces(batch, store, block, query, scale, window, softcap, sinks, slopes)
-
-    def _by_pieces(
-        self,
-        batch: Batch,
-        store: KVStore,
-        block: int,
-        query: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-        slopes: Tensor | None,
-    ) -> Tensor:
-        keys = store.head_keys[block]
-        heads, kv_heads = query.shape[1], keys.shape[1]
-        plain = softcap is not None or (sinks is not None and not _kernel_tells_sums(query, store.head_values[block]))
+        _, heads, tokens, _ = query.shape
+        kernel = _kernel_for(query, value, softcap, sinks)
         # Tensors of slopes are kept by `_tables`, so an id stands for one of them.
-        name = ("pieces", window, heads, kv_heads, None if slopes is None else id(slopes), plain)
-        pieces: list[_Piece] | None = batch.prepared.get(name)
-        if pieces is None:
-            pieces = batch.prepared[name] = self._pieces(batch, query, kv_heads, window, slopes, plain)
-        outputs = [_attend_piece(piece, store, block, query, scale, softcap, sinks, plain) for piece in pieces]
+        name = (window, heads, kernel, None if slopes is None else id(slopes))
+        parts: list[_Piece | _Rows] | None = batch.prepared.get(name)
+        if parts is None:
+            parts = batch.prepared[name] = _Plan(self, batch, store, block, query, window, slopes, kernel).parts()
+        outputs = [
+            _attend_rows(part, store, block, query, scale)
+            if isinstance(part, _Rows)
+            else _attend_piece(part, store, block, query, scale, softcap, sinks, kernel)
+            for part in parts
+        ]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        return output.reshape(1, query.shape[2], heads, -1)
-
-    def _pieces(self, batch: Batch, query: Tensor, kv_heads: int, window: int | None, slopes: Tensor | None, plain: bool) -> list[_Piece]:
-        """Take a pass apart."""
-        biases = _Biases(self, query, kv_heads, window, slopes)
-        pieces = []
-        for index, segment in enumerate(batch.segments):
-            first_query = segment.past
-            if segment.mask is None and segment.first > segment.past:
-                first_query = min(segment.first, segment.total)
-                pieces.append(_Piece(segment.start, first_query - segment.past, blind=True))
-            while first_query < segment.total:
-                first = 0 if segment.mask is not None else segment.first
-                tokens = segment.total - first_query
-                if window is not None or slopes is not None or plain or segment.mask is not None:
-                    tokens = min(tokens, MOST_QUERIES)
-                if plain or slopes is not None:
-                    tokens = min(tokens, max(1, MOST_SCORES // (query.shape[1] * segment.total)))
-                if window is not None:
-                    first = max(first, first_query - window + 1)
-                piece = _Piece(segment.start + first_query - segment.past, tokens, first, first_query + tokens)
-                if segment.run is not None:
-                    piece.slot = segment.run + first
-                else:
-                    piece.pages = batch.pages(index)
-                piece.grouped = plain or tokens == 1 or tokens * (query.shape[1] // kv_heads) <= GROUPED_QUERIES
-                alone = segment.mask is None and slopes is None and (window is None or tokens <= window)
-                if alone and tokens > 1 and first == first_query and not plain:
-                    piece.causal, piece.grouped = True, False
-                elif tokens > 1 or not alone:
-                    piece.bias = biases.of(piece, segment, first_query)
-                pieces.append(piece)
-                first_query += tokens
-        return pieces
+        return output.reshape(1, tokens, heads, -1)
 
     def slope_table(self, slopes: Tensor, positions: int, like: Tensor) -> Tensor:
         """slope × position, [heads, at least `positions`], in the dtype of `like`, as the library rounds it."""
@@ -169,6 +156,129 @@ class Backend:
             table = slopes.to(like.device)[:, None] * torch.arange(room, device=like.device)
             known = self._tables[name] = (slopes, table.to(like.dtype))
         return known[1]
+
+
+class _Plan:
+    """Takes a pass apart, once for all blocks that are alike."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        batch: Batch,
+        store: KVStore,
+        block: int,
+        query: Tensor,
+        window: int | None,
+        slopes: Tensor | None,
+        kernel: str,
+    ) -> None:
+        self._batch = batch
+        self._heads, self._kv_heads, self._device = query.shape[1], store.shapes[block].heads, query.device
+        self._bytes = store.shapes[block].bytes(store.dtype)
+        self._window, self._slopes, self._kernel = window, slopes, kernel
+        self._biases = _Biases(backend, query, self._kv_heads, window, slopes)
+
+    def parts(self) -> list[_Piece | _Rows]:
+        """The pieces in the order of their columns; rows with one new token each together where that is possible."""
+        parts: list[_Piece | _Rows] = []
+        rows: list[tuple[Segment, list[_Extent]]] = []
+        for index, segment in enumerate(self._batch.segments):
+            extents = self._extents(segment)
+            if extents is not None:
+                rows.append((segment, extents))
+                continue
+            if rows:
+                parts.append(self._rows(rows))
+                rows = []
+            parts += self._pieces(index, segment)
+        if rows:
+            parts.append(self._rows(rows))
+        return parts
+
+    def _extents(self, segment: Segment) -> list[_Extent] | None:
+        """Where the keys of a row's one new token lie; None where it is not one, or where copying them together is better."""
+        if (
+            segment.end - segment.start > 1
+            or segment.mask is not None
+            or segment.first > segment.past
+            or self._kernel not in ("any", "sums")
+        ):
+            return None
+        first = segment.first if self._window is None else max(segment.first, segment.total - self._window)
+        shift = first - segment.first
+        if segment.run is not None:
+            return [_Extent(segment.run + first, segment.total - first, shift)]
+        if self._kernel == "any":
+            return None
+        size = self._batch.page_tokens
+        extents: list[_Extent] = []
+        at = first
+        while at < segment.total:
+            page = at // size
+            last = page
+            while (last + 1) * size < segment.total and segment.pages[last + 1] == segment.pages[last] + 1:
+                last += 1
+            end = min((last + 1) * size, segment.total)
+            extents.append(_Extent(segment.pages[page] * size + at % size, end - at, shift + at - first))
+            at = end
+        return extents if len(extents) * LEAST_EXTENT <= (segment.total - first) * self._bytes else None
+
+    def _rows(self, rows: list[tuple[Segment, list[_Extent]]]) -> _Rows:
+        calls: list[tuple[int, int, _Extent]] = []
+        latest: dict[_Extent, int] = {}  # the call that the row before took part in
+        for row, (_, extents) in enumerate(rows):
+            before, latest = latest, {}
+            for extent in extents:
+                call = before.get(extent)
+                if call is None:
+                    call = len(calls)
+                    calls.append((row, 0, extent))
+                calls[call] = (calls[call][0], calls[call][1] + 1, extent)
+                latest[extent] = call
+        parts = None
+        if any(len(extents) > 1 for _, extents in rows):
+            of_row: list[list[int]] = [[] for _ in rows]
+            result = 0
+            for first, count, _ in calls:
+                for row in range(first, first + count):
+                    of_row[row].append(result)
+                    result += 1
+            most = max(len(results) for results in of_row)
+            parts = torch.tensor([results + [result] * (most - len(results)) for results in of_row], device=self._device)
+        with_bias = [(first, count, e.slot, e.count, self._biases.of_extent(e.shift, e.count, count)) for first, count, e in calls]
+        return _Rows(rows[0][0].start, len(rows), with_bias, parts)
+
+    def _pieces(self, index: int, segment: Segment) -> list[_Piece]:
+        """Take a segment apart."""
+        pieces = []
+        plain, window, slopes, group = self._kernel == "plain", self._window, self._slopes, self._heads // self._kv_heads
+        first_query = segment.past
+        if segment.mask is None and segment.first > segment.past:
+            first_query = min(segment.first, segment.total)
+            pieces.append(_Piece(segment.start, first_query - segment.past, blind=True))
+        while first_query < segment.total:
+            first = 0 if segment.mask is not None else segment.first
+            tokens = segment.total - first_query
+            if window is not None or slopes is not None or plain or segment.mask is not None:
+                tokens = min(tokens, MOST_QUERIES)
+            if plain or slopes is not None:
+                tokens = min(tokens, max(1, MOST_SCORES // (self._heads * segment.total)))
+            if window is not None:
+                first = max(first, first_query - window + 1)
+            piece = _Piece(segment.start + first_query - segment.past, tokens, first, first_query + tokens)
+            if segment.run is not None:
+                piece.slot = segment.run + first
+            else:
+                piece.pages = self._batch.pages(index)
+            piece.grouped = plain or tokens * group <= max(group, GROUPED_QUERIES)
+            alone = segment.mask is None and slopes is None and (window is None or tokens <= window)
+            if alone and tokens > 1 and first == first_query and not plain:
+                piece.causal, piece.grouped = True, False
+            elif tokens > 1 or not alone:
+                piece.bias = self._biases.of(piece, segment, first_query)
+            pieces.append(piece)
+            first_query += tokens
+        return pieces
 
 
 class _Biases:
@@ -191,6 +301,13 @@ class _Biases:
         if bias is None:
             bias = self._made[kind] = self._make(piece, segment, first_query)
         return bias
+
+    def of_extent(self, shift: int, count: int, rows: int) -> Tensor | None:
+        """What is added to the scores of some rows' one token each with the keys of an extent: [1, KV heads, rows × group, keys]."""
+        if self._slopes is None:
+            return None
+        bias = self._backend.slope_table(self._slopes, shift + count, self._like)[:, shift : shift + count]
+        return bias.view(1, self._kv_heads, 1, -1, count).expand(-1, -1, rows, -1, -1).flatten(2, 3)
 
     def _make(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor:
         device = self._like.device
@@ -234,13 +351,53 @@ class _Biases:
         return table.index_select(1, positions)
 
 
-def _kernel_tells_sums(query: Tensor, values: Tensor) -> bool:
-    """Whether the fused kernel that returns the logarithms of its sums, from which a sink's share follows, takes these."""
-    return query.device.type == "cpu" and query.shape[-1] == values.shape[-1]
+def _kernel_for(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
+    """What computes a pass: "any" fused kernel; "sums", the one that also returns the logarithms of its sums, from which the share of a
+    sink or of other keys follows; "plain", the formula written out."""
+    if softcap is not None:
+        return "plain"
+    sums = query.is_cpu and query.shape[3] == value.shape[3]
+    if sinks is not None:
+        return "sums and sinks" if sums else "plain"
+    return "sums" if sums else "any"
+
+
+def _with_sums(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithms of the sums that its softmax divided by: [1, heads, queries]."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def _attend_rows(part: _Rows, store: KVStore, block: int, query: Tensor, scale: float) -> Tensor:
+    """[1, rows, KV heads, group, value size]"""
+    keys, values = store.head_keys[block], store.head_values[block]
+    rows, kv_heads = part.rows, keys.shape[1]
+    if rows != query.shape[2]:
+        query = query.narrow(2, part.start, rows)
+    queries = query.transpose(1, 2).reshape(rows, kv_heads, -1, query.shape[3])
+    if part.parts is None:
+        outputs = [
+            F.scaled_dot_product_attention(row, keys.narrow(2, slot, count), values.narrow(2, slot, count), attn_mask=bias, scale=scale)
+            for row, (_, _, slot, count, bias) in zip(queries.split(1) if rows > 1 else (queries,), part.calls, strict=True)
+        ]
+        return (outputs[0] if rows == 1 else torch.cat(outputs)).unsqueeze(0)
+    group = queries.shape[2]
+    results, sums = [], []
+    for first, count, slot, length, bias in part.calls:
+        some = queries.narrow(0, first, count)
+        if count > 1:
+            some = some.transpose(0, 1).reshape(1, kv_heads, count * group, -1)
+        output, total = _with_sums(some, keys.narrow(2, slot, length), values.narrow(2, slot, length), bias, scale)
+        results.append(output.view(kv_heads, count, group, -1).transpose(0, 1))
+        sums.append(total.view(kv_heads, count, group).transpose(0, 1))
+    # One result more, of no weight, for rows that have fewer parts than others.
+    results.append(results[0].new_zeros(1, kv_heads, group, values.shape[3]))
+    sums.append(sums[0].new_full((1, kv_heads, group), -torch.inf))
+    weights = torch.softmax(torch.cat(sums)[part.parts], 1)
+    return (torch.cat(results)[part.parts] * weights.unsqueeze(-1)).sum(1).to(query.dtype).unsqueeze(0)
 
 
 def _attend_piece(
-    piece: _Piece, store: KVStore, block: int, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, plain: bool
+    piece: _Piece, store: KVStore, block: int, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, kernel: str
 ) -> Tensor:
     """[1, tokens, KV heads, group, value size]"""
     heads, size = query.shape[1], query.shape[3]
@@ -258,12 +415,11 @@ def _attend_piece(
     queries = query if tokens == query.shape[2] else query.narrow(2, piece.start, tokens)
     if piece.grouped:
         queries = queries.reshape(1, kv_heads, group * tokens, size)
-    if plain:
-        output = _plain(queries, keys, values, piece.bias, scale, softcap, None if sinks is None else _per_query(sinks, kv_heads, tokens))
+    if kernel == "plain":
+        further = None if sinks is None else _per_query(sinks, kv_heads, tokens)
+        output = _plain(queries, keys, values, piece.bias, scale, softcap, further)
     elif sinks is not None:
-        output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, piece.causal, attn_mask=piece.bias, scale=scale
-        )
+        output, sums = _with_sums(queries, keys, values, piece.bias, scale, piece.causal)
         further = _per_query(sinks, kv_heads, tokens) if piece.grouped else sinks[:, None]
         output = output * torch.sigmoid(sums - further.to(sums.dtype)).unsqueeze(-1).to(output.dtype)
     else:

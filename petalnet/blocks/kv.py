@@ -26,11 +26,16 @@ class KVShape:
     key_size: int
     value_size: int
 
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Memory that a position takes."""
+        return self.heads * (self.key_size + self.value_size) * dtype.itemsize
+
 
 class KVStore:
     """Keys and values of `pages` pages for each block of a span.
 
     Attributes:
+        shapes: for each block what a position takes.
         pages, page_tokens: how many pages, of how many slots each.
         keys, values: for each block [slots, heads, size]; views of the store's memory, not always contiguous.
         head_keys, head_values: the same memory as [1, heads, slots, size], which is how attention reads it.
@@ -56,13 +61,14 @@ class KVStore:
             MemoryError: there is less memory than that. A CPU's is taken only as pages are first written.
             torch.OutOfMemoryError: the same of an accelerator.
         """
+        self.shapes = list(shapes)
         self.pages, self.page_tokens = pages, page_tokens
         self.slots = pages * page_tokens
         self.dtype, self.device = dtype, torch.device(device)
         if heads_together is None:
             heads_together = self.device.type != "cpu"
         sizes = [(shape.heads, size) for shape in shapes for size in (shape.key_size, shape.value_size)]
-        self.bytes_per_token = sum(heads * size for heads, size in sizes) * dtype.itemsize
+        self.bytes_per_token = sum(shape.bytes(dtype) for shape in shapes)
         # One piece for all, so that memory that does not suffice is found out now and not in the middle of an answer.
         memory = _allocate(self.slots * self.bytes_per_token // dtype.itemsize, dtype, self.device)
         parts = memory.split([self.slots * heads * size for heads, size in sizes])
