@@ -171,6 +171,8 @@ def _measure(shape: tuple[int, int], weights: Sequence[torch.Tensor]) -> dict[st
     parts = [weight[start : start + outputs] for weight in weights for start in range(0, len(weight) - outputs + 1, outputs)]
     turn = itertools.cycle(parts)  # one after the other, since a pass finds no weight in the processor's caches either
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # the first leaves out other work on the machine
+    for weight in weights:
+        weight.view(-1)[::1024].sum()  # maps its pages in, where it lies in a file
     tried = {_LIBRARY: F.linear} | {name: kernel for name, kernel in _KERNELS.items() if _is_exact(kernel, parts[0])}
     seconds: dict[str, list[float]] = {name: [] for name in tried}
     for rows in MEASURED_ROWS:
