@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 CLOSE_WITHIN_S = 2.0
 LEAST_UNITS_TO_ATTACH = 2
 """Whole units of a prompt from which on asking for them is worth a round trip."""
+LEAST_BYTES_TO_ASK = 64 * 1024
+"""Size of a prompt from which on a server that was full is asked for room before the prompt is sent again."""
 
 Names = tuple[tuple[bytes, ...], ...]
 """For each row the names of its units, in their order."""
@@ -97,12 +99,14 @@ class _Progress:
         position: where it begins after what was attached.
         hidden: what the next link gets.
         outputs: of the links that are done.
+        refused: whether the link that is next was full.
     """
 
     given: Blob
     position: int
     hidden: Blob
     outputs: list[Blob] = field(default_factory=list)
+    refused: bool = False
 
 
 class Chain:
@@ -112,6 +116,7 @@ class Chain:
         self.target = target
         self.links = links
         self._steps = 0
+        self._is_new = True  # no server has had a step
         self._progress: _Progress | None = None
 
     @classmethod
@@ -170,12 +175,13 @@ class Chain:
             ServerError: the chain is broken; `close` it.
         """
         progress = self._progress
+        self._steps += 1
         if progress is None or progress.given is not hidden:
             progress = self._progress = _Progress(hidden, position, hidden)
-            if self._steps == 0 and position == 0:
+            if self._is_new and position == 0:
                 progress.position = await self._attach(hidden, inputs)
                 progress.hidden = _without_beginning(hidden, progress.position)
-        self._steps += 1
+            self._is_new = False
         names: Blob | None = None
         if inputs.names is not None:
             attached = (progress.position - position) // UNIT_TOKENS
@@ -195,12 +201,16 @@ class Chain:
                 promise_rows=inputs.promise_rows,
                 names=names,
             )
+            asks_first, progress.refused = progress.refused, True
             async with blaming(self.target, link.hop):
+                if asks_first and position == 0 and len(progress.hidden.data) >= LEAST_BYTES_TO_ASK:
+                    await ask(link.stream, _without_tokens(request), StepDone)
                 answer = await ask(link.stream, request, StepDone)
                 if answer.step != self._steps:
                     raise ProtocolError(f"answered step {answer.step} instead of {self._steps}", link.hop.peer_id)
                 progress.hidden = checked(answer.output, progress.hidden, link.hop, inputs.all_hidden, keep)
             progress.outputs.append(answer.output)
+            progress.refused = False
             for row in inputs.names or ():
                 self.target.swarm.membership.sent_names.note(link.hop.peer_id, row)
         self._progress = None
@@ -294,6 +304,13 @@ def checked(output: Blob, given: Blob, hop: Hop, all_hidden: bool, keep: int = 0
     if output.shape != shape or output.dtype != given.dtype:
         raise ProtocolError(f"answered {output.dtype} {list(output.shape)} instead of {given.dtype} {list(shape)}", hop.peer_id)
     return last_of(output) if all_hidden else output
+
+
+def _without_tokens(request: Step) -> Step:
+    """A step that only asks for room. Where there is none, hardly anything was sent for it."""
+    rows, _, size = request.hidden.shape
+    nothing = replace(request.hidden, shape=(rows, 0, size), data=b"")
+    return replace(request, hidden=nothing, mask=None, position_ids=None, prompts=None, keep=0, names=None)
 
 
 def _encode_names(names: Names) -> Blob:

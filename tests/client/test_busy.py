@@ -14,9 +14,11 @@ import torch
 import trio
 from trio.testing import MockClock
 
+from petalnet.client import chain
 from petalnet.client.requests import Busy, Patience, retrying
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import BusyError, MissingBlocksError
+from petalnet.p2p.messages import Step
 
 GREEDY = {"do_sample": False}
 IDS = torch.tensor([[5, 6, 7]])
@@ -63,7 +65,7 @@ def test_rows_that_a_later_server_has_no_room_for_are_reordered_once(
     hidden, more = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)), torch.randn(3, 1, 32)
     with serving(bloom_path, []) as servers:
         servers.start(0, 3)
-        servers.start(3, 6, pool_tokens=40)
+        servers.start(3, 6, pool_tokens=96)  # a page each for three rows of whichever session
         with connect(bloom_path, servers.peers, request_timeout=20) as model, torch.inference_mode():
             blocks = model.transformer.h
             order = torch.tensor([1, 0, 1])
@@ -75,6 +77,39 @@ def test_rows_that_a_later_server_has_no_room_for_are_reordered_once(
                     answer = session.step(more, hypo_ids=order)
             expected = blocks(torch.cat([hidden[order], more], dim=1))[:, -1:]
             assert torch.allclose(answer, expected, atol=1e-4)
+
+
+def test_a_long_prompt_is_sent_again_only_when_there_is_room(
+    bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "LEAST_BYTES_TO_ASK", 1024)
+    asked: list[tuple[int, bool]] = []
+    ask = chain.ask
+
+    async def spy(stream: Any, request: Any, expected: Any) -> Any:
+        try:
+            answer = await ask(stream, request, expected)
+        except BusyError:
+            asked.append((request.hidden.shape[1], False))
+            raise
+        if isinstance(request, Step):
+            asked.append((request.hidden.shape[1], True))
+        return answer
+
+    ids = torch.randint(4, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    with serving(bloom_path, []) as servers:
+        servers.start(0, 6, pool_tokens=128)
+        with connect(bloom_path, servers.peers, request_timeout=20) as model:
+            expected = model.generate(ids, max_new_tokens=3, num_beams=2, **GREEDY)
+            with model.inference_session(max_length=64) as holder:
+                model.generate(IDS, max_new_tokens=1, session=holder, **GREEDY)
+                monkeypatch.setattr(chain, "ask", spy)
+                threading.Timer(1.0, holder.close).start()
+                with model.inference_session(max_length=40):
+                    assert torch.equal(model.generate(ids, max_new_tokens=3, num_beams=2, **GREEDY), expected)
+    refused = asked.index((0, True))
+    assert asked[:refused] == [(20, False)] + [(0, False)] * (refused - 1)
+    assert asked[refused + 1 :] == [(20, True), (1, True), (1, True)]
 
 
 def test_patience_has_an_end(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
