@@ -9,9 +9,8 @@ A **round** is one pass through the span, shared by tasks of one key (steps of t
 
 **Turns.** The three are in this order of rank, but work that could not join the rounds of higher rank (another key, rows too wide for the
 budget, a pass) leads a round of its own when as much time has gone to others as its round takes (passes: `PASS_TURN` times as much).
-Within a rank, peers are served by virtual time (start-time fair queueing): who has used least computation is first, whoever comes anew
-starts where the least of those present is, and idle time forgives. Time spent waiting counts in a peer's favour, so nobody starves.
-Within a peer, what is soonest done is first; again waiting counts in favour.
+Within a rank, the peer that has had least of it is first (`shares.Shares`). Within a peer, what is soonest done is first, less the time
+for which it has been there. What has got nothing for some seconds leads a round now and then, so nothing starves.
 
 **Waiting for stragglers.** A pass of eight tokens costs little more than one of four. Were a round started as soon as the first of eight
 clients is back, the others would miss it and wait for its end, and from then on the clients would go in groups, each at the pace of all.
@@ -29,11 +28,13 @@ from typing import Any, Literal
 
 from petalnet.blocks.arrivals import Arrivals
 from petalnet.blocks.costs import Costs
+from petalnet.blocks.shares import Share, Shares
 
 ROUND_S = 0.15
 """Seconds that a round with a chunk of a prefill may take."""
 ALONE_ROUNDS = 2.0
-"""The budget, in rounds, of a chunk that nobody waits for: larger chunks run faster, and somebody may come in at any time."""
+"""The budget, in rounds, of a chunk that nobody waits for or that is the last of its prompt: larger ones run faster, and somebody may
+come in at any time."""
 DECODE_ROUNDS = 1.5
 """A chunk may make a round at least so much longer than its decodes take."""
 DECODE_UNITS = 16
@@ -44,11 +45,12 @@ LEAST_PREFILL = 16
 """Tokens by which a prefill gets on in a round, whatever the budget says."""
 PASS_TURN = 4.0
 """Steps that come all the time leave passes one part of the time in so many and one."""
+OVERDUE_S = 5.0
+"""A task that has got nothing for so long leads a round, whatever its peer has had meanwhile, ..."""
+OVERDUE_TURN = 4
+"""... but only one round in so many, so that a peer with a long queue of its own does not get more than its share by it."""
 WAIT_SHARE = 0.35
 """Seconds that a round may wait for stragglers, as a share of what it takes itself."""
-KNOWN_PEERS = 1024
-"""Peers that are not here now and whose use of the device is remembered."""
-
 Rank = Literal["empty", "decode", "prefill", "pass"]
 RANKS: tuple[Rank, ...] = ("decode", "prefill", "pass")
 TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}
@@ -112,17 +114,13 @@ class Part:
 
 
 @dataclass(eq=False)
-class _Peer:
-    used: float
-    """Virtual time: seconds of computation that it has had, and those it was advanced by when it came in."""
-    tasks: int = 0
-
-
-@dataclass(eq=False)
 class _Waiting:
     task: Task
-    peer: _Peer
+    rank: Rank
+    share: Share
     since: float
+    """When it came."""
+    served: float
     """When it came, or last got a part."""
 
 
@@ -145,43 +143,35 @@ class Scheduler:
         Args:
             costs: of steps through the whole span; from now on the scheduler's own. Passes begin with the same and are measured apart.
             round_s: the time budget of a round with prefills or passes, in seconds.
-            most_tokens: the most tokens of a round, unless a single unit of a task has more.
+            most_tokens: the most tokens of a round, unless a single decode or a single unit of a task has more.
         """
         self._costs = {"step": costs, "pass": copy.deepcopy(costs)}
         self._round_s = round_s
         self._most_tokens = most_tokens
-        self._waiting: dict[Task, _Waiting] = {}
+        self._waiting: dict[Task, _Waiting] = {}  # whoever has got nothing for the longest time first
         self._queues: dict[Rank, dict[Task, _Waiting]] = {"empty": {}, "decode": {}, "prefill": {}, "pass": {}}
-        self._peers: dict[str, _Peer] = {}
-        self._virtual = 0.0  # where whoever comes in begins
-        self._idle_since: float | None = None  # since when nothing is queued
+        self._shares: dict[Rank, Shares] = {rank: Shares() for rank in self._queues}
         self._held_since: float | None = None  # since when a round has been held back for stragglers
+        self._now = 0.0  # the latest time that was told
+        self._empty_last = False  # steps without tokens go at once, but an endless stream of them holds nothing up
         self._arrivals = Arrivals()
         self._owed = dict.fromkeys(TURNS, 0.0)  # seconds that went to others while the first of its rank waited
         self._passed_over: list[Rank] = []
+        self._since_overdue = 0  # rounds since one was led by an overdue task
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, task: Task, now: float) -> None:
         """A task was submitted at `now`, which may be a little ago: before the end of a round that was already accounted for."""
-        if self._idle_since is not None:
-            self._virtual += max(0.0, now - self._idle_since)
-            self._idle_since = None
-        peer = self._peer(task.peer)
-        if peer.tasks == 0:
-            peer.used = max(peer.used, self._virtual)
-        peer.tasks += 1
-        waiting = _Waiting(task, peer, now)
-        self._waiting[task] = waiting
-        self._queues[task.rank][task] = waiting
+        self._enter(task, now, now)
         if task.session is not None:
             self._arrivals.came(task.session, now)
 
     def drop(self, task: Task) -> None:
         """Forget a task whose asker is gone, or that failed; harmless where it is not known."""
         if task in self._waiting:
-            self._remove(task)
+            self._remove(task, self._now)
             self._arrivals.forget(task.session)
 
     def forget(self, session: Hashable) -> None:
@@ -191,13 +181,14 @@ class Scheduler:
     def next(self, now: float) -> list[Part] | float | None:
         """The parts of the next round, all for one pass; or the time until which to wait for stragglers, unless something comes in; or
         None: there is nothing to do."""
-        if self._queues["empty"]:
+        self._now = now
+        empty = [Part(task, 0, 0) for task in self._queues["empty"]]
+        if empty and (not self._empty_last or len(empty) == len(self._waiting)):
+            self._empty_last = True
             self._passed_over = []
-            return [Part(task, 0, 0) for task in self._queues["empty"]]
+            return empty
         if not self._waiting:
             self._held_since = None
-            if self._idle_since is None:
-                self._idle_since = now
             return None
         ranked = {rank: self._ranked(rank, now) for rank in RANKS}
         plan, in_turn = self._choose(ranked, now)
@@ -212,8 +203,11 @@ class Scheduler:
                 self._passed_over.append(rank)
             else:
                 self._owed[rank] = 0.0
-        self._virtual = max(self._virtual, min(waiting.peer.used for waiting in self._waiting.values()))
-        return plan.parts
+        for rank, queue in ranked.items():
+            self._shares[rank].serve(waiting.share for waiting in queue)
+        self._since_overdue += 1
+        self._empty_last = False
+        return plan.parts + empty
 
     def finished(self, parts: Sequence[Part], seconds: float, now: float) -> list[Task]:
         """Account for a round that took `seconds` and ended at `now`; returns the tasks that are complete. The others stay queued."""
@@ -232,13 +226,12 @@ class Scheduler:
             if waiting is None:
                 continue
             if tokens:
-                waiting.peer.used += seconds * part.tokens / tokens
+                Shares.charge(waiting.share, seconds * part.tokens / tokens, now)
+            self._remove(task, now)
             if task.done < task.units:
-                waiting.since = now
-                self._requeue(waiting)
+                self._enter(task, waiting.since, now)  # what is left may be of another rank
                 continue
             complete.append(task)
-            self._remove(task)
             if task.session is not None:
                 self._arrivals.left(task.session, task.key, task.width, now)
         return complete
@@ -259,6 +252,10 @@ class Scheduler:
 
     def _choose(self, ranked: dict[Rank, list[_Waiting]], now: float) -> tuple[_Plan, bool]:
         """The next round, and whether it is that of somebody whose turn has come, whatever else there is."""
+        longest = next(waiting for waiting in self._waiting.values() if waiting.rank != "empty")
+        if self._since_overdue >= OVERDUE_TURN and now - longest.served > OVERDUE_S:
+            self._since_overdue = 0
+            return self._plan(longest, ranked), True
         for rank, turn in TURNS.items():
             if ranked[rank] and self._owed[rank]:
                 plan = self._plan(ranked[rank][0], ranked)
@@ -272,13 +269,12 @@ class Scheduler:
         queue = list(self._queues[rank].values())
         if len(queue) < 2:
             return queue
-        oldest: dict[_Peer, float] = {}
-        for waiting in queue:
-            oldest[waiting.peer] = min(waiting.since, oldest.get(waiting.peer, math.inf))
+
+        # Peers within the shortest pass of each other count as equal, so that between them, too, what is soonest done is first.
+        shortest = self._costs["step"].seconds(1)
 
         def order(waiting: _Waiting) -> tuple[int, float]:
-            # Peers within a round's time of each other count as equal, so that between them, too, what is soonest done is first.
-            behind = (waiting.peer.used - (now - oldest[waiting.peer])) // self._round_s
+            behind = waiting.share.behind(now) // shortest
             return int(behind), self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
 
         return sorted(queue, key=order)
@@ -298,9 +294,10 @@ class Scheduler:
         """A pass of steps: decodes with the key of the first, and chunks of prefills."""
         key, tokens = first.task.key, 0
         parts: list[Part] = []
+        room = self._most_tokens - (first.task.width if first.task.rank == "prefill" else 0)
         for waiting in ranked["decode"]:
             task = waiting.task
-            if task.key == key and (not parts or tokens + task.tokens_left <= self._most_tokens):
+            if task.key == key and (waiting is first or tokens + task.tokens_left <= room):
                 parts.append(self._part(task, task.units))
                 tokens += parts[-1].tokens
         prefills = [waiting.task for waiting in ranked["prefill"] if waiting.task.key == key and waiting is not first]
@@ -309,9 +306,11 @@ class Scheduler:
         if not prefills:
             return parts
         room = self._chunk(prefills[0], tokens)
+        if self._may_exceed(prefills[0], tokens, prefills[0].tokens_left):
+            room = max(room, prefills[0].tokens_left)  # the rest of it in one round is less to wait for than in two
         for number, task in enumerate(prefills):
             units = room // task.width
-            if not units and number == 0 and self._may_exceed(first, task, tokens):
+            if not units and number == 0 and (task is first.task or self._may_exceed(task, tokens, task.width)):
                 units = 1
             # A few tokens more of a long prompt are not worth what they cost beside the others; the end of one is.
             if units and (number == 0 or units * task.width >= LEAST_PREFILL or units * task.width >= task.tokens_left):
@@ -328,11 +327,9 @@ class Scheduler:
         fitting = self._costs[task.kind].fitting(budget / task.weight)
         return min(max(fitting - tokens, LEAST_PREFILL), max(self._most_tokens - tokens, 0))
 
-    def _may_exceed(self, first: _Waiting, task: Task, tokens: int) -> bool:
-        """Whether a single unit of a prefill may be added though it has more tokens than there is room for."""
-        if task is first.task:
-            return True
-        return tokens + task.width <= self._most_tokens and self._seconds(task, tokens + task.width) <= 2 * self._round_s
+    def _may_exceed(self, task: Task, tokens: int, more: int) -> bool:
+        """Whether so many tokens of a prefill may be added to a round of `tokens` though they do not fit its budget."""
+        return tokens + more <= self._most_tokens and self._seconds(task, tokens + more) <= ALONE_ROUNDS * self._round_s
 
     @staticmethod
     def _part(task: Task, units: int) -> Part:
@@ -373,25 +370,12 @@ class Scheduler:
 
     # Keeping account
 
-    def _peer(self, name: str) -> _Peer:
-        peer = self._peers.get(name)
-        if peer is None:
-            if len(self._peers) >= KNOWN_PEERS:
-                # Those who owe nothing first; where all do, the most fruitless thing that a stranger of many names can reach is that
-                # everybody who is absent is forgiven.
-                present = {name: known for name, known in self._peers.items() if known.tasks}
-                owing = {name: known for name, known in self._peers.items() if known.tasks or known.used > self._virtual}
-                self._peers = owing if len(owing) < KNOWN_PEERS else present
-            peer = self._peers[name] = _Peer(self._virtual)
-        return peer
+    def _enter(self, task: Task, since: float, now: float) -> None:
+        rank = task.rank
+        waiting = _Waiting(task, rank, self._shares[rank].enter(task.peer, now), since, now)
+        self._waiting[task] = self._queues[rank][task] = waiting
 
-    def _remove(self, task: Task) -> None:
-        self._waiting.pop(task).peer.tasks -= 1
-        for queue in self._queues.values():
-            queue.pop(task, None)
-
-    def _requeue(self, waiting: _Waiting) -> None:
-        """What is left of a task may be of another rank."""
-        for queue in self._queues.values():
-            queue.pop(waiting.task, None)
-        self._queues[waiting.task.rank][waiting.task] = waiting
+    def _remove(self, task: Task, now: float) -> None:
+        waiting = self._waiting.pop(task)
+        del self._queues[waiting.rank][task]
+        self._shares[waiting.rank].leave(waiting.share, now)
