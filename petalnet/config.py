@@ -188,6 +188,7 @@ class Settings:
     device: str | None = _setting("cpu, cuda, cuda:N or mps  [the best there is]", _device, metavar="DEVICE")
     throughput: float | None = _setting("auto (measured, then cached), or tokens/s to announce  [auto]", _rate, metavar="auto|RATE")
     attn_cache_tokens: int | None = _setting("KV tokens held per block  [from free memory]", _count, metavar="N")
+    share_prefixes: bool = _setting("reuse what one peer's prompt computed for other peers' prompts that begin alike", _flag, default=False)
     max_memory: int | None = _setting("most memory for weights and KV, such as 8GB  [most of what is free]", _size, metavar="SIZE")
     public_name: str | None = _setting("shown in the swarm's overview", _name, metavar="NAME")
     revision: str | None = _setting("of the model on the hub  [main]", metavar="REV")

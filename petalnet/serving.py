@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from petalnet.blocks.service import BlockService
-    from petalnet.blocks.span import Span
     from petalnet.blocks.throughput import Rates
     from petalnet.models.checkpoint import ModelSource
 
@@ -187,34 +186,32 @@ class Server:
 
     async def _load(self, nursery: trio.Nursery) -> None:
         """Load the blocks, measure them and answer requests from then on."""
-        from petalnet.blocks.engine import Engine
-        from petalnet.blocks.service import BlockService
-        from petalnet.blocks.sessions import SessionManager
         from petalnet.p2p.protocols import FORWARD, INFERENCE
 
         model = self._model
         began = trio.current_time()
 
-        span, tokens, rates = await in_thread(self._load_blocking)
+        self.service, rates = await in_thread(self._load_blocking)
+        span = self.service.span
         self._announcer.change(
             decode_tokens_s=rates.decode, prefill_tokens_s=rates.prefill, forward_tokens_s=rates.forward, block_digests=tuple(span.digests)
         )
         logger.info(
             "loaded in %.1f s in %s on %s: %.0f tokens/s one by one, %.0f in a prompt, room for %d KV tokens",
-            trio.current_time() - began, self._announcer.record.dtype, model.device, rates.decode, rates.prefill, tokens,
+            trio.current_time() - began, self._announcer.record.dtype, model.device, rates.decode, rates.prefill,
+            self.service.sessions.max_tokens,
         )  # fmt: skip
-        engine = Engine()
-        await nursery.start(engine.run)
-        self.service = BlockService(span, engine, SessionManager(span, max_tokens=tokens), model=model.key)
+        await nursery.start(self.service.run)
         host = self._peering.host
         host.on_peer_lost(self.service.peer_lost)
         host.serve(INFERENCE, self.service.handle_inference)
         host.serve(FORWARD, self.service.handle_forward)
 
-    def _load_blocking(self) -> tuple[Span, int, Rates]:
-        """The loaded span, the KV tokens for which there is room, and the rates to announce."""
+    def _load_blocking(self) -> tuple[BlockService, Rates]:
+        """The service of the loaded span, with memory for its KV tokens, and the rates to announce."""
         import torch
 
+        from petalnet.blocks.service import USUAL_RATES, BlockService
         from petalnet.blocks.span import Span
         from petalnet.blocks.throughput import Rates, measure
         from petalnet.capacity import kv_tokens, require_room, too_large
@@ -229,4 +226,17 @@ class Server:
         rate = settings.throughput
         rates = measure(span, model=model.key) if rate is None else Rates(rate, rate, rate)
         _ = span.digests  # computed here, on this thread, and kept by the span
-        return span, tokens, rates
+        try:
+            service = BlockService(
+                span,
+                model=model.key,
+                kv_tokens=tokens,
+                rates=rates if rate is None else USUAL_RATES,  # what somebody chose to announce says little of how fast this machine is
+                share_prefixes=settings.share_prefixes,
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UsageError(
+                f"blocks {span.first}:{span.end} are loaded, but there is no memory left for {tokens} KV tokens on {model.device}: give a "
+                "smaller --attn-cache-tokens, or serve fewer blocks"
+            ) from error
+        return service, rates

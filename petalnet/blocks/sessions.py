@@ -1,19 +1,22 @@
-"""The inference sessions of a server, and the promises of KV memory that it has made to them.
+"""The inference sessions of a server.
 
-A session is promised room for rows × max_length positions at its first step, and more when it gets more rows; the sum of all promises
-fits the pool, so no session runs out of memory in mid-answer.
+A session has two sides. What it is promised, and how far it has come, belongs to the trio thread: `SessionManager` answers for it. Its page
+tables belong to the compute thread, in the order of what that thread is asked to do: a session's pages are given back there after the
+last round that may touch them, and before any round of whoever is promised their room.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from petalnet.blocks.cache import SpanCache
+import trio
+
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.promises import NoRoom, Promise, Promises
 from petalnet.blocks.span import Span
 from petalnet.errors import BusyError, CallerError
-
-BUSY_RETRY_S = 2.0
-"""What a client is told to wait when the pool is full: about a short answer's time."""
 
 
 @dataclass(eq=False)
@@ -23,49 +26,79 @@ class Session:
     Attributes:
         peer_id: the client.
         max_length: the most positions of a row.
-        rows: rows that it has now; 0 before its first step.
-        promised: pool units (positions × blocks) that are set aside for it.
-        cache: its keys and values; belongs to the compute thread while a step runs.
+        promise: the pages that are set aside for it.
+        kv: the page tables of its rows; of the compute thread.
+        names: for each row the names of its units, as far as all from the first on are named; of the compute thread.
+        begun: whether there was a first step, or an attempt to attach it to what is known.
+        rows: rows that it has, as of the last step that was answered; 0 before its first step.
+        position: KV entries of each row, likewise.
     """
 
     peer_id: str
     first: int
     end: int
     max_length: int
-    cache: SpanCache
+    promise: Promise
+    kv: Rows
+    names: list[list[bytes]] = field(default_factory=list)
+    begun: bool = False
     rows: int = 0
-    promised: int = 0
+    position: int = 0
 
-    @property
-    def position(self) -> int:
-        """KV entries of each row so far."""
-        return self.cache.length
+
+class ComputeThread(Protocol):
+    """What sessions need of the thread that computes (an `Engine`)."""
+
+    def call(self, work: Callable[..., Any], *args: Any) -> None:
+        """Run `work(*args)` there, before any task that is submitted later; does not wait for it."""
 
 
 class SessionManager:
-    """Opens and closes sessions and keeps account of the KV pool."""
+    """Opens and closes sessions and answers for what they are promised. Iterating gives those that are open."""
 
-    def __init__(self, span: Span, *, max_tokens: int, max_sessions: int = 1024) -> None:
+    def __init__(
+        self,
+        span: Span,
+        pool: PagePool,
+        *,
+        compute: ComputeThread,
+        release: Callable[[Session], None],
+        max_sessions: int = 1024,
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
         """
         Args:
             span: what the sessions run on.
-            max_tokens: positions that the pool holds for each block of the span.
+            pool: where their pages come from.
+            compute: where `release` is run.
+            release: gives a closed session's pages back.
             max_sessions: the most sessions at a time, with or without promises.
+            clock: the present time in seconds.
         """
         self._span = span
-        self.max_tokens = max_tokens
+        self._pool = pool
+        self._compute = compute
+        self._release = release
+        self._clock = clock
         self.max_sessions = max_sessions
-        self._pool = max_tokens * len(span)
-        self._promised = 0
-        self._sessions: set[Session] = set()
+        self._promises = Promises(pool.pages)
+        self._sessions: dict[Session, None] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions)
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that the pool holds for each block of the span."""
+        return self._pool.pages * self._pool.page_tokens
+
     @property
     def free_tokens(self) -> int:
-        """Positions, over all blocks of the span, that no session has been promised."""
-        return (self._pool - self._promised) // len(self._span)
+        """Positions that no session has been promised."""
+        return self._promises.free * self._pool.page_tokens
 
     def open(self, peer_id: str, first: int, end: int, max_length: int) -> Session:
         """A new session; nothing is promised to it yet.
@@ -79,11 +112,12 @@ class SessionManager:
         limit = self._span.max_positions
         if limit is not None and max_length > limit:
             raise CallerError(f"a session of max_length {max_length} is longer than the {limit} positions that the model knows")
-        self._check_possible(1, max_length, end - first)
+        self._pages(1, max_length)
         if len(self._sessions) >= self.max_sessions:
-            raise BusyError(f"all {self.max_sessions} sessions are taken", BUSY_RETRY_S)
-        session = Session(peer_id, first, end, max_length, self._span.new_cache(max_length))
-        self._sessions.add(session)
+            wait_s = self._promises.next_end_s(self._clock())
+            raise BusyError(f"all {self.max_sessions} sessions are taken", wait_s, self.free_tokens)
+        session = Session(peer_id, first, end, max_length, Promise(peer_id), Rows(self._pool, max_length))
+        self._sessions[session] = None
         return session
 
     def admit(self, session: Session, rows: int) -> None:
@@ -93,26 +127,32 @@ class SessionManager:
             CallerError: that many rows can never fit.
             BusyError: they do not fit now.
         """
-        blocks = session.end - session.first
-        needed = rows * session.max_length * blocks
-        if needed > session.promised:
-            self._check_possible(rows, session.max_length, blocks)
-            free = self._pool - self._promised + session.promised
-            if needed > free:
-                raise BusyError(
-                    f"no room for {rows} rows of {session.max_length} tokens: {free // blocks} tokens of KV cache are free", BUSY_RETRY_S
-                )
-            self._promised += needed - session.promised
-            session.promised = needed
+        pages = self._pages(rows, session.max_length)
+        try:
+            self._promises.extend(session.promise, pages, self._clock())
+        except NoRoom as refused:
+            fits = refused.available * self._pool.page_tokens
+            whose = " for a peer with other sessions" if refused.available < self._promises.free + session.promise.pages else ""
+            message = f"no room for {rows} rows of {session.max_length} tokens: {fits} tokens of KV cache are free{whose}"
+            raise BusyError(message, refused.wait_s, fits) from None
+
+    def reached(self, session: Session, rows: int, position: int) -> None:
+        """A session has so many rows of so many KV entries now."""
+        session.rows, session.position = rows, position
+        session.promise.progress = position / session.max_length
 
     def close(self, session: Session) -> None:
         """Forget a session and take its promise back; closing twice is harmless."""
         if session in self._sessions:
-            self._sessions.remove(session)
-            self._promised -= session.promised
-            session.promised = 0
+            del self._sessions[session]
+            self._promises.end(session.promise, self._clock())
+            self._compute.call(self._release, session)
 
-    def _check_possible(self, rows: int, max_length: int, blocks: int) -> None:
-        most = self._pool // blocks
-        if rows * max_length > most:
-            raise CallerError(f"{rows} rows of max_length {max_length} exceed the {most} tokens of KV cache that this server has in all")
+    def _pages(self, rows: int, max_length: int) -> int:
+        """Pages for so many rows; raises CallerError where there are not so many in all."""
+        pages = rows * -(-max_length // self._pool.page_tokens)
+        if pages > self._pool.pages:
+            raise CallerError(
+                f"{rows} rows of max_length {max_length} exceed the {self.max_tokens} tokens of KV cache that this server has in all"
+            )
+        return pages

@@ -1,15 +1,18 @@
-"""What the compute thread does for one request: decode its arrays, run the span, encode the answer. Requests come here checked."""
+"""What there is to compute for one request: its arrays, what is finished of its answer, and the answer's form on the wire.
+
+Requests come here checked (see `checks`). Everything in this module is for the compute thread.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from petalnet.blocks.sessions import Session
-from petalnet.blocks.span import Span
+from petalnet.blocks.span import Span, SpanStep
 from petalnet.p2p.messages import Backward, Blob, Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
@@ -17,136 +20,12 @@ GRAPH_BYTES = 2 * 2**30
 """Memory for the graph of one backward pass, so that no request takes a server's memory away from the others."""
 GRAPH_FLOATS_PER_FEATURE = 24
 """Numbers that a block's graph keeps for each token and feature: 24 in BLOOM (its eager attention's scores aside, which
-`service.Limits` bounds), fewer in most families."""
-
-
-@dataclass
-class StepWork:
-    """One step of a session. `whole` runs it at once; a long one is run by `piece` after `piece`, then `encode`.
-
-    Attributes:
-        order: which of the session's rows each row continues; None for each its own.
-    """
-
-    span: Span
-    session: Session
-    request: Step
-    order: torch.Tensor | None
-
-    @cached_property
-    def _arrays(self) -> _Arrays:
-        return _Arrays.of(self.request)
-
-    def whole(self) -> Blob:
-        """Run all of the step; the answer's array."""
-        rows, new, hidden = self.request.hidden.shape
-        if new:
-            return self.encode([self.piece(0, new)])
-        with torch.inference_mode():
-            self._begin()
-        blocks = self.session.end - self.session.first if self.request.all_hidden else 1
-        return self.encode([torch.empty((blocks, rows, 0, hidden))])
-
-    def piece(self, start: int, end: int) -> torch.Tensor:
-        """Run tokens start … end - 1 of the step; [blocks, rows, end - start, hidden], with one block where only the last is wanted."""
-        arrays, request = self._arrays, self.request
-        with torch.inference_mode():
-            if start == 0:
-                self._begin()
-            outputs = self.span.forward(
-                arrays.hidden[:, start:end],
-                attention_mask=None if arrays.mask is None else arrays.mask[:, : request.position + end],
-                position_ids=None if arrays.position_ids is None else arrays.position_ids[:, start:end],
-                cache=self.session.cache,
-                prompts=arrays.prompts,
-                first=self.session.first,
-                end=self.session.end,
-                all_hidden=request.all_hidden,
-            )
-            return torch.stack(outputs)
-
-    def encode(self, pieces: list[torch.Tensor]) -> Blob:
-        """The answer's array, of pieces that are complete."""
-        output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
-        if self.request.keep:
-            output = output[:, :, -self.request.keep :]
-        return _encode_like(self.request.hidden, output if self.request.all_hidden else output[0])
-
-    def _begin(self) -> None:
-        """Bring the session to where the step begins."""
-        session, cache, rows = self.session, self.session.cache, self.request.hidden.shape[0]
-        if self.request.position == 0 and rows != session.rows:
-            cache.clear()
-        cache.set_length(self.request.position)
-        if self.order is not None:
-            with torch.inference_mode():  # as are the steps that filled the cache
-                cache.reorder(self.order)
-        session.rows = rows
-
-
-def run_forward(span: Span, request: Forward) -> Blob:
-    """A pass without a past: the output array."""
-    arrays = _Arrays.of(request)
-    with torch.inference_mode():
-        outputs = span.forward(
-            arrays.hidden,
-            attention_mask=arrays.mask,
-            position_ids=arrays.position_ids,
-            prompts=arrays.prompts,
-            first=request.first,
-            end=request.end,
-            all_hidden=request.all_hidden,
-        )
-        return _encode_like(request.hidden, torch.stack(outputs) if request.all_hidden else outputs[-1])
-
-
-def run_backward(span: Span, request: Backward, graph_bytes: int = GRAPH_BYTES) -> tuple[Blob, Blob | None]:
-    """Run the pass again and take the gradients of its inputs and, where there are any, of its prompts.
-
-    Args:
-        graph_bytes: about the memory that autograd's graph may take. Where all blocks would take more, a pass without gradients notes
-            the inputs of groups of blocks first, and the graph is made for one group after another.
-    """
-    arrays = _Arrays.of(request)
-    first, end = request.first, request.end
-    tokens = math.prod(request.hidden.shape[:2])
-    per_block = tokens * GRAPH_FLOATS_PER_FEATURE * span.hidden_size * span.dtype.itemsize
-    group = max(1, min(end - first, graph_bytes // max(per_block, 1)))
-
-    def run(hidden: torch.Tensor, prompts: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-        (output,) = span.forward(
-            hidden, attention_mask=arrays.mask, position_ids=arrays.position_ids, prompts=prompts, first=start, end=stop
-        )
-        return output
-
-    def prompts_of(start: int, stop: int) -> torch.Tensor | None:
-        return None if arrays.prompts is None else arrays.prompts[start - first : stop - first]
-
-    starts = range(first, end, group)
-    entering = [arrays.hidden]
-    with torch.no_grad():
-        for start in starts[:-1]:
-            entering.append(run(entering[-1], prompts_of(start, start + group), start, start + group))
-    gradient = decode_tensor(request.grad_output).to(span.device, span.dtype)
-    prompt_gradients: list[torch.Tensor] = []
-    for start, entered in zip(reversed(starts), reversed(entering), strict=True):
-        stop = min(start + group, end)
-        inputs = [entered.detach().requires_grad_()]
-        if arrays.prompts is not None:
-            inputs.append(arrays.prompts[start - first : stop - first].detach().requires_grad_())
-        with torch.enable_grad():
-            output = run(inputs[0], inputs[1] if len(inputs) > 1 else None, start, stop)
-        gradient, *others = torch.autograd.grad(output, inputs, gradient.to(output.dtype))
-        prompt_gradients += others
-    return (
-        _encode_like(request.hidden, gradient),
-        None if request.prompts is None else _encode_like(request.prompts, torch.cat(prompt_gradients[::-1])),
-    )
+`checks.Limits` bounds), fewer in most families."""
 
 
 @dataclass(frozen=True)
-class _Arrays:
-    """The arrays of a request, decoded; all on the CPU."""
+class Arrays:
+    """The arrays of a request, decoded; all on the CPU, shapes as in the messages."""
 
     hidden: torch.Tensor
     mask: torch.Tensor | None
@@ -154,14 +33,194 @@ class _Arrays:
     prompts: torch.Tensor | None
 
     @classmethod
-    def of(cls, request: Step | Forward | Backward) -> _Arrays:
-        mask, positions, prompts = request.mask, request.position_ids, request.prompts
-        return cls(
-            decode_tensor(request.hidden),
-            None if mask is None else decode_tensor(mask),
-            None if positions is None else decode_tensor(positions),
-            None if prompts is None else decode_tensor(prompts),
+    def of(cls, request: Step | Forward | Backward) -> Arrays:
+        return cls(decode_tensor(request.hidden), *map(_decoded, (request.mask, request.position_ids, request.prompts)))
+
+    def rows(self, start: int, end: int) -> Arrays:
+        """Those of rows start … end - 1."""
+        if (start, end) == (0, self.hidden.shape[0]):
+            return self
+        mask, position_ids, prompts = self.mask, self.position_ids, self.prompts
+        return Arrays(
+            self.hidden[start:end],
+            None if mask is None else mask[start:end],
+            None if position_ids is None else position_ids[start:end],
+            None if prompts is None else prompts[:, start:end],
         )
+
+
+@dataclass(eq=False)
+class StepWork:
+    """A step of a session, run in parts: `part`, `wanted` and `take` for one run of new tokens after another, then `answer`.
+
+    Attributes:
+        order: which of the session's rows each row continues; None for each its own.
+        names: for each row the names of the units that the step completes; None where it names none.
+    """
+
+    session: Session
+    request: Step
+    order: list[int] | None = None
+    names: list[list[bytes]] | None = None
+    _pieces: list[torch.Tensor] = field(default_factory=list)
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays.of(self.request)
+
+    def part(self, start: int, end: int) -> SpanStep:
+        """New tokens start … end - 1, for `Span.step`."""
+        arrays, position = self._arrays, self.request.position
+        new = arrays.hidden.shape[1]
+        whole = (start, end) == (0, new)
+        mask, position_ids = arrays.mask, arrays.position_ids
+        return SpanStep(
+            rows=self.session.kv,
+            hidden=arrays.hidden if whole else arrays.hidden[:, start:end],
+            mask=mask if mask is None or whole else mask[:, : position + end],
+            position_ids=position_ids if position_ids is None or whole else position_ids[:, start:end],
+            prompts=arrays.prompts,
+            all_hidden=self.request.all_hidden,
+            position_end=None if whole else position + new,
+        )
+
+    def wanted(self, start: int, end: int, outputs: list[torch.Tensor]) -> torch.Tensor | None:
+        """What the answer needs of the outputs of new tokens start … end - 1: [rows, wanted, hidden], or [blocks, …] of every block.
+
+        Args:
+            outputs: [rows, end - start, hidden] of the last block, or of every block where the request asks for that.
+        """
+        new = self.request.hidden.shape[1]
+        unwanted = max(new - (self.request.keep or new) - start, 0)
+        if unwanted >= end - start:
+            return None
+        output = torch.stack(outputs) if self.request.all_hidden else outputs[-1]
+        return output[..., unwanted:, :] if unwanted else output
+
+    def take(self, piece: torch.Tensor | None) -> None:
+        """Keep what was `wanted`, part by part."""
+        if piece is not None:
+            self._pieces.append(piece)
+
+    def answer(self) -> Blob:
+        """The answer's array, once all parts are done."""
+        if not self._pieces:
+            rows, _, hidden = self.request.hidden.shape
+            blocks = (self.session.end - self.session.first,) if self.request.all_hidden else ()
+            return _encode_like(self.request.hidden, torch.empty((*blocks, rows, 0, hidden)))
+        return _encode_like(self.request.hidden, _joined(self._pieces, -2))
+
+
+class ForwardWork:
+    """A pass without a past, run by rows: `part` after `part`, then `answer`."""
+
+    def __init__(self, span: Span, request: Forward) -> None:
+        self._span = span
+        self._request = request
+        self._pieces: list[torch.Tensor] = []
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays.of(self._request)
+
+    def part(self, start: int, end: int) -> None:
+        """Run rows start … end - 1."""
+        request, arrays = self._request, self._arrays.rows(start, end)
+        with torch.inference_mode():
+            outputs = self._span.forward(
+                arrays.hidden,
+                attention_mask=arrays.mask,
+                position_ids=arrays.position_ids,
+                prompts=arrays.prompts,
+                first=request.first,
+                end=request.end,
+                all_hidden=request.all_hidden,
+            )
+            self._pieces.append(torch.stack(outputs) if request.all_hidden else outputs[-1])
+
+    def answer(self) -> Blob:
+        """The output array, once all rows are done."""
+        return _encode_like(self._request.hidden, _joined(self._pieces, 1 if self._request.all_hidden else 0))
+
+
+class BackwardWork:
+    """Gradients of such a pass, by rows as well: it is run again, with autograd's graph."""
+
+    def __init__(self, span: Span, request: Backward, graph_bytes: int = GRAPH_BYTES) -> None:
+        """
+        Args:
+            graph_bytes: about the memory that autograd's graph may take. Where all blocks would take more, a pass without gradients notes
+                the inputs of groups of blocks first, and the graph is made for one group after another.
+        """
+        self._span = span
+        self._request = request
+        self._graph_bytes = graph_bytes
+        self._gradients: list[torch.Tensor] = []
+        self._prompt_gradients: list[torch.Tensor] = []
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays.of(self._request)
+
+    @cached_property
+    def _grad_output(self) -> torch.Tensor:
+        return decode_tensor(self._request.grad_output)
+
+    def part(self, start: int, end: int) -> None:
+        """Take the gradients of rows start … end - 1."""
+        span, arrays = self._span, self._arrays.rows(start, end)
+        first, last = self._request.first, self._request.end
+        tokens = math.prod(arrays.hidden.shape[:2])
+        per_block = tokens * GRAPH_FLOATS_PER_FEATURE * span.hidden_size * span.dtype.itemsize
+        group = max(1, min(last - first, self._graph_bytes // max(per_block, 1)))
+
+        def run(hidden: torch.Tensor, prompts: torch.Tensor | None, begin: int, stop: int) -> torch.Tensor:
+            (output,) = span.forward(
+                hidden, attention_mask=arrays.mask, position_ids=arrays.position_ids, prompts=prompts, first=begin, end=stop
+            )
+            return output
+
+        def prompts_of(begin: int, stop: int) -> torch.Tensor | None:
+            return None if arrays.prompts is None else arrays.prompts[begin - first : stop - first]
+
+        begins = range(first, last, group)
+        entering = [arrays.hidden]
+        with torch.no_grad():
+            for begin in begins[:-1]:
+                entering.append(run(entering[-1], prompts_of(begin, begin + group), begin, begin + group))
+        gradient = self._grad_output[start:end].to(span.device, span.dtype)
+        prompt_gradients: list[torch.Tensor] = []
+        for begin, entered in zip(reversed(begins), reversed(entering), strict=True):
+            stop = min(begin + group, last)
+            inputs = [entered.detach().requires_grad_()]
+            if arrays.prompts is not None:
+                inputs.append(arrays.prompts[begin - first : stop - first].detach().requires_grad_())
+            with torch.enable_grad():
+                output = run(inputs[0], inputs[1] if len(inputs) > 1 else None, begin, stop)
+            gradient, *others = torch.autograd.grad(output, inputs, gradient.to(output.dtype))
+            prompt_gradients += others
+        self._gradients.append(gradient)
+        if prompt_gradients:
+            self._prompt_gradients.append(torch.cat(prompt_gradients[::-1]))
+
+    def answer(self) -> tuple[Blob, Blob | None]:
+        """The gradients of the inputs and, where there are any, of the prompts, once all rows are done."""
+        prompts = self._request.prompts
+        return (
+            _encode_like(self._request.hidden, _joined(self._gradients, 0)),
+            None if prompts is None else _encode_like(prompts, _joined(self._prompt_gradients, 1)),
+        )
+
+
+PassWork = ForwardWork | BackwardWork
+
+
+def _decoded(blob: Blob | None) -> torch.Tensor | None:
+    return None if blob is None else decode_tensor(blob)
+
+
+def _joined(pieces: list[torch.Tensor], dimension: int) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dimension)
 
 
 def _encode_like(received: Blob, tensor: torch.Tensor) -> Blob:

@@ -13,11 +13,9 @@ import pytest
 import torch
 import trio
 
-from petalnet.blocks.engine import Engine
-from petalnet.blocks.service import BlockService, Limits
-from petalnet.blocks.sessions import SessionManager
+from petalnet.blocks.checks import Limits
+from petalnet.blocks.service import BlockService
 from petalnet.blocks.span import Span
-from petalnet.blocks.work import run_backward
 from petalnet.errors import PeerLost
 from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.host import Host, Stream, open_host
@@ -47,6 +45,9 @@ MASK = torch.ones(3, 10, dtype=torch.bool)
 MASK[0, :4] = MASK[1, :1] = False
 
 
+OPEN = OpenSession("s", MODEL, FIRST, END, 40)
+
+
 @dataclass
 class Served:
     """A server of blocks 1:3 of a four-block model, a client of it, and the same span to compare with."""
@@ -67,25 +68,27 @@ class Served:
             yield stream
 
     async def closed(self) -> None:
-        """Wait until the server has no session left."""
+        """Wait until the server has no session left; then it holds no page but those that are kept of prompts."""
         await eventually(lambda: not len(self.service.sessions))
+        await self.service.check()
+        assert self.service.sessions.free_tokens == self.service.sessions.max_tokens
 
 
 @asynccontextmanager
-async def serving(folder: Path, *, limits: Limits | None = None, pool: int = 1000) -> AsyncIterator[Served]:
+async def serving(folder: Path, *, limits: Limits | None = None, pool: int = 1024, **options: Any) -> AsyncIterator[Served]:
     span, twin = (Span.load(ModelSource.open(folder), FIRST, END) for _ in range(2))
-    engine = Engine()
+    service = BlockService(span, model=MODEL, kv_tokens=pool, limits=limits, **options)
     async with (
         open_host(Identity.generate(), listen=LOOPBACK) as server,
         open_host(Identity.generate(), listen=[]) as client,
         trio.open_nursery() as nursery,
     ):
-        await nursery.start(engine.run)
-        service = BlockService(span, engine, SessionManager(span, max_tokens=pool), model=MODEL, limits=limits)
+        await nursery.start(service.run)
         server.serve(INFERENCE, service.handle_inference)
         server.serve(FORWARD, service.handle_forward)
         server.on_peer_lost(service.peer_lost)
         yield Served(service, server, client, twin)
+        await service.check()
         nursery.cancel_scope.cancel()
 
 
@@ -192,7 +195,7 @@ async def test_only_the_outputs_that_are_wanted_come_back(served: Served) -> Non
 async def test_room_is_promised_for_rows_to_come(served: Served) -> None:
     async with served.session() as stream:
         await run_step(stream, ROW, 0, promise_rows=4)
-        assert served.service.sessions.free_tokens <= 1000 - 4 * 40
+        assert served.service.sessions.free_tokens <= 1024 - 4 * 40
         found = await run_step(stream, X[:1, :2].expand(4, 2, HIDDEN), 10, order=torch.zeros(4, dtype=torch.int64))
         torch.testing.assert_close(found[3], found[0])
 
@@ -210,14 +213,96 @@ async def test_a_session_is_attached_before_its_first_step(served: Served) -> No
         await refused(stream, Attach(names(2, 3)), "caller", "before its first step")
 
 
+async def test_a_prompt_that_begins_like_an_earlier_one(served: Served) -> None:
+    long = torch.randn(1, 200, HIDDEN, generator=torch.Generator().manual_seed(5))
+    expected = whole(served.span, long)[0]
+    named = names(1, 3)
+    async with served.session(max_length=250) as stream:
+        await run_step(stream, long[:, :130], 0, names=decode_tensor(named)[:, :2])
+        async with served.session(max_length=250) as meanwhile:
+            assert await ask(meanwhile, Attach(named)) == Attached(128)
+        found = await run_step(stream, long[:, 130:], 130, names=decode_tensor(named)[:, 2:], keep=1)
+        torch.testing.assert_close(found, expected[:, -1:], atol=1e-5, rtol=1e-4)
+    await served.closed()
+    async with served.session(max_length=250) as stream:
+        assert await ask(stream, Attach(named)) == Attached(192)
+        await refused(stream, step(long[:, 193:], 193), "caller", "at position 193, but the session holds only 192")
+        await refused(stream, step(long.expand(2, 200, HIDDEN)[:, 192:], 192), "caller", "the step has 2 rows, the session 1")
+        torch.testing.assert_close(await run_step(stream, long[:, 192:], 192), expected[:, 192:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(await run_step(stream, long[:, 64:], 64), expected[:, 64:], atol=1e-5, rtol=1e-4)
+    async with served.session(max_length=250) as stream:
+        assert await ask(stream, Attach(names(2, 3))) == Attached(0), "the second row's names are not known"
+        await run_step(stream, X, 0)
+    await served.closed()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_what_another_peer_named_is_found_only_where_the_host_shares_it(saved: Callable[..., Path], shared: bool) -> None:
+    long = torch.randn(1, 130, HIDDEN, generator=torch.Generator().manual_seed(5))
+    async with serving(saved("llama"), share_prefixes=shared) as served:
+        async with served.session(max_length=250) as stream:
+            await run_step(stream, long, 0, names=decode_tensor(names(1, 2)))
+            async with (
+                open_host(Identity.generate(), listen=[]) as other,
+                await other.open_stream(served.server.peer_id, INFERENCE, addrs=served.server.addrs) as theirs,
+            ):
+                opened = await ask(theirs, replace(OPEN, max_length=250))
+                assert isinstance(opened, SessionOpened) and opened.shares_prefixes == shared
+                assert await ask(theirs, Attach(names(1, 2))) == Attached(128 if shared else 0)
+                found = await run_step(theirs, long[:, 128 * shared :], 128 * shared)
+                torch.testing.assert_close(found, whole(served.span, long)[0][:, 128 * shared :], atol=1e-5, rtol=1e-4)
+        await served.closed()
+
+
+async def test_attaching_is_promised_its_room_first(served: Served) -> None:
+    async with served.session(max_length=900) as first, served.session(max_length=100) as second:
+        await run_step(first, ROW, 0)
+        await refused(second, Attach(names(2, 1)), "busy", "no room for 2 rows of 100 tokens")
+        await refused(second, Attach(names(17, 1)), "caller", "17 rows of max_length 100 exceed")
+        assert served.service.sessions.free_tokens == 96
+        await first.close()
+        await eventually(lambda: served.service.sessions.free_tokens == 1024)
+        assert await ask(second, Attach(names(2, 1))) == Attached(0)
+        assert served.service.sessions.free_tokens == 1024 - 2 * 128
+
+
+async def test_one_peer_does_not_take_all_that_is_free(served: Served) -> None:
+    async with served.session(max_length=320) as first, served.session(max_length=640) as second, served.session(max_length=480) as third:
+        await run_step(first, ROW, 0)
+        await refused(
+            second, step(ROW, 0), "busy", "no room for 1 rows of 640 tokens: 448 tokens of KV cache are free for a peer with other"
+        )
+        async with open_host(Identity.generate(), listen=[]) as other:
+            stream = await other.open_stream(served.server.peer_id, INFERENCE, addrs=served.server.addrs)
+            await ask(stream, replace(OPEN, max_length=700))
+            await run_step(stream, ROW, 0)
+        await eventually(lambda: served.service.sessions.free_tokens == 1024 - 320)
+        await refused(third, step(ROW, 0), "busy", "no room for 1 rows of 480 tokens: 448 tokens")
+    await served.closed()
+
+
+async def test_a_client_that_dies_in_mid_prompt_leaves_nothing(saved: Callable[..., Path]) -> None:
+    async with serving(saved("llama"), limits=Limits(chunk_tokens=1)) as served:
+        for _ in range(3):
+            async with open_host(Identity.generate(), listen=[]) as other:
+                stream = await other.open_stream(served.server.peer_id, INFERENCE, addrs=served.server.addrs)
+                await ask(stream, replace(OPEN, max_length=500))
+                before = served.service.engine.rounds.count
+                await stream.send(step(torch.randn(1, 450, HIDDEN), 0, names=decode_tensor(names(1, 7))))
+                await eventually(lambda before=before: served.service.engine.rounds.count > before + 3)
+            await served.closed()
+            assert served.service.runner.kept_tokens == 0
+            assert served.service.engine.queue_length == 0
+
+
 async def test_a_long_step_runs_in_pieces_and_lets_others_in_between(saved: Callable[..., Path]) -> None:
     async with serving(saved("llama"), limits=Limits(chunk_tokens=6)) as served:
         prompts = torch.randn(2, 3, 5, HIDDEN)
         expected = whole(served.span, X, attention_mask=MASK, prompts=prompts, all_hidden=True)
         async with served.session() as stream:
-            before = served.service.engine.jobs
+            before = served.service.engine.rounds.count
             found = await run_step(stream, X, 0, mask=MASK, prompts=prompts, all_hidden=True)
-            assert served.service.engine.jobs == before + 6, "five pieces of two tokens for each of three rows, and the answer"
+            assert served.service.engine.rounds.count == before + 5, "five pieces of two tokens for each of three rows"
             torch.testing.assert_close(found[:, MASK], expected[:, MASK], atol=1e-5, rtol=1e-4)
 
 
@@ -246,15 +331,22 @@ async def test_stateless_passes(served: Served) -> None:
 
 async def test_what_needs_too_much_memory(saved: Callable[..., Path]) -> None:
     """BLOOM's scores are in memory for every head: 3 rows × 4 heads × 10 × 10 of them in a pass of ten tokens."""
-    async with serving(saved("bloom"), limits=Limits(scores=1199)) as served:
-        async with await served.stream(FORWARD) as stream:
-            await refused(stream, Forward(MODEL, FIRST, END, encode_tensor(X)), "caller", "need too much memory for attention")
-            assert not isinstance(await ask(stream, Forward(MODEL, FIRST, END, encode_tensor(X[:2]))), Error)
-        async with served.session() as stream:
-            before = served.service.engine.jobs
-            found = await run_step(stream, X, 0)
-            assert served.service.engine.jobs == before + 3, "nine tokens, then one, then the answer"
-            torch.testing.assert_close(found, whole(served.span, X)[0], atol=1e-5, rtol=1e-4)
+    expected = None
+    for scores, rounds in ((1200, 1), (1199, 2), (400, 3)):
+        async with serving(saved("bloom"), limits=Limits(scores=scores)) as served:
+            expected = whole(served.span, X)[0]
+            async with await served.stream(FORWARD) as stream:
+                before = served.service.engine.rounds.count
+                answer: Any = await ask(stream, Forward(MODEL, FIRST, END, encode_tensor(X)))
+                assert served.service.engine.rounds.count == before + rounds
+                torch.testing.assert_close(decode_tensor(answer.output), expected, atol=1e-5, rtol=1e-4)
+    async with serving(saved("bloom"), limits=Limits(scores=399)) as served, await served.stream(FORWARD) as stream:
+        await refused(stream, Forward(MODEL, FIRST, END, encode_tensor(X)), "caller", "need too much memory for attention")
+    async with serving(saved("bloom"), limits=Limits(scores=1199)) as served, served.session() as stream:
+        before = served.service.engine.rounds.count
+        found = await run_step(stream, X, 0)
+        assert served.service.engine.rounds.count == before + 2, "nine tokens, then one"
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_prompts", [False, True])
@@ -272,28 +364,13 @@ async def test_gradients(served: Served, with_prompts: bool) -> None:
         torch.testing.assert_close(decode_tensor(answer.grad_prompts), expected[1], atol=1e-5, rtol=1e-4)
 
 
-async def test_a_backward_pass_in_groups_gives_the_same(served: Served) -> None:
-    prompts = torch.randn(2, 3, 4, HIDDEN, generator=torch.Generator().manual_seed(8))
-    weights = torch.randn(X.shape, generator=torch.Generator().manual_seed(9))
-    request = Backward(
-        MODEL, FIRST, END, encode_tensor(X), encode_tensor(weights), mask=encode_tensor(MASK), prompts=encode_tensor(prompts)
-    )
-    at_once, in_groups = run_backward(served.span, request), run_backward(served.span, request, graph_bytes=1)
-    for ours, theirs in zip(in_groups, at_once, strict=True):
-        assert ours is not None and theirs is not None
-        torch.testing.assert_close(decode_tensor(ours), decode_tensor(theirs), atol=1e-5, rtol=1e-4)
-
-
-OPEN = OpenSession("s", MODEL, FIRST, END, 40)
-
-
 @pytest.mark.parametrize(
     ("request_", "code", "match"),
     [
         (replace(OPEN, model="other"), "caller", "another model is served here"),
         (replace(OPEN, first=0), "caller", "blocks 0:3 are not served here, only 1:3"),
         (replace(OPEN, first=2, end=2), "caller", "blocks 2:2 are not served here"),
-        (replace(OPEN, max_length=1001), "caller", "exceed the 1000 tokens of KV cache"),
+        (replace(OPEN, max_length=1025), "caller", "exceed the 1024 tokens of KV cache"),
         (step(X, 0), "unsupported", "a session begins with open_session, not step"),
         (Ping(3), "unsupported", "a session begins with open_session, not ping"),
     ],
@@ -319,7 +396,7 @@ ROW = X[:1]
         (step(X.int(), 4), "caller", "not int32 [3, 10, 32]"),
         (step(X[:0], 0), "caller", "a batch has 1 to 1024 rows, not 0"),
         (step(torch.zeros(1025, 1, HIDDEN), 0), "caller", "a batch has 1 to 1024 rows, not 1025"),
-        (step(torch.zeros(26, 1, HIDDEN), 0), "caller", "26 rows of max_length 40 exceed the 1000 tokens"),
+        (step(torch.zeros(26, 1, HIDDEN), 0), "caller", "26 rows of max_length 40 exceed the 1024 tokens"),
         (step(X, 4, mask=MASK), "caller", "the mask must be bool [3, 14], not bool [3, 10]"),
         (step(X, 0, mask=MASK.int()), "caller", "the mask must be bool [3, 10], not int32"),
         (step(X, 4, position_ids=torch.zeros(3, 9, dtype=torch.int32)), "caller", "position ids must be int32 [3, 10]"),
@@ -338,7 +415,7 @@ ROW = X[:1]
         (step(X, 4, prompts=torch.zeros(2, 3, 41, HIDDEN)), "caller", "prompts of 41 tokens are longer than 40"),
         (step(X, 4, keep=11), "caller", "outputs of 11 tokens are wanted of a step of 10"),
         (step(X, 4, promise_rows=1025), "caller", "a batch has 1 to 1024 rows, not 1025"),
-        (step(X, 4, promise_rows=26), "caller", "26 rows of max_length 40 exceed the 1000 tokens"),
+        (step(X, 4, promise_rows=26), "caller", "26 rows of max_length 40 exceed the 1024 tokens"),
         (step(X, 4, names=torch.zeros(3, 1, 16, dtype=torch.uint8)), "caller", "names of units must be uint8 [3, 0, 16], not uint8 [3, 1"),
         (Ping(1), "unsupported", "a session takes step, not ping"),
         (OPEN, "unsupported", "a session takes step, not open_session"),
@@ -382,10 +459,17 @@ async def test_positions_beyond_a_learned_table_are_refused(saved: Callable[...,
 async def test_a_full_pool_is_busy_and_frees_up(served: Served) -> None:
     async with served.session(max_length=900) as first:
         await run_step(first, ROW, 0)
-        async with served.session(max_length=200) as second:
-            await refused(second, step(ROW, 0), "busy", "no room for 1 rows of 200 tokens: 100 tokens of KV cache are free")
+        async with (
+            open_host(Identity.generate(), listen=[]) as other,
+            await other.open_stream(served.server.peer_id, INFERENCE, addrs=served.server.addrs) as second,
+        ):
+            assert isinstance(await ask(second, replace(OPEN, max_length=200)), SessionOpened)
+            answer = await ask(second, step(ROW, 0))
+            assert isinstance(answer, Error) and answer.code == "busy", answer
+            assert "no room for 1 rows of 200 tokens: 96 tokens of KV cache are free" in answer.message
+            assert answer.fits_tokens == 96 and 0 < answer.retry_after_s <= 30
             await first.close()
-            await eventually(lambda: served.service.sessions.free_tokens == 1000)
+            await eventually(lambda: served.service.sessions.free_tokens == 1024)
             await run_step(second, ROW, 0)
 
 
@@ -398,16 +482,17 @@ async def test_a_vanished_client_frees_its_room(saved: Callable[..., Path]) -> N
             release.wait()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(served.service.engine.submit, occupy)
+            nursery.start_soon(served.service.engine.ask, occupy)
             await trio.to_thread.run_sync(began.wait)
             async with open_host(Identity.generate(), listen=[]) as other:
                 stream = await other.open_stream(served.server.peer_id, INFERENCE, addrs=served.server.addrs)
                 assert isinstance(await ask(stream, OPEN), SessionOpened)
                 await stream.send(step(X, 0))
-                await eventually(lambda: served.service.sessions.free_tokens < 1000)
-            await served.closed()  # while its step still waits for the compute thread
-            assert served.service.sessions.free_tokens == 1000
+                await eventually(lambda: served.service.sessions.free_tokens < 1024)
+            await eventually(lambda: not len(served.service.sessions))  # while its step still waits for the compute thread
+            assert served.service.sessions.free_tokens == 1024
             release.set()
+        await served.closed()
         async with served.session() as stream:
             await run_step(stream, X, 0)
 
@@ -416,7 +501,7 @@ async def test_a_failed_computation_ends_only_its_session(served: Served, monkey
     async with served.session() as good, served.session() as bad:
         await run_step(good, X[:, :4], 0)
         with monkeypatch.context() as broken:
-            broken.setattr(served.service.span, "forward", lambda *args, **kwargs: 1 // 0)
+            broken.setattr(served.service.span, "step", lambda *args, **kwargs: 1 // 0)
             await refused(bad, step(X, 0), "server", "computation failed: ZeroDivisionError")
             assert await bad.receive() is None
         torch.testing.assert_close(await run_step(good, X[:, 4:], 4), whole(served.span, X)[0][:, 4:], atol=1e-5, rtol=1e-4)

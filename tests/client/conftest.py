@@ -15,9 +15,7 @@ import trio
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import petalnet
-from petalnet.blocks.engine import Engine
 from petalnet.blocks.service import BlockService
-from petalnet.blocks.sessions import SessionManager
 from petalnet.blocks.span import Span
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import model_key
@@ -125,9 +123,8 @@ class Servers:
                 open_peering(Identity.generate(), initial_peers=peers, listen=listen, server=True) as peering,
                 trio.open_nursery() as nursery,
             ):
-                engine = Engine()
-                await nursery.start(engine.run)
-                server.service = BlockService(span, engine, SessionManager(span, max_tokens=pool_tokens), model=self.key)
+                server.service = BlockService(span, model=self.key, kv_tokens=pool_tokens)
+                await nursery.start(server.service.run)
                 server.peer_id, server.addrs = peering.host.peer_id, peering.host.addrs
                 peering.host.on_peer_lost(server.service.peer_lost)
                 peering.host.serve(INFERENCE, server.service.handle_inference)

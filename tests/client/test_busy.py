@@ -114,7 +114,7 @@ def test_a_long_prompt_is_sent_again_only_when_there_is_room(
 
 def test_patience_has_an_end(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
     with serving(bloom_path, []) as servers:
-        servers.start(0, 6, pool_tokens=16)
+        server = servers.start(0, 6, pool_tokens=16)
         for bound in ({"request_timeout": 1.0}, {"max_retries": 0}):
             with connect(bloom_path, servers.peers, **bound) as model, model.inference_session(max_length=10) as holder:
                 first = model.generate(IDS, max_new_tokens=2, session=holder, **GREEDY)
@@ -124,6 +124,7 @@ def test_patience_has_an_end(bloom_path: Path, serving: Callable[..., Any], conn
                     model.generate(IDS, max_new_tokens=8, session=late, **GREEDY)
                 assert time.monotonic() - began < 4
                 holder.close()
+                servers.wait_until(lambda: server.service.sessions.free_tokens > 0)
                 assert torch.equal(model.generate(IDS, max_new_tokens=2, session=late, **GREEDY), first)  # none the worse
                 late.close()
 

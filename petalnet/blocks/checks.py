@@ -1,0 +1,199 @@
+"""What a request may ask for, and whether it makes sense: everything that can be said before any memory is taken or anything is computed.
+
+A peer's request has well-formed fields when it comes here (see `messages`); whether they fit the span, the session and each other is
+decided here, by functions that change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petalnet.blocks.sessions import Session
+from petalnet.blocks.span import Span
+from petalnet.errors import CallerError, UnsupportedError
+from petalnet.p2p.messages import (
+    FLOATS,
+    MAX_TOKENS,
+    NAME_BYTES,
+    UNIT_TOKENS,
+    Attach,
+    Backward,
+    Blob,
+    Forward,
+    Message,
+    Step,
+    blob_size,
+)
+from petalnet.p2p.tensors import decode_tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        rows: rows of a batch.
+        chunk_tokens: a longer step is run in pieces of at most so many tokens (the scheduler makes them shorter where others wait), which
+            bounds the memory for what is between layers.
+        forward_tokens: rows × length of a stateless pass.
+        scores: attention scores (or entries of a mask) that may be in memory at once: longer steps and larger passes are cut, passes of
+            which a single row is too long are refused. The default is 1 GiB in float32, of which there may be a few copies.
+        prompt_tokens: length of deep prompts.
+        idle_s: seconds without a step after which a session is closed.
+    """
+
+    rows: int = 1024
+    chunk_tokens: int = 1024
+    forward_tokens: int = 32768
+    scores: int = 1 << 28
+    prompt_tokens: int = 4096
+    idle_s: float = 1800.0
+
+
+class Checks:
+    """The checks of requests to one span."""
+
+    def __init__(self, span: Span, limits: Limits) -> None:
+        self._span = span
+        self._limits = limits
+
+    def step(self, session: Session, request: Message, payload: int) -> tuple[Step, list[int] | None]:
+        """The request, as a step that fits its session, and which of the session's rows each row continues (None: its own).
+
+        Args:
+            payload: bytes that the answer's message may hold.
+        Raises:
+            CallerError, UnsupportedError: it does not fit.
+        """
+        if not isinstance(request, Step):
+            raise UnsupportedError(f"a session takes step, not {request.name}")
+        rows, new = self._hidden(request.hidden)
+        position, blocks = request.position, session.end - session.first
+        if position > session.position:
+            raise CallerError(f"the step is at position {position}, but the session holds only {session.position}")
+        if position + new > session.max_length:
+            raise CallerError(f"{position} + {new} tokens exceed the session's max_length {session.max_length}")
+        order = None
+        if request.order is not None and position > 0:
+            order = _order(request.order, rows, session.rows)
+        elif position > 0 and rows != session.rows:
+            raise CallerError(f"the step has {rows} rows, the session {session.rows}")
+        self._extras(request, blocks, position + new, session.max_length)
+        if request.keep > new:
+            raise CallerError(f"outputs of {request.keep} tokens are wanted of a step of {new}")
+        if request.promise_rows > self._limits.rows:
+            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {request.promise_rows}")
+        if request.names is not None:
+            _names(request.names, rows, (position + new) // UNIT_TOKENS - position // UNIT_TOKENS)
+        _answer(request.hidden, blocks if request.all_hidden else 1, request.keep or new, payload)
+        return request, order
+
+    def attach(self, session: Session, request: Attach) -> list[list[bytes]]:
+        """The names that a session asks for, a list for each row.
+
+        Raises:
+            CallerError: the session has begun, or these are not names of units that it could hold.
+        """
+        if session.begun:
+            raise CallerError("a session is attached to units before its first step, and once")
+        shape = request.names.shape
+        rows, units = shape[:2] if len(shape) == 3 else (0, 0)
+        if not 1 <= rows <= self._limits.rows:
+            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {rows}")
+        if not 1 <= units <= session.max_length // UNIT_TOKENS:
+            raise CallerError(f"{units} units of {UNIT_TOKENS} tokens do not fit a session of max_length {session.max_length}")
+        _names(request.names, rows, units)
+        return split_names(request.names)
+
+    def stateless(self, request: Message, payload: int) -> Forward | Backward:
+        """The request, as a pass that can be run; `payload` and errors as for `step`."""
+        if not isinstance(request, (Forward, Backward)):
+            raise UnsupportedError(f"this protocol takes forward and backward, not {request.name}")
+        span = self._span
+        if not span.first <= request.first < request.end <= span.end:
+            raise CallerError(f"blocks {request.first}:{request.end} are not served here, only {span.first}:{span.end}")
+        rows, length = self._hidden(request.hidden)
+        blocks = request.end - request.first
+        if not 1 <= rows * length <= self._limits.forward_tokens:
+            raise CallerError(f"a pass has 1 to {self._limits.forward_tokens} tokens, not {rows} × {length}")
+        if not self.rows_at_once(length):
+            raise CallerError(f"{length} tokens at once need too much memory for attention: send shorter rows")
+        self._extras(request, blocks, length, length)
+        if isinstance(request, Forward):
+            _answer(request.hidden, blocks if request.all_hidden else 1, length, payload)
+        elif request.grad_output.dtype not in FLOATS or request.grad_output.shape != request.hidden.shape:
+            raise CallerError(f"the gradient {_describe(request.grad_output)} does not match the inputs {_describe(request.hidden)}")
+        return request
+
+    def tokens_at_once(self, rows: int, total: int) -> int:
+        """New tokens of each row of a step, up to position `total`, for which there is memory at once; at least 1."""
+        tokens = min(self._limits.chunk_tokens, self._limits.scores // (self._span.score_heads * max(total, 1)))
+        return max(1, tokens // rows)
+
+    def rows_at_once(self, length: int) -> int:
+        """Rows of a stateless pass for which there is memory at once; 0 where a single one is too long."""
+        return self._limits.scores // (self._span.score_heads * length * length)
+
+    def _hidden(self, hidden: Blob) -> tuple[int, int]:
+        """(rows, tokens) of hidden states that may be run."""
+        if hidden.dtype not in FLOATS or len(hidden.shape) != 3 or hidden.shape[2] != self._span.hidden_size:
+            raise CallerError(f"hidden states must be floats [rows, tokens, {self._span.hidden_size}], not {_describe(hidden)}")
+        rows, tokens, _ = hidden.shape
+        if not 1 <= rows <= self._limits.rows:
+            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {rows}")
+        return rows, tokens
+
+    def _extras(self, request: Step | Forward | Backward, blocks: int, total: int, longest: int) -> None:
+        """Check mask, positions and prompts. `total`: positions, the past included; `longest`: what prompts may not exceed."""
+        rows, new, _ = request.hidden.shape
+        mask, positions, prompts = request.mask, request.position_ids, request.prompts
+        if mask is not None and (mask.dtype != "bool" or mask.shape != (rows, total)):
+            raise CallerError(f"the mask must be bool [{rows}, {total}], not {_describe(mask)}")
+        limit = self._span.max_positions
+        if positions is not None:
+            if positions.dtype not in ("int32", "int64") or positions.shape != (rows, new):
+                raise CallerError(f"position ids must be int32 [{rows}, {new}], not {_describe(positions)}")
+            values = decode_tensor(positions)
+            if new and not (values.min() >= 0 and values.max() < (limit or MAX_TOKENS)):
+                raise CallerError(f"position ids must be from 0 to {(limit or MAX_TOKENS) - 1}")
+        if limit is not None and total > limit:
+            raise CallerError(f"{total} tokens are more than the {limit} positions that the model knows")
+        if prompts is not None:
+            size, longest = self._span.hidden_size, min(longest, self._limits.prompt_tokens)
+            expected = (blocks, rows, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
+            if prompts.dtype not in FLOATS or prompts.shape != expected:
+                raise CallerError(f"prompts must be floats [{blocks}, {rows}, length, {size}], not {_describe(prompts)}")
+            if prompts.shape[2] > longest:
+                raise CallerError(f"prompts of {prompts.shape[2]} tokens are longer than {longest}")
+
+
+def split_names(names: Blob) -> list[list[bytes]]:
+    """The names of units in an array that was checked, a list for each row."""
+    rows, units, _ = names.shape
+    data = bytes(names.data)
+    each = [data[start : start + NAME_BYTES] for start in range(0, len(data), NAME_BYTES)]
+    return [each[row * units : (row + 1) * units] for row in range(rows)]
+
+
+def _names(names: Blob, rows: int, units: int) -> None:
+    if names.dtype != "uint8" or names.shape != (rows, units, NAME_BYTES):
+        raise CallerError(f"names of units must be uint8 [{rows}, {units}, {NAME_BYTES}], not {_describe(names)}")
+
+
+def _answer(hidden: Blob, blocks: int, tokens: int, payload: int) -> None:
+    size = blocks * blob_size(hidden.dtype, (hidden.shape[0], tokens, hidden.shape[2]), hidden.codec)
+    if size > payload:
+        raise CallerError(f"the answer would take {size} bytes, more than one message holds: ask for fewer tokens at a time")
+
+
+def _order(order: Blob, rows: int, session_rows: int) -> list[int]:
+    if order.dtype != "int64" or order.shape != (rows,):
+        raise CallerError(f"the order must be int64 [{rows}], not {_describe(order)}")
+    values: list[int] = decode_tensor(order).tolist()
+    if not (min(values) >= 0 and max(values) < session_rows):
+        raise CallerError(f"the order must name rows 0 to {session_rows - 1}")
+    return values
+
+
+def _describe(blob: Blob) -> str:
+    return f"{blob.dtype} {list(blob.shape)}"

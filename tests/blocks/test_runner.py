@@ -1,0 +1,308 @@
+"""Rounds over pages, held against the library's own pass through the same blocks: however steps are cut, shared, rolled back and failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from petalnet.blocks.kv import KVStore
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.prefixes import PrefixCache
+from petalnet.blocks.promises import Promise
+from petalnet.blocks.runner import Runner
+from petalnet.blocks.scheduler import Part, Task
+from petalnet.blocks.sessions import Session
+from petalnet.blocks.span import Span
+from petalnet.blocks.work import BackwardWork, ForwardWork, StepWork
+from petalnet.models.checkpoint import ModelSource
+from petalnet.p2p.messages import UNIT_TOKENS, Backward, Forward, Step
+from petalnet.p2p.tensors import decode_tensor, encode_tensor
+
+HIDDEN, FIRST, END = 32, 1, 3
+X = torch.randn(4, 150, HIDDEN, generator=torch.Generator().manual_seed(3))
+
+
+class Rounds:
+    """A runner over its own store, and the same blocks to compare with."""
+
+    def __init__(self, folder: Path, *, pages: int = 64, share_prefixes: bool = False) -> None:
+        self.span, self.twin = (Span.load(ModelSource.open(folder), FIRST, END) for _ in range(2))
+        page_tokens = self.span.backend.page_tokens
+        store = KVStore(self.span.kv_shapes, pages=pages, page_tokens=page_tokens, dtype=torch.float32, device="cpu")
+        self.span.attach(store)
+        self.pool = PagePool(pages, page_tokens)
+        self.prefixes = PrefixCache(self.pool)
+        self.runner = Runner(self.span, store, self.pool, self.prefixes, share_prefixes=share_prefixes)
+        self.sessions: list[Session] = []
+
+    def session(self, peer_id: str = "peer", first: int = FIRST, end: int = END, max_length: int = 160) -> Session:
+        session = Session(peer_id, first, end, max_length, Promise(peer_id), Rows(self.pool, max_length))
+        self.sessions.append(session)
+        return session
+
+    def close(self, session: Session) -> None:
+        self.sessions.remove(session)
+        self.runner.release(session)
+
+    def task(self, session: Session, hidden: torch.Tensor, position: int, **options: Any) -> Task:
+        order, names = options.pop("order", None), options.pop("names", None)
+        flags = {name: options.pop(name) for name in ("keep", "all_hidden") if name in options}
+        request = Step(
+            step=0,
+            position=position,
+            hidden=encode_tensor(hidden),
+            **flags,
+            **{name: encode_tensor(tensor) for name, tensor in options.items()},
+        )
+        rows, new, _ = hidden.shape
+        key = (session.first, session.end, self.span.batch_key(position + new, session))
+        return Task("peer", session, key, new, rows, "step", 10**9, StepWork(session, request, order, names))
+
+    def run(self, *parts: Part) -> list[Any]:
+        outcomes = self.runner.run(parts)
+        self.check()
+        return [None if result is None else result.unwrap() for result in outcomes]
+
+    def step(self, session: Session, hidden: torch.Tensor, position: int, cuts: tuple[int, ...] = (), **options: Any) -> torch.Tensor:
+        task = self.task(session, hidden, position, **options)
+        edges = [0, *cuts, task.units]
+        answers = [self.run(Part(task, start, end))[0] for start, end in zip(edges, edges[1:], strict=False)]
+        assert all(answer is None for answer in answers[:-1])
+        return decode_tensor(answers[-1])
+
+    def check(self) -> None:
+        self.runner.check(self.sessions)
+
+    def whole(self, hidden: torch.Tensor, **options: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack(self.twin.forward(hidden, **options))
+
+
+@pytest.fixture(params=["llama", "bloom", "mistral", "falcon"])
+def rounds(request: pytest.FixtureRequest, saved: Callable[..., Path]) -> Rounds:
+    return Rounds(saved(request.param))
+
+
+@pytest.fixture
+def llama(saved: Callable[..., Path]) -> Rounds:
+    return Rounds(saved("llama"))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_prompt_in_one_part_or_several(rounds: Rounds) -> None:
+    expected = rounds.whole(X[:3], all_hidden=True)
+    close(rounds.step(rounds.session(), X[:3], 0), expected[-1])
+    close(rounds.step(rounds.session(), X[:3], 0, cuts=(1, 40, 149)), expected[-1])
+    close(rounds.step(rounds.session(), X[:3], 0, cuts=(33,), all_hidden=True), expected)
+    prompts = torch.randn(2, 3, 40, HIDDEN)
+    close(rounds.step(rounds.session(), X[:3], 0, cuts=(33, 36), prompts=prompts), rounds.whole(X[:3], prompts=prompts)[-1])
+
+
+def test_only_wanted_outputs_come_back(rounds: Rounds) -> None:
+    expected = rounds.whole(X[:2], all_hidden=True)
+    for keep in (1, 50, 150):
+        close(rounds.step(rounds.session(), X[:2], 0, cuts=(70, 120), keep=keep), expected[-1][:, -keep:])
+        close(rounds.step(rounds.session(), X[:2], 0, cuts=(70, 120), keep=keep, all_hidden=True), expected[:, :, -keep:])
+
+
+def test_sessions_share_a_round(rounds: Rounds) -> None:
+    """A chunk of a prompt, a token of one session, rows with padding of another, and a step without tokens."""
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, :3] = False
+    expected = [rounds.whole(X[:1])[-1], rounds.whole(X[1:2])[-1], rounds.whole(X[2:4, :8], attention_mask=mask)[-1]]
+    prompt, token, padded, empty = (rounds.session() for _ in range(4))
+    rounds.step(token, X[1:2, :99], 0)
+    rounds.step(padded, X[2:4, :7], 0, mask=mask[:, :7])
+    rounds.step(empty, X[:2, :5], 0)
+    tasks = [rounds.task(prompt, X[:1], 0), rounds.task(token, X[1:2, 99:100], 99), rounds.task(padded, X[2:4, 7:8], 7, mask=mask)]
+    reordered = rounds.task(empty, X[:3, :0], 5, order=[1, 1, 0])
+    packs = rounds.span.packs
+    first, second, third, nothing = rounds.run(Part(tasks[0], 0, 70), *(Part(task, 0, 1) for task in tasks[1:]), Part(reordered, 0, 0))
+    assert first is None and rounds.span.packs == packs
+    close(decode_tensor(second), expected[1][:, 99:100])
+    close(decode_tensor(third), expected[2][:, 7:])
+    assert nothing.shape == (3, 0, HIDDEN)
+    close(decode_tensor(rounds.run(Part(tasks[0], 70, 150))[0]), expected[0])
+    close(rounds.step(empty, X[[1, 1, 0], 5:9], 5), rounds.whole(X[[1, 1, 0], :9])[-1][:, 5:])
+
+
+def test_back_and_forth(rounds: Rounds) -> None:
+    expected = rounds.whole(X[:2])[-1]
+    session = rounds.session()
+    rounds.step(session, X[:2, :100], 0)
+    rounds.step(session, -X[:2, 40:140], 40)
+    close(rounds.step(session, X[:2, 40:], 40, cuts=(7,)), expected[:, 40:])
+    order = [1, 0, 1, 1]
+    close(rounds.step(session, X[order, 101:], 101, order=order), expected[order][:, 101:])
+    close(rounds.step(session, X[:1, :5], 0), expected[:1, :5])
+    close(rounds.step(session, X[:3, :5], 0), rounds.whole(X[:3, :5])[-1])
+
+
+def test_blocks_in_part(llama: Rounds) -> None:
+    session, other = llama.session(first=2), llama.session(end=2)
+    close(llama.step(session, X[:2, :40], 0), llama.whole(X[:2, :40], first=2)[-1])
+    close(llama.step(other, X[:2, :40], 0), llama.whole(X[:2, :40], end=2)[-1])
+    close(llama.step(session, X[[0, 0], 40:], 40, order=[0, 0]), llama.whole(X[[0, 0]], first=2)[-1][:, 40:])
+
+
+def test_a_failed_pass_is_the_fault_of_one(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad, large = llama.session(), llama.session(), llama.session()
+    tasks = [llama.task(session, X[:1, :10], 0) for session in (good, bad, large)]
+    step = llama.span.step
+
+    def failing(steps: Any, *blocks: int) -> Any:
+        if any(one.rows is bad.kv for one in steps):
+            raise ZeroDivisionError("defect")
+        if any(one.rows is large.kv for one in steps):
+            raise torch.OutOfMemoryError("too much")
+        return step(steps, *blocks)
+
+    monkeypatch.setattr(llama.span, "step", failing)
+    outcomes = llama.runner.run([Part(task, 0, 10) for task in tasks])
+    close(decode_tensor(outcomes[0].unwrap()), llama.whole(X[:1, :10])[-1])  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError):
+        outcomes[1].unwrap()  # type: ignore[union-attr]
+    with pytest.raises(torch.OutOfMemoryError):
+        outcomes[2].unwrap()  # type: ignore[union-attr]
+    for session in (good, bad, large):
+        llama.close(session)
+    llama.check()
+    assert llama.pool.free == llama.pool.pages
+
+
+def test_a_step_that_cannot_begin_harms_no_other(llama: Rounds) -> None:
+    good, bad = llama.session(), llama.session(max_length=5)
+    outcomes = llama.runner.run([Part(llama.task(bad, X[:1, :10], 0), 0, 10), Part(llama.task(good, X[:1, :10], 0), 0, 10)])
+    with pytest.raises(ValueError, match="more than the 5"):
+        outcomes[0].unwrap()  # type: ignore[union-attr]
+    close(decode_tensor(outcomes[1].unwrap()), llama.whole(X[:1, :10])[-1])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("all_hidden", [False, True])
+def test_a_pass_by_rows(llama: Rounds, all_hidden: bool) -> None:
+    mask = torch.ones(4, 20, dtype=torch.bool)
+    mask[2, :7] = False
+    prompts, hidden = torch.randn(2, 4, 3, HIDDEN), X[:, :20]
+    expected = llama.whole(hidden, attention_mask=mask, prompts=prompts, all_hidden=True)
+    request = Forward(
+        "m", FIRST, END, encode_tensor(hidden), mask=encode_tensor(mask), prompts=encode_tensor(prompts), all_hidden=all_hidden
+    )
+    task = Task("peer", None, None, 4, 20, "pass", 4, ForwardWork(llama.span, request))
+    assert llama.run(Part(task, 0, 1)) == llama.run(Part(task, 1, 3)) == [None]
+    found = decode_tensor(llama.run(Part(task, 3, 4))[0])
+    close(found[..., mask, :], (expected if all_hidden else expected[-1])[..., mask, :])
+
+
+@pytest.mark.parametrize("graph_bytes", [1, 1 << 30])
+def test_gradients_by_rows(llama: Rounds, graph_bytes: int) -> None:
+    inputs = [X[:, :20].clone().requires_grad_(), torch.randn(2, 4, 3, HIDDEN, requires_grad=True)]
+    weights = torch.randn(4, 20, HIDDEN)
+    (output,) = llama.twin.forward(inputs[0], prompts=inputs[1])
+    expected = torch.autograd.grad(output, inputs, weights)
+    request = Backward("m", FIRST, END, encode_tensor(inputs[0]), encode_tensor(weights), prompts=encode_tensor(inputs[1]))
+    task = Task("peer", None, None, 4, 20, "pass", 4, BackwardWork(llama.span, request, graph_bytes))
+    assert llama.run(Part(task, 0, 3)) == [None]
+    hidden, prompts = llama.run(Part(task, 3, 4))[0]
+    close(decode_tensor(hidden), expected[0])
+    close(decode_tensor(prompts), expected[1])
+
+
+# Prefixes
+
+NAMES = [[bytes([row, unit]) * 8 for unit in range(3)] for row in range(4)]
+
+
+def test_a_session_goes_on_where_an_earlier_one_was(rounds: Rounds) -> None:
+    expected = rounds.whole(X[:2])[-1]
+    first = rounds.session()
+    rounds.step(first, X[:2], 0, cuts=(90,), names=[NAMES[0][:2], NAMES[1][:2]])
+    for opened in (True, False):
+        second = rounds.session()
+        assert rounds.runner.attach(second, [NAMES[1], NAMES[0]]) == 2 * UNIT_TOKENS == second.kv.length
+        close(rounds.step(second, X[[1, 0], 128:], 128), expected[[1, 0], 128:])
+        third = rounds.session()
+        assert rounds.runner.attach(third, [NAMES[1][:2]]) == 128
+        close(rounds.step(third, X[1:2, 100:], 100), expected[1:2, 100:])  # other servers of its route knew less
+        close(rounds.step(second, -X[:2, 60:70], 60), rounds.whole(torch.cat([X[[1, 0], :60], -X[:2, 60:70]], 1))[-1][:, 60:])
+        fourth = rounds.session()
+        assert rounds.runner.attach(fourth, [NAMES[0]]) == 128
+        close(rounds.step(fourth, X[:1, 128:], 128), expected[:1, 128:])  # what others wrote went to pages of their own
+        for session in (second, third, fourth):
+            rounds.close(session)
+        if opened:
+            rounds.close(first)
+    rounds.check()
+    assert rounds.runner.kept_tokens == 4 * UNIT_TOKENS
+    rounds.prefixes.evict(rounds.pool.pages)
+    assert rounds.pool.free == rounds.pool.pages and rounds.runner.kept_tokens == 0
+
+
+def test_only_what_all_rows_know_is_attached(llama: Rounds) -> None:
+    llama.step(llama.session(), X[:2, :140], 0, names=[NAMES[0][:2], NAMES[1][:2]])
+    other = llama.session()
+    assert llama.runner.attach(other, [NAMES[0], [NAMES[1][0], NAMES[2][1]]]) == UNIT_TOKENS
+    assert llama.runner.attach(llama.session(), [NAMES[0], NAMES[2]]) == 0
+    assert other.names == [NAMES[0][:1], NAMES[1][:1]]
+
+
+def test_names_belong_to_a_peer_and_to_blocks(llama: Rounds) -> None:
+    llama.step(llama.session("alice"), X[:1, :70], 0, names=[NAMES[0][:1]])
+    assert llama.runner.attach(llama.session("bob"), [NAMES[0]]) == 0
+    assert llama.runner.attach(llama.session("alice", first=2), [NAMES[0]]) == 0
+    assert llama.runner.attach(llama.session("alice"), [NAMES[0]]) == UNIT_TOKENS
+
+
+def test_a_host_may_share_prefixes(saved: Callable[..., Path]) -> None:
+    rounds = Rounds(saved("llama"), share_prefixes=True)
+    rounds.step(rounds.session("alice"), X[:1, :70], 0, names=[NAMES[0][:1]])
+    bob = rounds.session("bob")
+    assert rounds.runner.attach(bob, [NAMES[0]]) == UNIT_TOKENS
+    close(rounds.step(bob, X[:1, 64:], 64), rounds.whole(X[:1])[-1][:, 64:])
+    assert rounds.runner.attach(rounds.session("bob", first=2), [NAMES[0]]) == 0, "other blocks have no entries in these pages"
+
+
+def test_naming_ends_with_a_unit_that_has_no_name(llama: Rounds) -> None:
+    session = llama.session()
+    llama.step(session, X[:1, :70], 0)
+    llama.step(session, X[:1, 70:140], 70, names=[NAMES[0][:1]])
+    assert session.names == [[]] and llama.runner.kept_tokens == 0
+    llama.step(session, X[:1, 30:70], 30, names=[NAMES[0][:1]])  # gone back, its first unit is named after all
+    assert llama.runner.attach(llama.session(), [NAMES[0]]) == UNIT_TOKENS
+
+
+def test_names_follow_rows(llama: Rounds) -> None:
+    session = llama.session()
+    llama.step(session, X[:2, :70], 0, names=[NAMES[0][:1], NAMES[1][:1]])
+    order = [1, 0, 0]
+    named = [[NAMES[1][1]], [NAMES[0][1]], [NAMES[2][1]]]
+    llama.step(session, X[[1, 0, 2], 70:], 70, order=order, names=named)
+    found = llama.session()
+    assert llama.runner.attach(found, [[NAMES[0][0], NAMES[2][1]]]) == 128
+    expected = llama.whole(torch.cat([X[:1, :70], X[2:3, 70:]], 1))[-1]
+    close(llama.step(found, X[2:3, 128:], 128), expected[:, 128:])
+
+
+def test_what_is_kept_makes_room_for_sessions(saved: Callable[..., Path]) -> None:
+    rounds = Rounds(saved("llama"), pages=160 // 32 + 4)
+    assert rounds.span.backend.page_tokens == 32
+    for number in range(6):
+        session = rounds.session()
+        rounds.step(session, X[number % 4 : number % 4 + 1], 0, names=[[bytes([9, number, unit, 0]) * 4 for unit in range(2)]])
+        rounds.close(session)
+        rounds.check()
+    assert 0 < rounds.runner.kept_tokens <= 9 * 32
+
+
+def test_a_session_that_ends_in_mid_prompt_leaves_nothing(llama: Rounds) -> None:
+    session = llama.session()
+    llama.run(Part(llama.task(session, X[:2], 0, names=[NAMES[0][:2], NAMES[1][:2]]), 0, 100))
+    llama.close(session)
+    llama.check()
+    assert llama.pool.free == llama.pool.pages
