@@ -20,7 +20,7 @@ from tests.blocks.test_span import CLOSE, IDS, LEFT, Reference, load
 Saved = Callable[..., Path]
 PACKING = ["bloom", "llama", "mistral", "qwen2", "gemma2", "mixtral", "granite", "gpt_oss", "opt"]
 FAMILIES = [*PACKING, "falcon"]
-PAGES = 24
+PAGES = 32
 
 
 class Served:
