@@ -1,98 +1,29 @@
-"""The arithmetic of attention over pages, for each kind of device.
+"""What does the arithmetic of attention over pages on each kind of device.
 
-`Backend` is exact everywhere: it takes a pass apart into pieces (some new tokens of one row) and attends each with the library's fused
-kernel, over a view of the store where the row's pages are consecutive and over a copy of its entries where they are not. What is the same
-for all blocks of a pass, such as masks, is computed once. `CudaBackend` hands what the kernel for paged attention takes to that one.
-
-What the choices rest on was measured on a CPU with one thread:
-- One new token of grouped heads is put to the kernel as a few queries of each KV head, which needs neither a mask nor repeated keys.
-  The same pays for some more tokens (`GROUPED_QUERIES`), though these need a mask; beyond, the kernel's own way is faster.
-- A mask of numbers that is made once a pass costs less than one of truth values, which the kernel converts in each block. Attending to the
-  past and to the new tokens apart, so as to need no mask for the past, is no faster.
+`Backend` is exact everywhere (see `pieces`). `CudaBackend` hands what torch's kernel for paged attention takes to that kernel: what it does
+not take (other dtypes, ALiBi, soft-capped scores, sinks, padding) goes the general way, segment by segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from petalnet.blocks.attention import Batch, Segment
-from petalnet.blocks.kv import KVStore
+from petalnet.blocks.kv import KVShape, KVStore
+from petalnet.blocks.pieces import Plan, SlopeTables
 
-GROUPED_QUERIES = 64
-"""Up to so many queries of a KV head (new tokens × heads that share it) are attended as one group."""
-
-LEAST_EXTENT = 1 << 19
-"""Bytes of keys and values that the stretches of a row's consecutive pages must have on the average for the row to be attended where it
-lies, stretch by stretch; copying so much costs what a further call of the kernel does."""
-
-MOST_QUERIES = 256
-"""New tokens in a piece, where a piece needs less than all keys of its row or memory for each query and key."""
-
-MOST_SCORES = 1 << 22
-"""Scores in memory at once, where they differ between heads and are kept."""
-
-
-@dataclass(eq=False, slots=True)
-class _Piece:
-    """Some new tokens of one row, and the keys that they attend to.
-
-    Attributes:
-        start, tokens: its columns in the packed row.
-        first, end: positions of the keys.
-        slot: the slot of the first key where the row's pages are consecutive, else None.
-        pages: the row's pages where they are not.
-        grouped: whether the heads that share a KV head are its queries: [1, KV heads, group × tokens, size].
-        bias: what is added to scores, -inf where nothing is to be seen; broadcasts over [1, heads, tokens, keys], or when grouped
-            [1, KV heads, group × tokens, keys].
-        causal: the kernel's own causal mask does instead.
-        blind: nothing but padding, which sees nothing: its output is zero.
-    """
-
-    start: int
-    tokens: int
-    first: int = 0
-    end: int = 0
-    slot: int | None = None
-    pages: Tensor | None = None
-    grouped: bool = True
-    bias: Tensor | None = None
-    causal: bool = False
-    blind: bool = False
-
-
-@dataclass(frozen=True)
-class _Extent:
-    """Consecutive slots that hold consecutive positions of a row: `shift` is the first one's position, counted from the first key."""
-
-    slot: int
-    count: int
-    shift: int
-
-
-@dataclass(eq=False, slots=True)
-class _Rows:
-    """Rows with one new token each, one after the other in the packed row, whose keys are read where they lie.
-
-    Attributes:
-        start, rows: the columns in the packed row.
-        calls: (first row, rows, slot, keys, bias): rows that attend to the same slots do it together.
-        parts: int64 [rows, parts]: which of the results of all calls (counted by rows) make up a row's; the number of results where there
-            is none. None when each row has one result, in order.
-    """
-
-    start: int
-    rows: int
-    calls: list[tuple[int, int, int, int, Tensor | None]]
-    parts: Tensor | None
+log = logging.getLogger(__name__)
 
 
 class Backend:
-    """Attention over pages by the library's fused kernel, row by row. Keeps what it computes once (tables of biases): one a span.
+    """Attention over pages by the library's fused kernels, row by row. It keeps tables of biases: one a span.
 
     Attributes:
         page_tokens: slots of a page.
@@ -103,7 +34,7 @@ class Backend:
     heads_together = False
 
     def __init__(self) -> None:
-        self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._tables = SlopeTables()
 
     def attend(
         self,
@@ -131,336 +62,206 @@ class Backend:
             [1, tokens, heads, value size].
         """
         store.write_heads(block, batch.slots, key, value)
+        output = self._by_plan(batch, None, store, block, query, scale, window, softcap, sinks, slopes)
         _, heads, tokens, _ = query.shape
-        kernel = _kernel_for(query, value, softcap, sinks)
-        # Tensors of slopes are kept by `_tables`, so an id stands for one of them.
-        name = (window, heads, kernel, None if slopes is None else id(slopes))
-        parts: list[_Piece | _Rows] | None = batch.prepared.get(name)
-        if parts is None:
-            parts = batch.prepared[name] = _Plan(self, batch, store, block, query, window, slopes, kernel).parts()
-        outputs = [
-            _attend_rows(part, store, block, query, scale)
-            if isinstance(part, _Rows)
-            else _attend_piece(part, store, block, query, scale, softcap, sinks, kernel)
-            for part in parts
-        ]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return output.reshape(1, tokens, heads, -1)
 
-    def slope_table(self, slopes: Tensor, positions: int, like: Tensor) -> Tensor:
-        """slope × position, [heads, at least `positions`], in the dtype of `like`, as the library rounds it."""
-        name = (id(slopes), like.dtype)
-        known = self._tables.get(name)
-        if known is None or known[1].shape[1] < positions:
-            room = 1 << max(positions - 1, 1023).bit_length()
-            table = slopes.to(like.device)[:, None] * torch.arange(room, device=like.device)
-            known = self._tables[name] = (slopes, table.to(like.dtype))
-        return known[1]
-
-
-class _Plan:
-    """Takes a pass apart, once for all blocks that are alike."""
-
-    def __init__(
+    def _by_plan(
         self,
-        backend: Backend,
+        batch: Batch,
+        segments: tuple[int, ...] | None,
+        store: KVStore,
+        block: int,
+        query: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        slopes: Tensor | None,
+    ) -> Tensor:
+        """[1, tokens of the segments, KV heads, group, value size]; all segments by default."""
+        # A plan holds its slopes, so that an id stands for one tensor as long as the batch lives.
+        name = (segments, window, query.shape, store.shapes[block], softcap is None, sinks is None, None if slopes is None else id(slopes))
+        plan: Plan | None = batch.prepared.get(name)
+        if plan is None:
+            chosen = range(len(batch.segments)) if segments is None else segments
+            plan = batch.prepared[name] = Plan(self._tables, batch, chosen, store, block, query, window, slopes, softcap, sinks)
+        return plan.attend(store, block, query, scale=scale, softcap=softcap, sinks=sinks)
+
+
+CAPABILITY = (8, 0)
+"""The oldest compute capability that the kernel for paged attention runs on."""
+
+LARGEST_HEAD = 256
+"""The largest head size that it takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class PagedCall:
+    """What the kernel for paged attention is told about some segments of a pass.
+
+    Attributes:
+        columns: int64 [tokens], their columns in the packed row; None where they are all columns.
+        others: the segments that it is not told of, and `other_columns`, theirs.
+        queries: int32 [segments + 1], sums of the numbers of new tokens.
+        keys: int32 [segments + 1], sums of the numbers of entries.
+        used: int32 [segments], entries of each row.
+        table: int32 [segments, pages], the page numbers; 0 beyond a row's last.
+        most_queries, most_keys: of a row.
+    """
+
+    columns: Tensor | None
+    others: tuple[int, ...]
+    other_columns: Tensor
+    queries: Tensor
+    keys: Tensor
+    used: Tensor
+    table: Tensor
+    most_queries: int
+    most_keys: int
+
+    @classmethod
+    def of(cls, batch: Batch, segments: Sequence[int]) -> PagedCall:
+        chosen = [batch.segments[index] for index in segments]
+        others = tuple(sorted(set(range(len(batch.segments))) - set(segments)))
+        new, totals = [segment.end - segment.start for segment in chosen], [segment.total for segment in chosen]
+        counts = [-(-total // batch.page_tokens) for total in totals]
+
+        def ints(numbers: Any) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int32, device=batch.device)
+
+        return cls(
+            columns=_columns(batch, segments) if others else None,
+            others=others,
+            other_columns=_columns(batch, others),
+            queries=ints([0, *itertools.accumulate(new)]),
+            keys=ints([0, *itertools.accumulate(totals)]),
+            used=ints(totals),
+            table=ints([[*segment.pages[:count], *[0] * (max(counts) - count)] for segment, count in zip(chosen, counts, strict=True)]),
+            most_queries=max(new),
+            most_keys=max(totals),
+        )
+
+
+def _columns(batch: Batch, segments: Sequence[int]) -> Tensor:
+    """The columns of some segments, int64 on the device."""
+    spans = [range(batch.segments[index].start, batch.segments[index].end) for index in segments]
+    return torch.tensor([*itertools.chain.from_iterable(spans)], dtype=torch.long, device=batch.device)
+
+
+class CudaBackend(Backend):
+    """Attention by `torch.nn.attention.varlen.varlen_attn` where that takes it."""
+
+    page_tokens = 256  # of which the page size must be a multiple in the kernel that comes with torch
+    heads_together = True
+
+    def __init__(self, kernel: Callable[..., Any], *, sums_of_keys: bool) -> None:
+        """
+        Args:
+            kernel: `varlen_attn`.
+            sums_of_keys: whether it wants the sums of the numbers of keys beside each row's; implementations differ.
+        """
+        super().__init__()
+        self._kernel = kernel
+        self._sums_of_keys = sums_of_keys
+
+    def attend(
+        self,
         batch: Batch,
         store: KVStore,
         block: int,
         query: Tensor,
-        window: int | None,
-        slopes: Tensor | None,
-        kernel: str,
-    ) -> None:
-        self._batch = batch
-        self._heads, self._kv_heads, self._device = query.shape[1], store.shapes[block].heads, query.device
-        self._bytes = store.shapes[block].bytes(store.dtype)
-        self._window, self._slopes, self._kernel = window, slopes, kernel
-        self._biases = _Biases(backend, query, self._kv_heads, window, slopes)
-
-    def parts(self) -> list[_Piece | _Rows]:
-        """The pieces in the order of their columns; rows with one new token each together where that is possible."""
-        parts: list[_Piece | _Rows] = []
-        rows: list[tuple[Segment, list[_Extent]]] = []
-        for index, segment in enumerate(self._batch.segments):
-            extents = self._extents(segment)
-            if extents is not None:
-                rows.append((segment, extents))
-                continue
-            if rows:
-                parts.append(self._rows(rows))
-                rows = []
-            parts += self._pieces(index, segment)
-        if rows:
-            parts.append(self._rows(rows))
-        return parts
-
-    def _extents(self, segment: Segment) -> list[_Extent] | None:
-        """Where the keys of a row's one new token lie; None where it is not one, or where copying them together is better."""
-        if (
-            segment.end - segment.start > 1
-            or segment.mask is not None
-            or segment.first > segment.past
-            or self._kernel not in ("any", "sums")
-        ):
-            return None
-        first = segment.first if self._window is None else max(segment.first, segment.total - self._window)
-        shift = first - segment.first
-        if segment.run is not None:
-            return [_Extent(segment.run + first, segment.total - first, shift)]
-        if self._kernel == "any":
-            return None
-        size = self._batch.page_tokens
-        extents: list[_Extent] = []
-        at = first
-        while at < segment.total:
-            page = at // size
-            last = page
-            while (last + 1) * size < segment.total and segment.pages[last + 1] == segment.pages[last] + 1:
-                last += 1
-            end = min((last + 1) * size, segment.total)
-            extents.append(_Extent(segment.pages[page] * size + at % size, end - at, shift + at - first))
-            at = end
-        return extents if len(extents) * LEAST_EXTENT <= (segment.total - first) * self._bytes else None
-
-    def _rows(self, rows: list[tuple[Segment, list[_Extent]]]) -> _Rows:
-        calls: list[tuple[int, int, _Extent]] = []
-        latest: dict[_Extent, int] = {}  # the call that the row before took part in
-        for row, (_, extents) in enumerate(rows):
-            before, latest = latest, {}
-            for extent in extents:
-                call = before.get(extent)
-                if call is None:
-                    call = len(calls)
-                    calls.append((row, 0, extent))
-                calls[call] = (calls[call][0], calls[call][1] + 1, extent)
-                latest[extent] = call
-        parts = None
-        if any(len(extents) > 1 for _, extents in rows):
-            of_row: list[list[int]] = [[] for _ in rows]
-            result = 0
-            for first, count, _ in calls:
-                for row in range(first, first + count):
-                    of_row[row].append(result)
-                    result += 1
-            most = max(len(results) for results in of_row)
-            parts = torch.tensor([results + [result] * (most - len(results)) for results in of_row], device=self._device)
-        with_bias = [(first, count, e.slot, e.count, self._biases.of_extent(e.shift, e.count, count)) for first, count, e in calls]
-        return _Rows(rows[0][0].start, len(rows), with_bias, parts)
-
-    def _pieces(self, index: int, segment: Segment) -> list[_Piece]:
-        """Take a segment apart."""
-        pieces = []
-        plain, window, slopes, group = self._kernel == "plain", self._window, self._slopes, self._heads // self._kv_heads
-        first_query = segment.past
-        if segment.mask is None and segment.first > segment.past:
-            first_query = min(segment.first, segment.total)
-            pieces.append(_Piece(segment.start, first_query - segment.past, blind=True))
-        while first_query < segment.total:
-            first = 0 if segment.mask is not None else segment.first
-            tokens = segment.total - first_query
-            if window is not None or slopes is not None or plain or segment.mask is not None:
-                tokens = min(tokens, MOST_QUERIES)
-            if plain or slopes is not None:
-                tokens = min(tokens, max(1, MOST_SCORES // (self._heads * segment.total)))
-            if window is not None:
-                first = max(first, first_query - window + 1)
-            piece = _Piece(segment.start + first_query - segment.past, tokens, first, first_query + tokens)
-            if segment.run is not None:
-                piece.slot = segment.run + first
-            else:
-                piece.pages = self._batch.pages(index)
-            piece.grouped = plain or tokens * group <= max(group, GROUPED_QUERIES)
-            alone = segment.mask is None and slopes is None and (window is None or tokens <= window)
-            if alone and tokens > 1 and first == first_query and not plain:
-                piece.causal, piece.grouped = True, False
-            elif tokens > 1 or not alone:
-                piece.bias = self._biases.of(piece, segment, first_query)
-            pieces.append(piece)
-            first_query += tokens
-        return pieces
-
-
-class _Biases:
-    """Makes the biases of a pass's pieces, each kind once."""
-
-    def __init__(self, backend: Backend, query: Tensor, kv_heads: int, window: int | None, slopes: Tensor | None) -> None:
-        self._backend = backend
-        self._like = query
-        self._heads, self._kv_heads = query.shape[1], kv_heads
-        self._window = window
-        self._slopes = slopes
-        self._made: dict[Hashable, Tensor] = {}
-
-    def of(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor:
-        """The bias of a piece whose first query is at position `first_query`."""
-        if segment.mask is not None:
-            return self._make(piece, segment, first_query)
-        kind = (piece.tokens, piece.grouped, first_query - piece.first, piece.first - segment.first if self._slopes is not None else None)
-        bias = self._made.get(kind)
-        if bias is None:
-            bias = self._made[kind] = self._make(piece, segment, first_query)
-        return bias
-
-    def of_extent(self, shift: int, count: int, rows: int) -> Tensor | None:
-        """What is added to the scores of some rows' one token each with the keys of an extent: [1, KV heads, rows × group, keys]."""
-        if self._slopes is None:
-            return None
-        bias = self._backend.slope_table(self._slopes, shift + count, self._like)[:, shift : shift + count]
-        return bias.view(1, self._kv_heads, 1, -1, count).expand(-1, -1, rows, -1, -1).flatten(2, 3)
-
-    def _make(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor:
-        device = self._like.device
-        bias = None
-        group, keys = self._heads // self._kv_heads, piece.end - piece.first
-        if self._slopes is not None:
-            bias = self._slope_bias(piece, segment)[None, :, None]
-        hidden = self._hidden(piece, segment, first_query)
-        if hidden is not None:
-            zero = torch.zeros((), dtype=self._like.dtype, device=device) if bias is None else bias
-            bias = torch.where(hidden, torch.full((), -torch.inf, dtype=self._like.dtype, device=device), zero)
-        assert bias is not None
-        if not piece.grouped:
-            return bias
-        if bias.shape[1] == 1:
-            return bias.repeat(1, 1, group, 1)
-        return bias.reshape(1, self._kv_heads, group * piece.tokens, keys)
-
-    def _hidden(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor | None:
-        """bool [1, 1, tokens, keys]: what a query does not see; None where it sees all."""
-        if piece.tokens == 1 and segment.mask is None:
-            return None
-        device = self._like.device
-        queries = torch.arange(first_query, piece.end, device=device)[:, None]
-        keys = torch.arange(piece.first, piece.end, device=device)
-        hidden = keys > queries
-        if self._window is not None:
-            hidden |= keys <= queries - self._window
-        if segment.mask is not None:
-            hidden |= (~segment.mask[piece.first : piece.end].to(device)) & (keys != queries)
-        return hidden[None, None]
-
-    def _slope_bias(self, piece: _Piece, segment: Segment) -> Tensor:
-        """[heads, keys]"""
-        assert self._slopes is not None
-        table = self._backend.slope_table(self._slopes, segment.total, self._like)
-        if segment.mask is None:
-            return table[:, piece.first - segment.first : piece.end - segment.first]
-        mask = segment.mask.to(self._like.device)
-        positions = ((mask.cumsum(0) - 1) * mask)[piece.first : piece.end]
-        return table.index_select(1, positions)
-
-
-def _kernel_for(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
-    """What computes a pass: "any" fused kernel; "sums", the one that also returns the logarithms of its sums, from which the share of a
-    sink or of other keys follows; "plain", the formula written out."""
-    if softcap is not None:
-        return "plain"
-    sums = query.is_cpu and query.shape[3] == value.shape[3]
-    if sinks is not None:
-        return "sums and sinks" if sums else "plain"
-    return "sums" if sums else "any"
-
-
-def _with_sums(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithms of the sums that its softmax divided by: [1, heads, queries]."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
-
-
-def _attend_rows(part: _Rows, store: KVStore, block: int, query: Tensor, scale: float) -> Tensor:
-    """[1, rows, KV heads, group, value size]"""
-    keys, values = store.head_keys[block], store.head_values[block]
-    rows, kv_heads = part.rows, keys.shape[1]
-    if rows != query.shape[2]:
-        query = query.narrow(2, part.start, rows)
-    queries = query.transpose(1, 2).reshape(rows, kv_heads, -1, query.shape[3])
-    if part.parts is None:
-        outputs = [
-            F.scaled_dot_product_attention(row, keys.narrow(2, slot, count), values.narrow(2, slot, count), attn_mask=bias, scale=scale)
-            for row, (_, _, slot, count, bias) in zip(queries.split(1) if rows > 1 else (queries,), part.calls, strict=True)
-        ]
-        return (outputs[0] if rows == 1 else torch.cat(outputs)).unsqueeze(0)
-    group = queries.shape[2]
-    results, sums = [], []
-    for first, count, slot, length, bias in part.calls:
-        some = queries.narrow(0, first, count)
-        if count > 1:
-            some = some.transpose(0, 1).reshape(1, kv_heads, count * group, -1)
-        output, total = _with_sums(some, keys.narrow(2, slot, length), values.narrow(2, slot, length), bias, scale)
-        results.append(output.view(kv_heads, count, group, -1).transpose(0, 1))
-        sums.append(total.view(kv_heads, count, group).transpose(0, 1))
-    # One result more, of no weight, for rows that have fewer parts than others.
-    results.append(results[0].new_zeros(1, kv_heads, group, values.shape[3]))
-    sums.append(sums[0].new_full((1, kv_heads, group), -torch.inf))
-    weights = torch.softmax(torch.cat(sums)[part.parts], 1)
-    return (torch.cat(results)[part.parts] * weights.unsqueeze(-1)).sum(1).to(query.dtype).unsqueeze(0)
-
-
-def _attend_piece(
-    piece: _Piece, store: KVStore, block: int, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, kernel: str
-) -> Tensor:
-    """[1, tokens, KV heads, group, value size]"""
-    heads, size = query.shape[1], query.shape[3]
-    keys, values = store.head_keys[block], store.head_values[block]
-    kv_heads = keys.shape[1]
-    group, tokens = heads // kv_heads, piece.tokens
-    if piece.blind:
-        return query.new_zeros(1, tokens, kv_heads, group, values.shape[3])
-    if piece.slot is not None:
-        count = piece.end - piece.first
-        keys, values = keys.narrow(2, piece.slot, count), values.narrow(2, piece.slot, count)
-    else:
-        assert piece.pages is not None
-        keys, values = store.gather(block, piece.pages, piece.first, piece.end)
-    queries = query if tokens == query.shape[2] else query.narrow(2, piece.start, tokens)
-    if piece.grouped:
-        queries = queries.reshape(1, kv_heads, group * tokens, size)
-    if kernel == "plain":
-        further = None if sinks is None else _per_query(sinks, kv_heads, tokens)
-        output = _plain(queries, keys, values, piece.bias, scale, softcap, further)
-    elif sinks is not None:
-        output, sums = _with_sums(queries, keys, values, piece.bias, scale, piece.causal)
-        further = _per_query(sinks, kv_heads, tokens) if piece.grouped else sinks[:, None]
-        output = output * torch.sigmoid(sums - further.to(sums.dtype)).unsqueeze(-1).to(output.dtype)
-    else:
-        output = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=piece.bias,
-            is_causal=piece.causal,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        if "paged" not in batch.prepared:
+            taken = [index for index, segment in enumerate(batch.segments) if segment.mask is None and segment.first == 0]
+            batch.prepared["paged"] = PagedCall.of(batch, taken) if taken else None
+        call: PagedCall | None = batch.prepared["paged"]
+        if call is None or not takes(query, value, softcap, sinks, slopes):
+            return super().attend(
+                batch, store, block, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes
+            )
+        store.write_heads(block, batch.slots, key, value)
+        queries = query[0].transpose(0, 1)
+        output: Tensor = self._kernel(
+            queries if call.columns is None else queries.index_select(0, call.columns),
+            store.keys[block].unflatten(0, (store.pages, store.page_tokens)),
+            store.values[block].unflatten(0, (store.pages, store.page_tokens)),
+            call.queries,
+            call.keys if self._sums_of_keys else None,
+            call.most_queries,
+            call.most_keys,
             scale=scale,
-            enable_gqa=group > 1 and not piece.grouped,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+            seqused_k=call.used,
+            block_table=call.table,
         )
-    if tokens == 1:
-        return output.unsqueeze(1)
-    if piece.grouped:
-        return output.view(1, kv_heads, group, tokens, -1).permute(0, 3, 1, 2, 4)
-    return output.transpose(1, 2).unflatten(2, (kv_heads, group))
+        if call.columns is None:
+            return output.unsqueeze(0)
+        others = self._by_plan(batch, call.others, store, block, query, scale, window, None, None, None)
+        whole = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        whole[0, call.columns] = output
+        whole[0, call.other_columns] = others[0].flatten(1, 2)
+        return whole
 
 
-def _per_query(sinks: Tensor, kv_heads: int, tokens: int) -> Tensor:
-    """A sink for each query of a KV head, [KV heads, group × tokens]."""
-    return sinks.reshape(kv_heads, -1).repeat_interleave(tokens, dim=1)
-
-
-def _plain(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """Attention written out, for what the fused kernel does not know. The softmax is taken in float32, as the library does."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    if sinks is None:
-        weights = torch.softmax(scores, -1, dtype=torch.float32)
-    else:
-        scores = torch.cat([scores, sinks[None, :, :, None].to(scores.dtype)], -1)
-        weights = torch.softmax(scores, -1, dtype=torch.float32)[..., :-1]
-    return torch.matmul(weights.to(value.dtype), value)
+def takes(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None) -> bool:
+    """Whether the kernel for paged attention computes such attention; padding is another matter."""
+    size = query.shape[3]
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and size == value.shape[3]
+        and size % 8 == 0
+        and size <= LARGEST_HEAD
+        and softcap is None
+        and sinks is None
+        and slopes is None
+    )
 
 
 def pick_backend(device: torch.device | str, dtype: torch.dtype) -> Backend:
-    """The backend for spans of a dtype on a device."""
+    """The backend for spans of a dtype on a device: the kernel for paged attention where it is there and right, else the general way."""
+    device = torch.device(device)
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return Backend()
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return Backend()
+    from torch.nn.attention.varlen import varlen_attn  # half a second that servers on a CPU need not spend
+
+    for sums_of_keys in (True, False):
+        backend = CudaBackend(varlen_attn, sums_of_keys=sums_of_keys)
+        if is_right(backend, device, dtype):
+            return backend
+    log.warning("the kernel for paged attention does not work with this device and build of torch: attention is slower")
     return Backend()
+
+
+def is_right(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend computes the same as the general way: tried with a prefill and a decode, grouped heads, a window, far pages."""
+    try:
+        for window in (None, 100):
+            outputs = []
+            for one in (backend, Backend()):
+                generator = torch.Generator().manual_seed(0)
+                store = KVStore([KVShape(2, 64, 64)], pages=6, page_tokens=256, dtype=dtype, device=device, heads_together=True)
+                for tensor in (*store.keys, *store.values):
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator))
+                batch = Batch([Segment(0, 40, 270, [5, 2], None), Segment(40, 41, 300, [0, 3], None)], 256, device)
+                tensors = [torch.randn(1, heads, 41, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+                with torch.inference_mode():
+                    outputs.append(one.attend(batch, store, 0, *tensors, scale=0.125, window=window).float())
+            if not torch.allclose(outputs[0], outputs[1], atol=0.03, rtol=0.03):
+                return False
+    except (RuntimeError, ValueError) as error:  # how torch says that a kernel is not there, or not for such tensors
+        log.debug("the kernel for paged attention cannot be used: %s", error)
+        return False
+    return True

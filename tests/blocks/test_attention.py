@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from petalnet.blocks import backends
+from petalnet.blocks import backends, pieces
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState, Segment, paged_attention
-from petalnet.blocks.backends import Backend
+from petalnet.blocks.backends import Backend, CudaBackend, PagedCall, is_right, pick_backend, takes
 from petalnet.blocks.kv import KVShape, KVStore
 
 CPU = torch.device("cpu")
@@ -160,8 +160,8 @@ def test_equals_attention_written_out(heads_together, data):
 
 @pytest.mark.parametrize("option", [{}, {"window": 300}, {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.1])}, {"softcap": 4.0}])
 def test_long_prefill_over_a_past_is_cut_into_pieces(option, monkeypatch):
-    monkeypatch.setattr(backends, "MOST_QUERIES", 64)
-    monkeypatch.setattr(backends, "MOST_SCORES", 4 * 500 * 20)
+    monkeypatch.setattr(pieces, "MOST_QUERIES", 64)
+    monkeypatch.setattr(pieces, "MOST_SCORES", 4 * 500 * 20)
     rows = [Row(300, 150, list(range(20)), True, 40), Row(0, 100, [30, 21, 25, 22], False)]
     check(*run(Backend(), rows, heads=4, kv_heads=2, key_size=8, value_size=8, scale=0.3, **option))
 
@@ -226,11 +226,175 @@ def test_slots():
 
 def test_what_is_the_same_for_all_blocks_is_computed_once(monkeypatch):
     made = []
-    make = backends._Biases._make
-    monkeypatch.setattr(backends._Biases, "_make", lambda *args: made.append(1) or make(*args))
+    make = pieces._Biases._make
+    monkeypatch.setattr(pieces._Biases, "_make", lambda *args: made.append(1) or make(*args))
     store = KVStore([KVShape(2, 8, 8)] * 4, pages=4, page_tokens=32, dtype=torch.float32, device=CPU)
     batch = Batch([Segment(0, 5, 9, [1], 32), Segment(5, 10, 9, [2], 64)], 32, CPU)
     store.keys[0].fill_(0)
     for block in range(4):
         Backend().attend(batch, store, block, *(torch.randn(1, heads, 10, 8) for heads in (4, 2, 2)), scale=0.3)
     assert len(made) == 1  # for both segments and all blocks
+
+
+# Sharing: rows of one session, or of sessions with a prompt in common, whose first pages are the same.
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_rows_that_share_pages(data):
+    draw = data.draw
+    heads, kv_heads, size, page_tokens = 4, 2, 8, 4
+    torch.manual_seed(draw(st.integers(0, 99)))
+    free = iter(draw(st.permutations(range(60))))
+    shared = [next(free) for _ in range(draw(st.integers(0, 5)))] if draw(st.booleans()) else list(range(60, 60 + draw(st.integers(1, 6))))
+    store = KVStore([KVShape(kv_heads, size, size)], pages=70, page_tokens=page_tokens, dtype=torch.float32, device=CPU)
+    for tensor in store.keys + store.values:
+        tensor.copy_(torch.randn(tensor.shape))
+    window = draw(st.sampled_from([None, 3, 10]))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.1]) if draw(st.booleans()) else None
+    first = draw(st.sampled_from([0, 0, 2]))
+    segments = []
+    for row in range(draw(st.integers(1, 5))):
+        past = len(shared) * page_tokens + draw(st.integers(0, 12))
+        pages = [*shared, *(next(free) for _ in range(1 + past // page_tokens - len(shared)))]
+        segments.append(Segment(row, row + 1, past, pages, None, min(first, past)))
+    query, key, value = (torch.randn(1, count, len(segments), size) for count in (heads, kv_heads, kv_heads))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "LEAST_EXTENT", draw(st.sampled_from([0, 0, 1 << 19])))
+        output = Backend().attend(Batch(segments, page_tokens, CPU), store, 0, query, key, value, scale=0.3, window=window, slopes=slopes)
+    for at, segment in enumerate(segments):
+        slots = torch.tensor([segment.pages[at // page_tokens] * page_tokens + at % page_tokens for at in range(segment.total)])
+        row = Row(segment.past, 1, segment.pages, False, segment.first)
+        reference = expected(
+            row, query[0, :, at][None], store.keys[0][slots], store.values[0][slots], scale=0.3, window=window, slopes=slopes
+        )
+        torch.testing.assert_close(output[0, at][None].double(), reference, atol=2e-5, rtol=2e-5)
+
+
+def test_a_shared_beginning_is_read_once(monkeypatch):
+    monkeypatch.setattr(pieces, "LEAST_EXTENT", 0)
+    calls = []
+    kernel = pieces._with_sums
+    monkeypatch.setattr(pieces, "_with_sums", lambda query, key, *rest: calls.append(key.shape[2]) or kernel(query, key, *rest))
+    store = KVStore([KVShape(2, 8, 8)], pages=20, page_tokens=32, dtype=torch.float32, device=CPU)
+    segments = [Segment(row, row + 1, 100, [0, 1, 2, 10 + row], None) for row in range(3)]
+    Backend().attend(Batch(segments, 32, CPU), store, 0, *(torch.randn(1, heads, 3, 8) for heads in (4, 2, 2)), scale=0.3)
+    assert sorted(calls) == [5, 5, 5, 96]
+
+
+# The kernel for paged attention needs a GPU; one that keeps its contract, written out, stands for it here.
+
+
+def paged_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table
+):  # the parameters of torch.nn.attention.varlen.varlen_attn
+    assert query.shape[1] == key.shape[2] or enable_gqa
+    assert cu_seq_q.dtype == seqused_k.dtype == block_table.dtype == torch.int32
+    outputs = []
+    for row, total in enumerate(seqused_k.tolist()):
+        start, end = cu_seq_q[row : row + 2].tolist()
+        assert end - start <= max_q
+        assert total <= max_k
+        assert cu_seq_k is None or total == cu_seq_k[row + 1] - cu_seq_k[row]
+        pages = block_table[row, : -(-total // key.shape[1])].long()
+        keys, values = key[pages].flatten(0, 1)[:total], value[pages].flatten(0, 1)[:total]
+        left, right = window_size
+        assert right == 0
+        window = None if left < 0 else left + 1
+        reference = expected(Row(total - (end - start), end - start, [], False), query[start:end], keys, values, scale=scale, window=window)
+        outputs.append(reference.to(query.dtype))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("sums_of_keys", [True, False])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_what_the_paged_kernel_is_told(sums_of_keys, data):
+    backend = CudaBackend(paged_kernel, sums_of_keys=sums_of_keys)
+    backend.page_tokens = 4
+    rows = data.draw(rows_of_a_pass(4, largest=12))
+    if not rows:
+        return
+    options = {"scale": 0.3, "window": data.draw(st.sampled_from([None, 1, 5]))}
+    options["softcap"] = data.draw(st.sampled_from([None, None, 5.0]))
+    shape = {"heads": 4, "kv_heads": data.draw(st.sampled_from([2, 4])), "key_size": 8, "value_size": 8, "dtype": torch.bfloat16}
+    check(*run(backend, rows, **shape, **options), torch.bfloat16)
+
+
+def test_the_call_is_what_torch_takes():
+    from torch.nn.attention.varlen import varlen_attn
+
+    given = []
+
+    def kernel(*args, **kwargs):
+        given.append((args, kwargs))
+        return paged_kernel(*args, **kwargs)
+
+    rows = [Row(3, 2, [1, 0], False), Row(300, 1, [3, 2], False)]
+    shape = {"heads": 4, "kv_heads": 2, "key_size": 8, "value_size": 8, "dtype": torch.bfloat16}
+    run(CudaBackend(kernel, sums_of_keys=True), rows, **shape, scale=0.3, window=7)
+    args, kwargs = given[0]
+    on_meta = [argument.to("meta") if isinstance(argument, torch.Tensor) else argument for argument in args]
+    on_meta_too = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    assert varlen_attn(*on_meta, **on_meta_too).shape == (3, 4, 8)
+    assert kwargs["window_size"] == (6, 0)
+
+
+def test_tables_of_the_paged_kernel():
+    segments = [
+        Segment(0, 3, 254, [7, 2, 9], None),
+        Segment(3, 4, 20, [5], 1280, first=3),
+        Segment(4, 5, 0, [1], 256),
+        Segment(5, 7, 3, [0], 0, mask=torch.tensor([True, False, True, True, True])),
+    ]
+    call = PagedCall.of(Batch(segments, 256, CPU), [0, 2])
+    assert call.columns.tolist() == [0, 1, 2, 4]
+    assert call.others == (1, 3)
+    assert call.other_columns.tolist() == [3, 5, 6]
+    assert call.queries.tolist() == [0, 3, 4]
+    assert call.keys.tolist() == [0, 257, 258]
+    assert call.used.tolist() == [257, 1]
+    assert call.table.tolist() == [[7, 2], [1, 0]]
+    assert (call.most_queries, call.most_keys) == (3, 257)
+
+
+def test_what_the_paged_kernel_takes():
+    def query(size, dtype=torch.bfloat16):
+        return torch.zeros(1, 4, 1, size, dtype=dtype)
+
+    ones = torch.ones(4)
+    assert takes(query(64), query(64), None, None, None)
+    assert takes(query(256, torch.float16), query(256, torch.float16), None, None, None)
+    assert not takes(query(64, torch.float32), query(64, torch.float32), None, None, None)
+    assert not takes(query(264), query(264), None, None, None)
+    assert not takes(query(12), query(12), None, None, None)
+    assert not takes(query(64), query(32), None, None, None)
+    assert not takes(query(64), query(64), 5.0, None, None)
+    assert not takes(query(64), query(64), None, ones, None)
+    assert not takes(query(64), query(64), None, None, ones)
+
+
+def test_a_kernel_is_tried_before_it_is_used():
+    def far_off(*args, **kwargs):
+        return paged_kernel(*args, **kwargs) + 0.2
+
+    def missing(*args, **kwargs):
+        raise RuntimeError("paged attention is not supported")
+
+    assert is_right(CudaBackend(paged_kernel, sums_of_keys=True), CPU, torch.bfloat16)
+    assert not is_right(CudaBackend(far_off, sums_of_keys=True), CPU, torch.bfloat16)
+    assert not is_right(CudaBackend(missing, sums_of_keys=True), CPU, torch.bfloat16)
+
+
+def test_the_backend_of_a_device(monkeypatch):
+    assert type(pick_backend("cpu", torch.bfloat16)) is Backend
+    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert type(pick_backend("cuda", torch.float16)) is Backend
+    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert type(pick_backend("cuda", torch.float32)) is Backend
+    monkeypatch.setattr(backends, "is_right", lambda backend, device, dtype: not backend._sums_of_keys)
+    picked = pick_backend("cuda:0", torch.bfloat16)
+    assert type(picked) is CudaBackend
+    assert not picked._sums_of_keys
+    monkeypatch.setattr(backends, "is_right", lambda backend, device, dtype: False)
+    assert type(pick_backend("cuda:0", torch.bfloat16)) is Backend
