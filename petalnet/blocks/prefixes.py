@@ -96,22 +96,20 @@ class PrefixCache:
         """
         size = self.unit_pages
         most = min(len(pages), self.most_pages) // size
-        if not most:
-            return
-        unit: _Unit | None = None
+        unit = root = self._roots.get(owner) or _Unit(None, owner.encode(), ())
         for i, name in enumerate(self._unit_names(names)[:most]):
-            unit = unit or self._roots.setdefault(owner, _Unit(None, owner.encode(), ()))
             following = unit.children.get(name)
             if following is None:
                 following = _Unit(unit, name, pages[i * size : (i + 1) * size])
-                if not self._by_page.keys().isdisjoint(following.pages) or len(set(following.pages)) < size:
+                if not self._by_page.keys().isdisjoint(following.pages):
                     break  # no honest client has two names for the same positions of a row
                 unit.children[name] = following
                 self._units[following] = None
                 self._by_page.update(dict.fromkeys(following.pages, following))
             unit = following
-        if unit is None:
+        if unit is root:
             return
+        self._roots[owner] = root
         self._use(unit)
         while len(self) > self.most_pages:
             self._drop(next(iter(self._units)))

@@ -123,6 +123,12 @@ def test_a_page_has_one_name() -> None:
     cache.keep("you", names("ab"), pages)
     assert cache.find("", names("ab")) == pages and cache.find("", names("xy")) == cache.find("you", names("ab")) == []
     pool.check([pages, *cache.held()])
+    assert list(cache._roots) == [""], "nothing is remembered of an owner of whom nothing is kept"
+    pool.release(pages[1])
+    cache.evict(1)
+    pool.release(pages[0])
+    cache.evict(1)
+    assert not cache._roots
 
 
 def test_the_pool_asks_for_pages() -> None:
