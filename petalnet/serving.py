@@ -35,13 +35,15 @@ MAX_NAME = 128
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be served: its source, its identity (see `models.identity`) and what it will be run in."""
+    """A model that can be served: its source, its identity (see `models.identity`), what it will be run in, and whether sessions can share
+    a pass through its blocks (see `blocks.probe`)."""
 
     source: ModelSource
     key: str
     num_blocks: int
     dtype: torch.dtype
     device: str
+    packs: bool
 
 
 def open_model(settings: Settings, name: str | None) -> Model:
@@ -70,8 +72,8 @@ def open_model(settings: Settings, name: str | None) -> Model:
         raise UsageError(f"--serve {first}:{end} is out of range: {source.name} has {count} blocks, 0:{count}")
     if isinstance(settings.serve, int) and settings.serve > count:
         raise UsageError(f"--serve {settings.serve} is out of range: {source.name} has {count} blocks")
-    require_splittable(source.config)
-    return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device)
+    packs = require_splittable(source.config).packs
+    return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device, packs)
 
 
 def _label(name: str) -> str:
@@ -219,10 +221,11 @@ class Server:
         settings, model = self._settings, self._model
         require_room(model.source, *self.span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory)
         try:
-            span = Span.load(model.source, *self.span, dtype=model.dtype, device=model.device)
+            span = Span.load(model.source, *self.span, dtype=model.dtype, device=model.device, may_pack=model.packs)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise too_large(model.source, *self.span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory) from error
         tokens = kv_tokens(span, model.source, device=model.device, max_memory=settings.max_memory, wanted=settings.attn_cache_tokens)
+        span.speed_up()
         rate = settings.throughput
         rates = measure(span, model=model.key) if rate is None else Rates(rate, rate, rate)
         _ = span.digests  # computed here, on this thread, and kept by the span

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from petalnet.blocks.checks import Checks, Limits, split_names
-from petalnet.blocks.costs import Costs
+from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.engine import Engine
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool
@@ -90,7 +90,7 @@ class BlockService:
         span.attach(store)
         pool = PagePool(pages, page_tokens)
         self.runner = Runner(span, store, pool, PrefixCache(pool), share_prefixes=share_prefixes)
-        self._scheduler = Scheduler(Costs(rates.decode, rates.prefill))
+        self._scheduler = Scheduler(_costs(rates))
         self.engine = Engine(self.runner.run, self._scheduler)
         self.sessions = SessionManager(span, pool, compute=self.engine, release=self._release)
         self._share_prefixes = share_prefixes
@@ -262,3 +262,12 @@ class BlockService:
             raise CallerError("another model is served here")
         if self.draining:
             raise BusyError("the server is shutting down", DRAINING_RETRY_S)
+
+
+def _costs(rates: Rates) -> Costs:
+    """How long rounds take, as far as that is known."""
+    costs = Costs(rates.decode, rates.prefill)
+    if rates.rounds:
+        for tokens, seconds in ((1, 1 / rates.decode), (SEED_TOKENS, SEED_TOKENS / rates.prefill), *rates.rounds):
+            costs.measured(tokens, seconds)
+    return costs
