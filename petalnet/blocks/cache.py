@@ -17,9 +17,6 @@ from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.pages import Rows
 from petalnet.errors import ModelError
 
-SMALLEST_ROOM = 64
-"""Positions that a buffer has room for when it is made; room doubles when it is used up."""
-
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
 
@@ -85,104 +82,6 @@ class _SessionLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
-
-
-class SpanCache(_SessionCache):
-    """Keys and values of one session, for all blocks of a span (a session that uses only some of them fills only those).
-
-    Attributes:
-        length: positions that are valid, the same for every block. `advance` moves it on after a step, `set_length` back.
-    """
-
-    def __init__(self, windows: Sequence[int | None], max_length: int) -> None:
-        """
-        Args:
-            windows: for each block of the span the width of its sliding attention window, None for full attention (see `windows_of`).
-            max_length: the most positions that will be used; bounds the growth of the buffers.
-        """
-        super().__init__([_Layer(self, window) for window in windows])
-        self.max_length = max_length
-
-    def advance(self, new: int) -> None:
-        """Make valid the `new` positions that a step has written."""
-        self.length += new
-
-    def set_length(self, length: int) -> None:
-        """Go back to an earlier length; what came after it will be overwritten. Raises ValueError for one that was never reached."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"the cache holds {self.length} positions, it cannot be set to {length}")
-        self.length = length
-
-    def clear(self) -> None:
-        """Empty the cache and give its buffers back; the next step may have another number of rows."""
-        self.length = 0
-        for layer in self.layers:
-            layer.key_buffer = layer.value_buffer = None
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Let row i continue what row `rows[i]` held; `rows` (int64, one dimension) may repeat, drop and add rows."""
-        for layer in self.layers:
-            layer.reorder_cache(rows)
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the buffers take."""
-        return sum(buffer.nbytes for layer in self.layers for buffer in (layer.key_buffer, layer.value_buffer) if buffer is not None)
-
-
-class _Layer(_SessionLayer):
-    """One block's share of a cache: buffers [rows, heads, room, head size], of which the first `cache.length` positions are valid."""
-
-    def __init__(self, cache: SpanCache, window: int | None) -> None:
-        super().__init__(window)
-        self.cache: SpanCache = cache
-        self.key_buffer: torch.Tensor | None = None
-        self.value_buffer: torch.Tensor | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new positions after the valid ones; returns views of all that the new positions may attend to."""
-        new = key_states.shape[-2]
-        start, end = self.cache.length, self.cache.length + new
-        keys, values = self.key_buffer, self.value_buffer
-        if keys is None or values is None or keys.shape[2] < end:
-            keys, values = self._grow(key_states, value_states, end)
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        first = self.first_visible
-        return keys[:, :, first:end], values[:, :, first:end]
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.key_buffer = self._reordered(self.key_buffer, beam_idx)
-        self.value_buffer = self._reordered(self.value_buffer, beam_idx)
-
-    def _reordered(self, buffer: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
-        if buffer is None:
-            return None
-        length = self.cache.length
-        kept = buffer[:, :, :length].index_select(0, rows.to(buffer.device))
-        if len(rows) != buffer.shape[0]:
-            buffer = buffer.new_empty((len(rows), *buffer.shape[1:]))
-        buffer[:, :, :length] = kept
-        return buffer
-
-    def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, needed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        room = SMALLEST_ROOM
-        while room < needed:
-            room *= 2
-        room = max(needed, min(room, self.cache.max_length))
-        self.key_buffer = self._wider(self.key_buffer, key_states, room)
-        self.value_buffer = self._wider(self.value_buffer, value_states, room)
-        return self.key_buffer, self.value_buffer
-
-    def _wider(self, buffer: torch.Tensor | None, states: torch.Tensor, room: int) -> torch.Tensor:
-        rows, heads, _, size = states.shape
-        wider = states.new_empty((rows, heads, room, size))
-        if buffer is not None:
-            length = self.cache.length
-            wider[:, :, :length] = buffer[:, :, :length]
-        return wider
 
 
 class PagedCache(_SessionCache):

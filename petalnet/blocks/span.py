@@ -24,7 +24,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
 from petalnet.blocks.backends import Backend, pick_backend
-from petalnet.blocks.cache import PagedCache, ShapeCache, SpanCache, windows_of
+from petalnet.blocks.cache import PagedCache, ShapeCache, windows_of
 from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.linear import speed_up_linears
 from petalnet.blocks.packed import PackedRow
@@ -156,10 +156,6 @@ class Span:
         """Let linear layers take the quickest kernels for a few rows that there are on this machine; takes up to half a second once."""
         speed_up_linears(nn.ModuleList(self._blocks))
 
-    def new_cache(self, max_length: int) -> SpanCache:
-        """An empty cache for one session on this span."""
-        return SpanCache(self._windows, max_length)
-
     @property
     def weight_bytes(self) -> int:
         """Memory that the weights take."""
@@ -266,40 +262,28 @@ class Span:
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        cache: SpanCache | None = None,
         prompts: torch.Tensor | None = None,
         first: int | None = None,
         end: int | None = None,
         all_hidden: bool = False,
     ) -> list[torch.Tensor]:
-        """Run new tokens through blocks [first, end) of the model, by default all of the span.
+        """Run rows without a past through blocks [first, end) of the model, by default all of the span. Gradients flow back.
 
         Args:
-            hidden: [rows, new, hidden], the input of block `first`; any float dtype, any device.
-            attention_mask: bool [rows, past + new], False where a token is padding; None when nothing is.
-            position_ids: [rows, new]; None when they are past … past + new - 1 in every row.
-            cache: the session's; its length (past) moves on by `new`. None for a pass without a past.
+            hidden: [rows, length, hidden], the input of block `first`; any float dtype, any device.
+            attention_mask: bool [rows, length], False where a token is padding; None when nothing is.
+            position_ids: [rows, length]; None when they are 0 … length - 1 in every row.
             prompts: [end - first, rows, prompt length, hidden], added to each block's input at positions 0 … prompt length - 1.
             all_hidden: return the outputs of every block, not only of the last.
         Returns:
-            outputs [rows, new, hidden] in the span's dtype on its device: one, or with `all_hidden` one a block.
+            outputs [rows, length, hidden] in the span's dtype on its device: one, or with `all_hidden` one a block.
+        Raises:
+            ValueError: the span has no such blocks.
         """
         first, end = self._range(first, end)
-        past = cache.length if cache is not None else 0
-        outputs = self._library_pass(
-            hidden,
-            first,
-            end,
-            cache=cache,
-            past=past,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            prompts=prompts,
-            all_hidden=all_hidden,
+        return self._library_pass(
+            hidden, first, end, attention_mask=attention_mask, position_ids=position_ids, prompts=prompts, all_hidden=all_hidden
         )
-        if cache is not None:
-            cache.advance(hidden.shape[1])
-        return outputs
 
     def _alone(self, step: SpanStep, first: int, end: int) -> list[torch.Tensor]:
         """A step by itself, with the library's own attention."""
@@ -312,7 +296,6 @@ class Span:
             first,
             end,
             cache=cache,
-            past=step.rows.length,
             attention_mask=step.mask,
             position_ids=step.position_ids,
             position_end=step.position_end,
@@ -326,8 +309,7 @@ class Span:
         first: int,
         end: int,
         *,
-        cache: Any = None,
-        past: int = 0,
+        cache: PagedCache | ShapeCache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         position_end: int | None = None,
@@ -343,6 +325,7 @@ class Span:
         if position_ids is not None and self.takes_position_ids:
             kwargs["position_ids"] = position_ids.to(self.device, torch.long)
         adding: list[Hook] = []
+        past = 0 if cache is None else cache.length
         if prompts is not None and past < prompts.shape[2]:
             reaching = prompts[:, :, past : past + hidden.shape[1]].to(self.device, self.dtype)
             adding = [_add_at_start(prompt) for prompt in reaching]

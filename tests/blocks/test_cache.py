@@ -1,4 +1,4 @@
-"""The caches against a plain list of what was put in."""
+"""What the library's attention is shown of the pages, against a plain list of what was put in."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petalnet.blocks.cache import PagedCache, ShapeCache, SpanCache, windows_of
+from petalnet.blocks.cache import PagedCache, ShapeCache, windows_of
 from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.errors import ModelError
 
 HEADS, SIZE = 2, 3
-
-
-def states(rows: int, new: int) -> torch.Tensor:
-    return torch.randn(rows, HEADS, new, SIZE)
+PAGES, PAGE_TOKENS, OTHERS = 64, 8, 6
 
 
 STEP = st.one_of(
@@ -27,70 +24,13 @@ STEP = st.one_of(
 )
 
 
-@given(steps=st.lists(STEP, max_size=8), window=st.sampled_from([None, 4, 70]))
-def test_it_holds_what_was_put_in(steps: list[tuple[str, object]], window: int | None) -> None:
-    cache = SpanCache([window, None], max_length=300)
-    rows = 2
-    held = [torch.empty(rows, HEADS, 0, SIZE) for _ in range(4)]  # keys and values of two layers
-    for kind, argument in steps:
-        length = held[0].shape[2]
-        if kind == "append":
-            new = int(argument)  # type: ignore[call-overload]
-            if length + new > 300:
-                continue
-            held = [torch.cat([past, states(rows, new)], dim=2) for past in held]
-            for layer, width in enumerate([window, None]):
-                found = cache.update(held[2 * layer][:, :, length:], held[2 * layer + 1][:, :, length:], layer)
-                kept, offset = cache.get_mask_sizes(new, layer)
-                expected_offset = 0 if width is None else max(0, length - width + 1)
-                assert (kept, offset) == (length + new - expected_offset, expected_offset)
-                assert torch.equal(found[0], held[2 * layer][:, :, offset:])
-                assert torch.equal(found[1], held[2 * layer + 1][:, :, offset:])
-            cache.advance(new)
-        elif kind == "rollback":
-            length = int(argument * length)  # type: ignore[operator]
-            held = [past[:, :, :length] for past in held]
-            cache.set_length(length)
-        elif length:
-            order = torch.tensor([int(part * rows) for part in argument])  # type: ignore[attr-defined]
-            held = [past[order] for past in held]
-            rows = len(order)
-            cache.reorder(order)
-        assert cache.get_seq_length() == held[0].shape[2]
-
-
-def test_a_length_that_was_never_reached_is_refused() -> None:
-    cache = SpanCache([None], max_length=10)
-    cache.update(states(1, 4), states(1, 4), 0)
-    cache.advance(4)
-    for length in (5, -1):
-        with pytest.raises(ValueError, match="cannot be set to"):
-            cache.set_length(length)
-
-
-def test_buffers_grow_by_doubling_up_to_the_longest() -> None:
-    cache = SpanCache([None], max_length=200)
-    seen = []
-    for _ in range(200):
-        cache.update(states(1, 1), states(1, 1), 0)
-        cache.advance(1)
-        seen.append(cache.bytes // (2 * HEADS * SIZE * 4))
-    assert sorted(set(seen)) == [64, 128, 200]
-    cache.clear()
-    assert (cache.bytes, cache.length) == (0, 0)
-
-
-PAGES, PAGE_TOKENS = 64, 8
-OTHERS = 3
-
-
 @given(steps=st.lists(STEP, max_size=8), window=st.sampled_from([None, 4, 70]), scattered=st.booleans())
 def test_pages_hold_what_was_put_in(steps: list[tuple[str, object]], window: int | None, scattered: bool) -> None:
-    """The same with pages, whose values are wider than the keys."""
+    """Values are wider than the keys."""
     store = KVStore([KVShape(HEADS, SIZE, SIZE + 1)] * 2, pages=PAGES, page_tokens=PAGE_TOKENS, dtype=torch.float32, device="cpu")
     pool = PagePool(PAGES, PAGE_TOKENS)
     if scattered:  # every other page is somebody else's
-        taken = [pool.take() for _ in range(OTHERS * 2)]
+        taken = [pool.take() for _ in range(OTHERS)]
         for page in taken[::2]:
             pool.release(page)
     cache = PagedCache(store, [window, None])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from petalnet.blocks.kv import KVStore
 from petalnet.blocks.span import Span
 from petalnet.errors import ModelError, UsageError
 from petalnet.models.anatomy import find_layers
@@ -62,10 +63,10 @@ def load(folder: Path, *ranges: tuple[int, int]) -> list[Span]:
     return [Span.load(ModelSource.open(folder), first, end) for first, end in ranges]
 
 
-def run(spans: list[Span], hidden: torch.Tensor, caches: list[Any] | None = None, **kwargs: Any) -> torch.Tensor:
+def run(spans: list[Span], hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        for span, cache in zip(spans, caches or [None] * len(spans), strict=True):
-            (hidden,) = span.forward(hidden, cache=cache, **kwargs)
+        for span in spans:
+            (hidden,) = span.forward(hidden, **kwargs)
     return hidden
 
 
@@ -85,47 +86,10 @@ def test_all_boundaries_and_parts_of_a_span(family: str, saved: Saved) -> None:
                 torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def test_a_left_padded_batch_token_by_token(family: str, saved: Saved) -> None:
-    reference, spans = Reference(saved(family)), load(saved(family), (0, 2), (2, 4))
-    caches = [span.new_cache(20) for span in spans]
-    positions = (LEFT.long().cumsum(1) - 1).clamp(min=0)
-    past, start = None, 0
-    for end in (8, 9, 10, 12):
-        mask, new = LEFT[:, :end], positions[:, start:end]
-        states, output = reference.run(IDS[:, start:end], attention_mask=mask.long(), positions=new, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        found = run(spans, states[0], caches, attention_mask=mask, position_ids=new)
-        torch.testing.assert_close(found[LEFT[:, start:end]], states[4][LEFT[:, start:end]], **CLOSE)
-        start = end
-
-
 def test_right_padding(family: str, saved: Saved) -> None:
     states, _ = Reference(saved(family)).run(IDS, attention_mask=RIGHT.long())
     found = run(load(saved(family), (0, 2), (2, 4)), states[0], attention_mask=RIGHT)
     torch.testing.assert_close(found[RIGHT], states[4][RIGHT], **CLOSE)
-
-
-def test_going_back_and_pieces_of_any_length(family: str, saved: Saved) -> None:
-    states, _ = Reference(saved(family)).run(IDS[:1])
-    spans = load(saved(family), (0, 3), (3, 4))
-    caches = [span.new_cache(12) for span in spans]
-    run(spans, states[0][:, :7], caches)
-    run(spans, torch.randn(1, 3, 32), caches)  # a draft that is thrown away
-    for cache in caches:
-        cache.set_length(6)
-    pieces = [run(spans, states[0][:, a:b], caches) for a, b in ((6, 7), (7, 11), (11, 12))]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), states[4][:, 6:], **CLOSE)
-
-
-def test_rows_are_reordered_and_repeated(family: str, saved: Saved) -> None:
-    order = torch.tensor([2, 0, 2, 1])
-    states, _ = Reference(saved(family)).run(IDS[order])
-    spans = load(saved(family), (0, 4))
-    cache = spans[0].new_cache(12)
-    before, _ = Reference(saved(family)).run(IDS)
-    run(spans, before[0][:, :9], [cache])
-    cache.reorder(order)
-    torch.testing.assert_close(run(spans, states[0][:, 9:], [cache]), states[4][:, 9:], **CLOSE)
 
 
 def test_gradients(family: str, saved: Saved) -> None:
@@ -169,9 +133,6 @@ def test_prompts_reach_the_first_positions_of_every_block(saved: Saved) -> None:
     spans = load(saved("llama"), (0, 4))
     assert isinstance(spans[0], Span)
     torch.testing.assert_close(run(spans, states[0], prompts=prompts), states[4], **CLOSE)
-    cache = spans[0].new_cache(12)
-    pieces = [run(spans, states[0][:, a:b], [cache], prompts=prompts) for a, b in ((0, 2), (2, 3), (3, 9), (9, 12))]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), states[4], **CLOSE)
 
 
 def test_rotary_tables_follow_each_session(saved: Saved) -> None:
@@ -206,11 +167,11 @@ def test_only_the_spans_tensors_are_read(saved: Saved, tmp_path: Path) -> None:
         load(tmp_path, (1, 3))
 
 
-def test_kv_bytes_per_token_is_what_a_cache_takes(family: str, saved: Saved) -> None:
+def test_what_a_position_takes_is_what_a_store_takes(family: str, saved: Saved) -> None:
     (span,) = load(saved(family), (1, 4))
-    cache = span.new_cache(64)
-    run([span], torch.randn(1, 64, 32) if family != "opt" else torch.randn(1, 40, 32), [cache])
-    assert cache.bytes == 64 * span.kv_bytes_per_token
+    store = KVStore(span.kv_shapes, pages=2, page_tokens=8, dtype=span.dtype, device=span.device)
+    assert len(store) == 3
+    assert store.bytes_per_token == span.kv_bytes_per_token > 0
 
 
 @pytest.mark.parametrize("blocks", [(0, 5), (2, 2), (3, 1), (-1, 2), (7, 9)])

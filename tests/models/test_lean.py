@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from petalnet.blocks.span import Span
+from petalnet.blocks.kv import KVStore
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.span import Span, SpanStep
 from petalnet.models.checkpoint import ModelSource
 
 Saved = Callable[[str], Path]
@@ -23,9 +26,12 @@ def compute(folder):
     hidden = torch.linspace(-1, 1, 5 * 32).view(1, 5, 32).requires_grad_()
     (output,) = span.forward(hidden)
     output.square().sum().backward()
-    with torch.inference_mode():
-        (cached,) = span.forward(hidden, cache=span.new_cache(5))
-    return [output.double().sum().item(), cached.double().sum().item(), hidden.grad.double().sum().item()]
+    span.attach(KVStore(span.kv_shapes, pages=1, page_tokens=span.backend.page_tokens, dtype=span.dtype, device=span.device))
+    rows = Rows(PagePool(1, span.backend.page_tokens), 5)
+    rows.resize(1)
+    rows.prepare(5)
+    (outputs,) = span.step([SpanStep(rows, hidden)])
+    return [output.double().sum().item(), outputs[-1].double().sum().item(), hidden.grad.double().sum().item()]
 """
 PROGRAM = f"""
 import json, sys
@@ -34,7 +40,9 @@ from petalnet.models import lean
 lean.import_transformers()
 import torch
 from petalnet.models.checkpoint import ModelSource
-from petalnet.blocks.span import Span
+from petalnet.blocks.kv import KVStore
+from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.span import Span, SpanStep
 {COMPUTE}
 results = [compute(folder) for folder in sys.argv[1:]]
 slow = [name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor") if name in sys.modules]
@@ -65,7 +73,7 @@ def run(folders: list[Path], *, before: str = "", after: str = "") -> tuple[list
 
 @pytest.fixture
 def expected(saved: Saved) -> list[list[float]]:
-    scope: dict[str, Callable[[Path], list[float]]] = {"torch": torch, "Span": Span, "ModelSource": ModelSource}  # type: ignore[dict-item]
+    scope: dict[str, Any] = {used.__name__: used for used in (torch, KVStore, ModelSource, PagePool, Rows, Span, SpanStep)}
     exec(COMPUTE, scope)
     return [pytest.approx(scope["compute"](saved(family)), rel=1e-5) for family in ("bloom", "llama")]
 
