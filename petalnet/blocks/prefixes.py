@@ -13,9 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from petalnet.blocks.pool import PagePool
-
-UNIT_TOKENS = 64
-"""Positions that a name stands for, beyond those of the name before it."""
+from petalnet.p2p.messages import UNIT_TOKENS
 
 
 class _Unit:

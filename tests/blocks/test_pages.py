@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from petalnet.blocks.pages import SETTLED_TOKENS, OutOfPages, PagePool, Rows
-from petalnet.blocks.prefixes import UNIT_TOKENS, PrefixCache
+from petalnet.blocks.prefixes import PrefixCache
+from petalnet.p2p.messages import UNIT_TOKENS
 
 
 def make(rows: int, max_length: int, pool: PagePool) -> Rows:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from petalnet.blocks.pages import PagePool
-from petalnet.blocks.prefixes import UNIT_TOKENS, PrefixCache
+from petalnet.blocks.prefixes import PrefixCache
+from petalnet.p2p.messages import UNIT_TOKENS
 
 
 def names(text: str) -> list[bytes]:
