@@ -314,7 +314,8 @@ class _Biases:
         if self._window is not None:
             hidden |= keys <= queries - self._window
         if segment.mask is not None:
-            hidden |= (~segment.mask[piece.first : piece.end].to(device)) & (keys != queries)
+            hidden |= ~segment.mask[piece.first : piece.end].to(device)
+            hidden &= ~hidden.all(dim=1, keepdim=True) | (keys != queries)
         return hidden[None, None]
 
     def _slope_bias(self, piece: _Piece, segment: Segment) -> Tensor:

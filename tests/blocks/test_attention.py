@@ -28,8 +28,8 @@ class Row:
         visible = keys <= query
         if window is not None:
             visible &= keys > query - window
-        padding = keys < self.first if self.mask is None else ~self.mask
-        return visible & (~padding | (keys == query) & torch.tensor(self.mask is not None))
+        visible &= keys >= self.first if self.mask is None else self.mask
+        return visible if self.mask is None or bool(visible.any()) else keys == query
 
 
 def expected(row, query, key, value, *, scale, window=None, softcap=None, sinks=None, slopes=None):
