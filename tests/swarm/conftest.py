@@ -123,12 +123,14 @@ class Nodes:
         return [server.wait_ready() for server in servers]
 
     def serve_all(self, servers: Sequence[tuple[Path, tuple[int, int]]], *options: object) -> list[NodeProcess]:
-        """A server for each (model, span), of several models in one swarm; the first starts it, the others join all at once."""
+        """A server for each (model, span), of several models in one swarm: the first starts it, the others join, two at a time."""
         options = ("--dtype", "float32", "--throughput", "100", *options)
-        (model, (first, end)), *others = servers
-        started = [self.start(model, "--serve", f"{first}:{end}", "--new-swarm", *options)]
-        joining = ("--initial-peers", *started[0].addrs)
-        started += [self.launch(model, "--serve", f"{first}:{end}", *options, *joining) for model, (first, end) in others]
+        started: list[NodeProcess] = []
+        for number, (model, (first, end)) in enumerate(servers):
+            joining = ("--initial-peers", *started[0].addrs) if started else ("--new-swarm",)
+            started.append(self.launch(model, "--serve", f"{first}:{end}", *options, *joining))
+            if number != 1:
+                started[max(0, number - 1)].wait_ready()
         return [server.wait_ready() for server in started]
 
     def stop_all(self) -> None:
