@@ -138,9 +138,25 @@ class Plan:
         self._window, self._slopes = window, slopes
         self._biases = _Biases(tables, query, self._kv_heads, window, slopes)
         self._parts = self._take_apart(segments)
+        only = self._parts[0]
+        # A single stream in mid-answer: a pass of one token whose row is in consecutive pages.
+        self._only = only.calls[0] if query.shape[2] == 1 and isinstance(only, _Rows) and only.parts is None else None
 
     def attend(self, store: KVStore, block: int, query: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-        """[1, tokens, KV heads, group, value size] for a query [1, heads, all tokens of the pass, key size]."""
+        """Attend to what the store holds.
+
+        Returns:
+            [1, tokens, KV heads, group, value size] for a query [1, heads, all tokens of the pass, key size].
+        """
+        if self._only is not None:
+            _, _, slot, count, bias = self._only
+            return F.scaled_dot_product_attention(
+                query.view(1, self._kv_heads, -1, query.shape[3]),
+                store.head_keys[block].narrow(2, slot, count),
+                store.head_values[block].narrow(2, slot, count),
+                attn_mask=bias,
+                scale=scale,
+            ).unsqueeze(1)
         outputs = [
             _attend_rows(part, store, block, query, scale)
             if isinstance(part, _Rows)
