@@ -6,7 +6,6 @@ tokens. Where one turns into the other depends on the machine, so it is measured
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,14 +29,13 @@ class _Point:
 class Costs:
     """Seconds of a pass by its tokens; pure arithmetic."""
 
-    def __init__(self, decode_tokens_s: float, prefill_tokens_s: float, rounds: Iterable[tuple[int, float]] = ()) -> None:
+    def __init__(self, decode_tokens_s: float, prefill_tokens_s: float) -> None:
         """
         Args:
             decode_tokens_s: tokens per second of one row, one token at a time.
-            prefill_tokens_s: tokens per second of a prompt of `SEED_TOKENS`.
-            rounds: (tokens, seconds) of other passes, where they are known. What rounds really take soon stands in the place of all these.
+            prefill_tokens_s: tokens per second of a prompt of `SEED_TOKENS`. What is actually measured soon takes the place of both.
         """
-        seeds = [*rounds, (1, 1 / decode_tokens_s), (SEED_TOKENS, SEED_TOKENS / prefill_tokens_s)]
+        seeds = ((1, 1 / decode_tokens_s), (SEED_TOKENS, SEED_TOKENS / prefill_tokens_s))
         self._points = {tokens.bit_length() - 1: _Point(tokens, seconds, measured=False) for tokens, seconds in seeds}
         self._curve: list[tuple[float, float]] = []
         self._draw()

@@ -19,11 +19,6 @@ def test_before_anything_is_measured_the_announced_rates_count() -> None:
     assert costs.fitting(0.05) == 0
 
 
-def test_other_passes_that_were_measured_at_the_start_count_as_well() -> None:
-    costs = Costs(10.0, 160.0, rounds=[(4, 0.12), (16, 0.15)])
-    assert [costs.seconds(tokens) for tokens in (1, 4, 16, 32)] == pytest.approx([0.1, 0.12, 0.15, 0.2])
-
-
 def test_the_first_measurement_corrects_what_was_only_announced() -> None:
     costs = Costs(1.0, 1.0)  # a host's `--throughput 1`
     costs.measured(1, 0.09)
