@@ -129,7 +129,9 @@ class DistributedGeneration:
         # Without its cache every step would run all tokens again; the results are the same.
         kwargs["use_cache"] = True
         try:
-            result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
+            # What logits processors run beside the answer (guidance by another prompt) is not part of the session.
+            with self.remote_blocks.no_active_session():
+                result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
         except KeyboardInterrupt:
             session.close("its answer was interrupted")
             raise

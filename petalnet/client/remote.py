@@ -195,6 +195,15 @@ class RemoteSequential(nn.Module):
     def deactivate(self, session: InferenceSession) -> None:
         _sessions.set(tuple(entry for entry in _sessions.get() if entry[1] is not session))
 
+    @contextmanager
+    def no_active_session(self) -> Iterator[None]:
+        """Calls inside do not use the sessions that are open around them."""
+        token = _sessions.set(())
+        try:
+            yield
+        finally:
+            _sessions.reset(token)
+
     def route(self) -> list[Hop]:
         """The servers that a session would use now, in order. Raises MissingBlocksError, ServerError."""
         return self.target.swarm.portal.run(find_hops, self.target)

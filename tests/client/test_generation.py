@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 GREEDY = {"do_sample": False}
 
@@ -57,6 +58,46 @@ def test_prompt_lookup_and_assistant(pair: Any) -> None:
         for parameter in assistant.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02)  # now it is wrong at times
     same(pair, ids, max_new_tokens=20, assistant_model=assistant, **GREEDY)
+
+
+def test_sampled_with_an_assistant(pair: Any) -> None:
+    """The same draws on both sides, so that what is accepted and what is drawn instead are the same."""
+    assistant = AutoModelForCausalLM.from_pretrained(pair.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    same(pair, pair.ids(1, 7), max_new_tokens=20, assistant_model=assistant, do_sample=True, temperature=0.7, top_k=30)
+
+
+def test_sampled_beams(pair: Any) -> None:
+    same(pair, pair.ids(2, 6), max_new_tokens=8, num_beams=3, num_return_sequences=2, do_sample=True)
+
+
+def test_guidance_by_another_prompt(pair: Any) -> None:
+    """A logits processor that runs the model itself, beside the answer's session."""
+    ids, options = pair.ids(1, 6), {"max_new_tokens": 8, "guidance_scale": 1.8, **GREEDY}
+    expected = same(pair, ids, **options)
+    with pair.remote.inference_session(max_length=64) as session:
+        assert torch.equal(pair.remote.generate(ids, **options), expected)
+        assert session.position == expected.shape[1] - 1
+
+
+def test_a_prompt_in_chunks(pair: Any) -> None:
+    ids = pair.ids(1, 30)
+    expected = pair.local.generate(ids, max_new_tokens=6, **GREEDY)
+    assert torch.equal(pair.remote.generate(ids, max_new_tokens=6, prefill_chunk_size=7, **GREEDY), expected)
+
+
+def test_stop_strings(pair: Any) -> None:
+    ids = pair.ids(1, 6)
+    ending = int(pair.local.generate(ids, max_new_tokens=8, **GREEDY)[0, 10])
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols.remove("z")
+    symbols.insert(ending, "z")
+    words = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert same(pair, ids, max_new_tokens=20, stop_strings=["z"], tokenizer=tokenizer, **GREEDY).shape[1] <= 11
 
 
 def test_without_any_input(pair: Any) -> None:
