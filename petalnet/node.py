@@ -234,6 +234,7 @@ class Node:
             "public_name": self._settings.public_name,
             "addrs": self._peering.host.addrs,
             "swarm_key": None if key is None else key.fingerprint,
+            "engine": None if self._server is None or not self._usable else self._server.service.describe(),
             "peers": peers,
         }
 

@@ -110,6 +110,19 @@ class BlockService:
         for scope in self._scopes.pop(peer_id, ()):
             scope.cancel()
 
+    def describe(self) -> dict[str, Any]:
+        """What goes on here, for the node's own user; plain values."""
+        engine, sessions = self.engine, self.sessions
+        rounds, delay = engine.rounds, engine.loop_delay
+        return {
+            "sessions": len(sessions),
+            "waiting": engine.queue_length,
+            "expected_wait_s": engine.expected_wait_s,
+            "kv_tokens": {"all": sessions.max_tokens, "free": sessions.free_tokens, "kept": self.runner.kept_tokens},
+            "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
+            "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
+        }
+
     async def check(self) -> None:
         """Raise RuntimeError unless the open sessions and the kept prefixes account for exactly the pages that are held.
 

@@ -16,7 +16,8 @@ WIDTH_OF_FILES = 160
 @click.command("peers")
 @click.option("as_json", "--json", is_flag=True, help="as JSON")
 def command(as_json: bool) -> int:
-    """Who this machine's nodes are connected to: from where or to where, round trip, bytes in and out, streams, since when.
+    """Who this machine's nodes are connected to: from where or to where, round trip, bytes in and out, streams, since when. And what those
+    that are servers compute: sessions, KV memory, rounds of the last minute.
 
     Asks the nodes that you run on this machine; nothing is sent over the network.
     """
@@ -47,6 +48,8 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
         swarm = f", private swarm (key {node['swarm_key']})" if node["swarm_key"] else ""
         count = f"{len(peers)} peer{'s' if len(peers) != 1 else ''}"
         click.echo(f"{node['role']}{name} {node['peer_id']}, pid {node['pid']}{swarm}: {count}")
+        if node.get("engine"):
+            click.echo(describe_engine(node["engine"]))
         if not peers:
             continue
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -67,6 +70,21 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
                 describe_age(now - peer["since"]),
             )
         console.print(table)
+
+
+def describe_engine(engine: dict[str, Any]) -> str:
+    """What a server computes, in a line."""
+    sessions, kv, minute, delay = engine["sessions"], engine["kv_tokens"], engine["last_minute"], engine["loop_delay_s"]
+    rounds = max(minute["rounds"], 1)
+    return "; ".join(
+        (
+            f"{sessions} session{'s' * (sessions != 1)}, {engine['waiting']} waiting",
+            f"{kv['free']} of {kv['all']} KV tokens free, {kv['kept']} kept of earlier prompts",
+            f"in the last minute {minute['rounds']} rounds of {minute['tokens'] / rounds:.1f} tokens and "
+            f"{minute['seconds'] / rounds * 1000:.0f} ms",
+            f"network loop late by {delay['median'] * 1000:.1f} ms, {delay['worst'] * 1000:.1f} at most",
+        )
+    )
 
 
 def describe_path(peer: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from petalnet.cli import run
-from petalnet.cli.peers import describe_age, describe_bytes, describe_path
+from petalnet.cli.peers import describe_age, describe_bytes, describe_engine, describe_path
 from petalnet.inspection import serve_inspection
 
 PEER = {
@@ -83,6 +83,22 @@ def test_a_node_without_peers(node, capsys: pytest.CaptureFixture[str]) -> None:
     node(NODE | {"peers": [], "swarm_key": None, "public_name": None})
     assert run(["peers"]) == 0
     assert capsys.readouterr().out == "server 12D3KooWMe, pid 4711: 0 peers\n"
+
+
+def test_a_server_and_what_it_computes(node, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = {
+        "sessions": 3, "waiting": 2, "expected_wait_s": 0.1, "kv_tokens": {"all": 4096, "free": 1024, "kept": 640},
+        "last_minute": {"rounds": 50, "seconds": 3.0, "tokens": 160, "tasks": 120}, "loop_delay_s": {"median": 0.00012, "worst": 0.0051},
+    }  # fmt: skip
+    node(NODE | {"peers": [], "engine": engine})
+    assert run(["peers"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        "3 sessions, 2 waiting; 1024 of 4096 KV tokens free, 640 kept of earlier prompts; in the last minute 50 rounds of 3.2 tokens and "
+        "60 ms; network loop late by 0.1 ms, 5.1 at most"
+    ]
+    idle = engine | {"sessions": 1, "last_minute": dict.fromkeys(("rounds", "seconds", "tokens", "tasks"), 0)}
+    assert describe_engine(idle).startswith("1 session, 2 waiting") and "0 rounds of 0.0 tokens and 0 ms" in describe_engine(idle)
 
 
 def test_words() -> None:
