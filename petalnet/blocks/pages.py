@@ -1,9 +1,9 @@
 """Which pages of the KV store hold which positions of which row: the page tables of a session.
 
 Rows that begin alike share pages; a row that writes into a page which others read too gets a copy of it first. Attention reads a row in
-place, without gathering, where its pages are one consecutive **run**. So a row claims a run as long as it may become when it begins, goes
-on right behind a prefix that it shares where there is room, and is otherwise brought together by copying its pages once: that costs about
-what gathering them for a single token costs.
+place, without gathering, where its pages are one consecutive **run**, and nearly so where they are a few long ones. So a row claims a run
+as long as it may become when it begins, goes on right behind a prefix that it shares where there is room, and is otherwise brought together
+by copying its pages once: that costs about what gathering them for a single token costs. Only what several rows read stays where it is.
 
 All of it belongs to one thread, the one that computes.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from petalnet.blocks.pool import Claim, OutOfPages, PagePool
 
@@ -176,18 +177,20 @@ class Rows:
         if needed > pool.available:
             raise OutOfPages(f"{needed} pages are needed, {pool.available} of {pool.pages} are available")
         copies: list[tuple[int, int]] = []
-        settled = self.length >= self._settled
+        settled, several = self.length >= self._settled, end > self.length + 1
         scattered = False
         for row, table in enumerate(self.tables):
-            shared = self._is_shared(table)
-            kept = len(table) - shared
+            kept = len(table) - self._is_shared(table)
             missing = pages - kept
             if missing or self._runs[row] is None:
                 needed -= missing
-                if not self._stays_run(row, kept, missing, over_kept=False) and settled:
-                    if self._bring_together(row, pages, pool.available - needed, copies):
+                goes_on = self._goes_on(row, kept, missing, over_kept=False)
+                if settled:
+                    stretches = 1 + sum(page != before + 1 for before, page in pairwise(table[:kept])) + (not goes_on and kept > 0)
+                    if stretches > 1 and self._bring_together(row, pages, stretches, several, pool.available - needed, copies):
                         continue
-                    self._stays_run(row, kept, missing, over_kept=True)
+                    if not goes_on:
+                        self._goes_on_elsewhere(row, kept, missing)
                 self._extend(row, kept, missing, copies)
                 scattered = scattered or self._runs[row] is None
         self._ready = pages * pool.page_tokens
@@ -217,12 +220,11 @@ class Rows:
         inside = self.length % self.pool.page_tokens
         return inside > 0 and self.pool.holders(table[self.length // self.pool.page_tokens]) > 1
 
-    def _stays_run(self, row: int, kept: int, missing: int, over_kept: bool) -> bool:
-        """Whether a row, of which so many pages stay, can be one run when it has so many more; claims that run."""
-        table, claim = self.tables[row], self._claims[row]
-        if kept and self._runs[row] is None and self._run_of(table[:kept]) is None:
-            return False
-        after = table[kept - 1] if kept else None
+    def _goes_on(self, row: int, kept: int, missing: int, *, over_kept: bool) -> bool:
+        """Whether a row, of which so many pages stay, can have so many more right behind them; claims these, and room to grow."""
+        if not missing:
+            return True
+        after, claim = self.tables[row][kept - 1] if kept else None, self._claims[row]
         if claim is not None:
             if len(claim) >= missing and (after is None or claim.start == after + 1):
                 return True
@@ -231,14 +233,26 @@ class Rows:
         self._claims[row] = claim = self.pool.claim(wanted, after=after, over_kept=over_kept, least=missing)
         return claim is not None
 
-    def _bring_together(self, row: int, pages: int, spare: int, copies: list[tuple[int, int]]) -> bool:
-        """Copy a row to a run of so many pages and room to grow, if there is one and it takes no more than the spare pages."""
-        if pages > spare:
+    def _goes_on_elsewhere(self, row: int, kept: int, missing: int) -> None:
+        """Claim a run that a row goes on in, of which so many pages stay; if there is none, what is kept behind these pages will do."""
+        self._claims[row] = self.pool.claim(self._pages(self.max_length) - kept, least=missing)
+        if self._claims[row] is None:
+            self._goes_on(row, kept, missing, over_kept=True)
+
+    def _bring_together(self, row: int, pages: int, stretches: int, several: bool, spare: int, copies: list[tuple[int, int]]) -> bool:
+        """Copy a row that lies in so many stretches to one run of so many pages and room to grow, if that pays and the spare pages suffice.
+
+        What other rows read, too, stays shared where it lies in long stretches: one token of each is attended there for nearly the same,
+        and the room is worth more. For several tokens it would be gathered, so then it is copied if pages are free.
+        """
+        former = self.tables[row]
+        readers = self.pool.holders(former[0]) - self.pool.is_kept(former[0])
+        apart = readers == 1 or stretches * self.pool.stretch_tokens > self.length
+        if not self.pool.stretch_tokens or pages > spare or not (apart or several):
             return False
-        claim = self.pool.claim(self._pages(self.max_length), least=pages)
+        claim = self.pool.claim(self._pages(self.max_length), over_kept=apart, least=pages)
         if claim is None:
             return False
-        former = self.tables[row]
         table = [self.pool.take(claim) for _ in range(pages)]
         copies.extend(zip(former[: self._pages(self.length)], table, strict=False))
         self._drop(row)

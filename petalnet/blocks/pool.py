@@ -65,16 +65,19 @@ class PagePool:
     Attributes:
         pages: how many there are.
         page_tokens: positions of a page.
+        stretch_tokens: how many positions the stretches of a row's consecutive pages must have on the average for attention to read them
+            where they lie; 0 where scattered pages are read as fast.
         free: pages that nobody holds; claimed ones count.
         available: pages that nobody holds or only the keeper: as many as can be taken.
         keeper: who holds pages by `keep`; None for nobody.
     """
 
-    def __init__(self, pages: int, page_tokens: int) -> None:
+    def __init__(self, pages: int, page_tokens: int, *, stretch_tokens: int = 128) -> None:
         if pages < 0 or page_tokens < 1:
             raise ValueError(f"no pool of {pages} pages of {page_tokens} tokens")
         self.pages = pages
         self.page_tokens = page_tokens
+        self.stretch_tokens = stretch_tokens
         self.free = self.available = pages
         self.keeper: Keeper | None = None
         self._holders = [0] * pages
@@ -97,14 +100,14 @@ class PagePool:
             pages: how many are wanted, at least 1. Where it takes kept pages, half of what they exceed `least` by will do: what is kept is
                 worth more than room that most rows never use.
             after: the run has to begin right behind this page; None: anywhere, see `_fitting`.
-            over_kept: with `after`, whether the run may have kept pages in it.
+            over_kept: whether the run may have kept pages in it.
             least: a shorter run is of no use.
 
         Returns:
             At least `least` and at most `pages` pages; None where there is no such run.
         """
         if after is None:
-            start, found = self._fitting(pages, (pages + least) // 2)
+            start, found = self._fitting(pages, (pages + least) // 2, over_kept)
         else:
             start = after + 1
             run = (_OPEN_RUNS if over_kept else _FREE_RUNS).match(self._marks, start)
@@ -247,7 +250,7 @@ class PagePool:
                 return page
         raise RuntimeError("the page pool is not sound: pages are free that are neither claimed nor unclaimed")
 
-    def _fitting(self, pages: int, enough: int) -> tuple[int, int]:
+    def _fitting(self, pages: int, enough: int, over_kept: bool) -> tuple[int, int]:
         """Where a run begins that nobody has claimed, and how long it is.
 
         That is the shortest of as many free pages as are wanted; else the longest of free pages, if it is long enough; else, of all runs
@@ -262,7 +265,7 @@ class PagePool:
                 longest_start, longest = start, end - start
         if best:
             return best_start, best
-        if longest >= enough:
+        if longest >= enough or not over_kept:
             return longest_start, longest
         oldest = 0
         for run in _OPEN_RUNS.finditer(self._marks):

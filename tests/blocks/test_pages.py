@@ -240,6 +240,41 @@ def test_rows_that_have_settled_are_brought_together() -> None:
     assert [rows.run(row) is None for row in range(3)] == [False] * 3
 
 
+def test_a_long_beginning_that_several_rows_read_stays_shared() -> None:
+    pool = PagePool(120, 16)
+    rows = make(1, 560, pool)
+    step(rows, 520)
+    rows.reorder([0, 0, 0])
+    assert sum(len(step(rows, 1)) for _ in range(40)) == 2, "only the page that is written"
+    beginning = rows.tables[0][:32]
+    assert all(table[:32] == beginning and rows.run(row) is None for row, table in enumerate(rows.tables[:2])) and rows.run(2) == 0
+    assert all(table[33:] == list(range(table[33], table[33] + 2)) for table in rows.tables), "they go on in runs"
+    rows.reorder([0])
+    rows.truncate(540)
+    copies = step(rows, 10)
+    assert len(copies) == 34 and rows.run(0) is not None, "nobody else reads it any more"
+
+
+def test_what_is_shared_is_copied_for_several_tokens_where_there_is_room() -> None:
+    for pages, together in ((120, True), (64, False)):
+        pool = PagePool(pages, 16)
+        rows = make(1, 560, pool)
+        step(rows, 520)
+        rows.reorder([0, 0])
+        copies = [len(step(rows, 5)) for _ in range(2)]
+        assert copies == ([1, 33] if together else [1, 0]) and (rows.run(0) is not None) == together
+
+
+def test_where_scattered_pages_are_read_as_fast_nothing_is_copied() -> None:
+    pool = PagePool(60, 16, stretch_tokens=0)
+    rows = make(1, 160, pool)
+    step(rows, 40)
+    rows.reorder([0, 0, 0])
+    assert sum(len(step(rows, 1)) for _ in range(100)) == 2
+    rows.reorder([0])
+    assert step(rows, 20) == [] and rows.run(0) is None
+
+
 def test_rows_of_a_beam_search_are_not_copied() -> None:
     pool = PagePool(100, 16)
     rows = make(1, 320, pool)
