@@ -49,8 +49,9 @@ OVERDUE_S = 5.0
 """A task that has got nothing for so long leads a round, whatever its peer has had meanwhile, ..."""
 OVERDUE_TURN = 4
 """... but only one round in so many, so that a peer with a long queue of its own does not get more than its share by it."""
-WAIT_SHARE = 0.35
-"""Seconds that a round may wait for stragglers, as a share of what it takes itself."""
+WAIT_SHARE = 0.5
+"""Seconds that a round may wait for stragglers, as a share of what it will take with them. Also what makes a session one that is far
+away: that it usually stays away for longer."""
 Rank = Literal["empty", "decode", "prefill", "pass"]
 RANKS: tuple[Rank, ...] = ("decode", "prefill", "pass")
 TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}

@@ -326,9 +326,9 @@ def test_when_all_are_there_nobody_is_waited_for(scheduler: Scheduler) -> None:
 
 
 def test_sessions_far_away_are_not_waited_for(scheduler: Scheduler) -> None:
-    now = acquaint(scheduler, ["near", "far"], 0.05)
-    scheduler.add(step("near"), now + 0.049)  # the other is due in a moment; but it would be waited for again and again
-    assert sessions(started(scheduler, now + 0.049)) == ["near"]
+    now = acquaint(scheduler, ["near", "far"], 0.08)
+    scheduler.add(step("near"), now + 0.079)  # the other is due in a moment; but it would be waited for again and again
+    assert sessions(started(scheduler, now + 0.079)) == ["near"]
 
 
 def test_sessions_of_another_key_and_those_that_ended_are_not_waited_for(scheduler: Scheduler) -> None:
