@@ -230,7 +230,7 @@ class BlockService:
             Task(
                 peer=session.peer_id,
                 session=session,
-                key=(session.first, session.end, self.span.batch_key(position, session)),
+                key=(session.first, session.end, self.span.batch_key(work.position_end, session)),
                 units=new,
                 width=rows,
                 kind="step",

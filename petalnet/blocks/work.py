@@ -68,6 +68,15 @@ class StepWork:
     def _arrays(self) -> Arrays:
         return Arrays.of(self.request)
 
+    @cached_property
+    def position_end(self) -> int:
+        """One past the last position that the step reaches: less than its KV entries where rows are padded."""
+        request = self.request
+        new = request.hidden.shape[1]
+        if request.position_ids is None or not new:
+            return request.position + new
+        return int(decode_tensor(request.position_ids).max()) + 1
+
     def part(self, start: int, end: int) -> SpanStep:
         """New tokens start … end - 1, for `Span.step`."""
         arrays, position = self._arrays, self.request.position
@@ -81,7 +90,7 @@ class StepWork:
             position_ids=position_ids if position_ids is None or whole else position_ids[:, start:end],
             prompts=arrays.prompts,
             all_hidden=self.request.all_hidden,
-            position_end=None if whole else position + new,
+            position_end=None if whole else self.position_end,
         )
 
     def wanted(self, start: int, end: int, outputs: list[torch.Tensor]) -> torch.Tensor | None:
