@@ -28,7 +28,7 @@ from petalnet.blocks.kv import KVStore
 GROUPED_QUERIES = 64
 """Up to so many queries of a KV head (new tokens × heads that share it) are attended as one group."""
 
-LEAST_EXTENT = 1 << 19
+LEAST_EXTENT = 384 << 10
 """Bytes of keys and values that the stretches of a row's consecutive pages must have on the average for the row to be attended where it
 lies, stretch by stretch; copying so much costs what a further call of the kernel does."""
 
