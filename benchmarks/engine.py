@@ -60,7 +60,11 @@ class Answer:
 
 
 class Place:
-    """The model's folder, the server, and a local and a distributed model in this process."""
+    """The model's folder, the server, and a local and a distributed model in this process.
+
+    Attributes:
+        delays: how late the server's network loop was, as noted by `watch_loop`: median and worst of a minute, in seconds.
+    """
 
     def __init__(self, running: Bench, options: argparse.Namespace) -> None:
         import torch
@@ -72,6 +76,7 @@ class Place:
         make, sizes = FAMILIES[options.family]
         self.sizes = argparse.Namespace(**FULL_SIZE | sizes | (QUICK_SIZE if options.quick else {}))
         self.running = running
+        self.delays: list[tuple[float, float]] = []
         self.path = make(running.folder, self.sizes)
         # A given throughput: the measurement at start is not what is compared here.
         served = ["--serve", f"0:{self.sizes.layers}", "--dtype", "float32", "--throughput", "100"]
@@ -89,6 +94,20 @@ class Place:
 
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(10, self.sizes.vocabulary, (tokens,), generator=generator).tolist()
+
+    def watch_loop(self) -> None:
+        """Note how late the server's network loop was in the last minute; to be called at least once a minute."""
+        from petalnet.inspection import ask_nodes
+
+        for node in ask_nodes():
+            if node["pid"] == self.server and node.get("engine"):
+                delay = node["engine"]["loop_delay_s"]
+                self.delays.append((delay["median"], delay["worst"]))
+
+    def print_loop(self) -> None:
+        if self.delays:
+            medians, worst = zip(*self.delays, strict=True)
+            print(f"the server's network loop was late by {statistics.median(medians) * 1e3:.1f} ms, {max(worst) * 1e3:.1f} at most")
 
     def process(self) -> Client:
         """A client in a process of its own."""
@@ -205,6 +224,7 @@ def clients(place: Place, options: argparse.Namespace) -> bool:
         turn = number * len(names) // options.rounds
         for name in names[turn:] + names[:turn]:
             answers = ways[name]()
+            place.watch_loop()
             rates[name].append(tokens_per_s(answers, options.tokens))
             firsts[name] += [one.first_s for one in answers]
             steps[name] += [step for one in answers for step in one.steps]
@@ -229,6 +249,7 @@ def clients(place: Place, options: argparse.Namespace) -> bool:
             for name, rate in rates.items()
         ],
     )
+    place.print_loop()
     print(f"answers that differ from the client's own local answer: {wrong}")
     return wrong == 0
 
@@ -259,6 +280,7 @@ def beside(place: Place, options: argparse.Namespace) -> bool:
         long.append(end.first_s)
         missed += one.times[0] > end.times[0]
         loaded.append(one)
+        place.watch_loop()
     wrong = sum(one.ids != ids for ones in (idle, loaded) for one, ids in zip(ones, expected, strict=True))
     print(f"short prompts of {options.prefix} tokens, long ones of {options.long}, {options.rounds} rounds; {machine()}")
     least = statistics.median(one.first_s for one in idle)
@@ -283,6 +305,7 @@ def beside(place: Place, options: argparse.Namespace) -> bool:
             )
         ],
     )
+    place.print_loop()
     print(f"short prompts that were answered only after the long one: {missed}; answers that differ from the local ones: {wrong}")
     return wrong == 0
 
