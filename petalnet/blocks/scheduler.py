@@ -31,7 +31,11 @@ from petalnet.blocks.costs import Costs
 from petalnet.blocks.shares import Share, Shares
 
 ROUND_S = 0.15
-"""Seconds that a round with a chunk of a prefill may take."""
+"""Seconds that a round with a chunk of a prefill may take, at the most, ..."""
+ROUND_PASSES = 2.5
+"""... and in passes of a single token: where those are quick, a longer chunk gains little, and others would wait for many of them."""
+LEAST_ROUND_S = 0.02
+"""However quick passes are, a round may take so long."""
 ALONE_ROUNDS = 2.0
 """The budget, in rounds, of a chunk that nobody waits for or that is the last of its prompt: larger ones run faster, and somebody may
 come in at any time."""
@@ -143,11 +147,11 @@ class Scheduler:
         """
         Args:
             costs: of steps through the whole span; from now on the scheduler's own. Passes begin with the same and are measured apart.
-            round_s: the time budget of a round with prefills or passes, in seconds.
+            round_s: the most seconds that a round with prefills or passes may take, decodes aside.
             most_tokens: the most tokens of a round, unless a single decode or a single unit of a task has more.
         """
         self._costs = {"step": costs, "pass": copy.deepcopy(costs)}
-        self._round_s = round_s
+        self._longest_s = round_s
         self._most_tokens = most_tokens
         self._waiting: dict[Task, _Waiting] = {}  # whoever has got nothing for the longest time first
         self._queues: dict[Rank, dict[Task, _Waiting]] = {"empty": {}, "decode": {}, "prefill": {}, "pass": {}}
@@ -245,7 +249,7 @@ class Scheduler:
             if task.rank == "decode":
                 decodes.setdefault(task.key if task.key is not None else task, []).append(task)
             elif task.units:
-                chunk = max(LEAST_PREFILL, self._costs[task.kind].fitting(self._round_s))
+                chunk = max(LEAST_PREFILL, self._costs[task.kind].fitting(self._round_s()))
                 seconds += task.tokens_left * self._seconds(task, chunk) / chunk
         return seconds + sum(self._seconds(tasks[0], sum(task.tokens_left for task in tasks)) for tasks in decodes.values())
 
@@ -322,15 +326,19 @@ class Scheduler:
     def _chunk(self, task: Task, tokens: int) -> int:
         """The tokens of this task, and of others after it, that may be added to a round of so many."""
         alone = len(self._waiting) == 1 and not len(self._arrivals)
-        budget = self._round_s * (ALONE_ROUNDS if alone else 1.0)
+        budget = self._round_s() * (ALONE_ROUNDS if alone else 1.0)
         if tokens:
             budget = max(budget, DECODE_ROUNDS * self._seconds(task, tokens))
         fitting = self._costs[task.kind].fitting(budget / task.weight)
         return min(max(fitting - tokens, LEAST_PREFILL), max(self._most_tokens - tokens, 0))
 
+    def _round_s(self) -> float:
+        """The time budget of a round with prefills or passes."""
+        return min(self._longest_s, max(LEAST_ROUND_S, ROUND_PASSES * self._costs["step"].seconds(1)))
+
     def _may_exceed(self, task: Task, tokens: int, more: int) -> bool:
         """Whether so many tokens of a prefill may be added to a round of `tokens` though they do not fit its budget."""
-        return tokens + more <= self._most_tokens and self._seconds(task, tokens + more) <= ALONE_ROUNDS * self._round_s
+        return tokens + more <= self._most_tokens and self._seconds(task, tokens + more) <= ALONE_ROUNDS * self._round_s()
 
     @staticmethod
     def _part(task: Task, units: int) -> Part:
