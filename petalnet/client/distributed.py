@@ -19,13 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petalnet.client.cache import SessionCache
-from petalnet.client.generation import DistributedGeneration, refuse_attentions
+from petalnet.client.generation import IMPLICIT_MAX_LENGTH, DistributedGeneration, longest_of, refuse_attentions
 from petalnet.client.remote import RemoteSequential
 from petalnet.client.session import InferenceSession, as_mask
 from petalnet.errors import ModelError, UsageError
-
-IMPLICIT_MAX_LENGTH = 2048
-"""KV entries of a session that is opened because `forward` was called with use_cache=True, where the model allows as many."""
 
 _kept: ContextVar[int] = ContextVar("petalnet_kept", default=0)
 """Inside of the `forward` of a model with a head: of how many of the last positions it uses the hidden states; 0 for all of them."""
@@ -231,7 +228,7 @@ def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, A
     ambient = blocks.active_session()
     if ambient is not None or not call.get("use_cache"):
         return ambient
-    longest = getattr(model.config, "max_position_embeddings", None) or IMPLICIT_MAX_LENGTH
+    longest = longest_of(model.config) or IMPLICIT_MAX_LENGTH
     return blocks.inference_session(max_length=min(longest, IMPLICIT_MAX_LENGTH))
 
 

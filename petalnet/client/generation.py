@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 20
 """What the library generates when no length is given."""
+IMPLICIT_MAX_LENGTH = 2048
+"""KV entries of a session of which nobody has said how long it will be, where the model allows as many."""
 
 
 class DistributedGeneration:
     """The part of a distributed model that generates; before the library's class in the order of bases."""
 
     # The library evaluates the annotations of its models' classes, so these may name nothing that is imported for type checkers only.
+    config: Any
     remote_blocks: Any
     generation_config: Any
 
@@ -64,6 +67,8 @@ class DistributedGeneration:
         elif kwargs.get("input_ids") is not None:
             raise ValueError("give the input ids once: as inputs or as input_ids")
         kwargs.pop("input_ids", None)
+        if getattr(generation_config, "is_assistant", None):
+            return self._propose(inputs, generation_config, args, kwargs)
         session = self._named_session(session, kwargs.pop("past_key_values", None)) or blocks.active_session()
         plan = _Plan(self, inputs, generation_config, kwargs)
         if session is not None:
@@ -73,6 +78,17 @@ class DistributedGeneration:
             return self._generate_in(session, plan, generation_config, args, kwargs)
         finally:
             session.close("its answer is complete")
+
+    def _propose(self, inputs: Any, generation_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`generate` for the library, which uses this model as another one's assistant: it gives all ids in each call, and takes care of
+        the cache from call to call. The session ends when the library forgets that."""
+        cache = kwargs.pop("past_key_values", None)
+        if cache is None:
+            longest = inputs.shape[1] + IMPLICIT_MAX_LENGTH
+            cache = self.remote_blocks.inference_session(max_length=min(longest, longest_of(self.config) or longest)).cache
+        kwargs["use_cache"] = True
+        with self.remote_blocks.no_active_session():
+            return super().generate(inputs, generation_config, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """The library's source of candidates (assisted generation), which proposes no more of them than the session has room for."""
@@ -224,6 +240,11 @@ class _TailStreamer:
 
     def end(self) -> None:
         self._streamer.end()
+
+
+def longest_of(config: Any) -> int | None:
+    """The most tokens that a model was made for; None where it does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def refuse_attentions(*askers: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -67,6 +68,16 @@ def test_sampled_with_an_assistant(pair: Any) -> None:
         for parameter in assistant.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
     same(pair, pair.ids(1, 7), max_new_tokens=20, assistant_model=assistant, do_sample=True, temperature=0.7, top_k=30)
+
+
+def test_an_assistant_over_the_swarm(pair: Any) -> None:
+    """Its own cache lives from one proposal to the next, and ends with the answer."""
+    ids = pair.ids(1, 7)
+    expected = pair.local.generate(ids, max_new_tokens=20, **GREEDY)
+    for model in (pair.local, pair.remote):
+        assert torch.equal(model.generate(ids, max_new_tokens=20, assistant_model=pair.remote, **GREEDY), expected)
+    gc.collect()
+    pair.servers.wait_until(lambda: pair.servers.open_sessions() == 0)
 
 
 def test_sampled_beams(pair: Any) -> None:
