@@ -97,6 +97,11 @@ class Runner:
         """Positions that are kept of earlier prompts."""
         return len(self._prefixes) * self._pool.page_tokens
 
+    @property
+    def held_tokens(self) -> int:
+        """Positions of all pages that sessions hold or that are kept."""
+        return (self._pool.pages - self._pool.free) * self._pool.page_tokens
+
     def _prepare(self, work: StepWork, part: Part) -> None:
         """Have the session where the part begins, with pages for its new tokens."""
         if part.start == 0:

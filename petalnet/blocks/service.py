@@ -118,7 +118,12 @@ class BlockService:
             "sessions": len(sessions),
             "waiting": engine.queue_length,
             "expected_wait_s": engine.expected_wait_s,
-            "kv_tokens": {"all": sessions.max_tokens, "free": sessions.free_tokens, "kept": self.runner.kept_tokens},
+            "kv_tokens": {
+                "all": sessions.max_tokens,
+                "free": sessions.free_tokens,
+                "held": self.runner.held_tokens,
+                "kept": self.runner.kept_tokens,
+            },
             "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
             "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
         }

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,22 @@ POOL_TOKENS = 65536
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a server has open: of the operating system's things, and of its own. All but the free KV tokens are better fewer."""
+    """What a server has open: of the system's things, and of its own. The fewer the better.
+
+    `pages` counts KV positions in pages that are held, not kept of earlier prompts; `promised` those that are set aside for sessions.
+    """
 
     descriptors: int
     threads: int
     connections: int
     streams: int
-    free_kv_tokens: int
+    sessions: int
+    waiting: int
+    promised: int
+    pages: int
 
     def exceeds(self, before: Footprint) -> bool:
-        more = (self.descriptors, self.threads, self.connections, self.streams, -self.free_kv_tokens)
-        allowed = (before.descriptors, before.threads, before.connections, before.streams, -before.free_kv_tokens)
-        return any(now > then for now, then in zip(more, allowed, strict=True))
+        return any(now > then for now, then in zip(astuple(self), astuple(before), strict=True))
 
 
 @dataclass
@@ -76,20 +80,29 @@ class Server:
         return OpenSession(secrets.token_hex(8), self.model, 0, BLOCKS["llama"], max_length)
 
     async def footprint(self) -> Footprint:
-        """What is open now, as the system and the server tell, with what it takes to find out."""
-        async with await self.host.open_stream(self.node.peer_id, INFERENCE, addrs=self.node.addrs) as stream:
-            free = (await ask(stream, self.opening(64), SessionOpened)).free_kv_tokens
+        """What is open now, as the system tells and the server tells its own user."""
         (report,) = await trio.to_thread.run_sync(ask_nodes)
         process = psutil.Process(self.node.process.pid)
-        streams = sum(peer["streams"] for peer in report["peers"])
-        return Footprint(process.num_fds(), process.num_threads(), len(report["peers"]), streams, free)
+        engine, peers = report["engine"], report["peers"]
+        kv = engine["kv_tokens"]
+        return Footprint(
+            descriptors=process.num_fds(),
+            threads=process.num_threads(),
+            connections=len(peers),
+            streams=sum(peer["streams"] for peer in peers),
+            sessions=engine["sessions"],
+            waiting=engine["waiting"],
+            promised=kv["all"] - kv["free"],
+            pages=kv["held"] - kv["kept"],
+        )
 
     async def settled(self) -> Footprint:
-        """The footprint once two looks in a row see the same."""
-        last = await self.footprint()
-        while (now := await self.footprint()) != last:
-            last = now
-            await trio.sleep(0.5)
+        """The footprint once nothing of earlier sessions is left and two looks see the same."""
+        with trio.fail_after(BACK_WITHIN_S):
+            last = None
+            while (now := await self.footprint()) != last or now.sessions + now.waiting + now.promised + now.pages > 0:
+                last = now
+                await trio.sleep(0.3)
         return now
 
     async def is_back_to(self, before: Footprint) -> None:
