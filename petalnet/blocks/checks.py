@@ -88,8 +88,8 @@ class Checks:
         _answer(request.hidden, blocks if request.all_hidden else 1, request.keep or new, payload)
         return request, order
 
-    def attach(self, session: Session, request: Attach) -> list[list[bytes]]:
-        """The names that a session asks for, a list for each row.
+    def attach(self, session: Session, request: Attach) -> int:
+        """For how many rows a session asks for units by their names.
 
         Raises:
             CallerError: the session has begun, or these are not names of units that it could hold.
@@ -103,7 +103,7 @@ class Checks:
         if not 1 <= units <= session.max_length // UNIT_TOKENS:
             raise CallerError(f"{units} units of {UNIT_TOKENS} tokens do not fit a session of max_length {session.max_length}")
         _names(request.names, rows, units)
-        return split_names(request.names)
+        return rows
 
     def stateless(self, request: Message, payload: int) -> Forward | Backward:
         """The request, as a pass that can be run; `payload` and errors as for `step`."""

@@ -14,7 +14,7 @@ import trio
 
 from petalnet.blocks.checks import Checks, Limits, split_names
 from petalnet.blocks.costs import SEED_TOKENS, Costs
-from petalnet.blocks.engine import Engine
+from petalnet.blocks.engine import Engine, Result
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
@@ -49,6 +49,9 @@ USUAL_RATES = Rates(decode=20.0, prefill=200.0, forward=200.0)
 BACKWARD_WEIGHT = 3.0
 """A backward pass computes the forward pass again, and twice as much for the gradients."""
 DRAINING_RETRY_S = 60.0
+WATCHED_TOKENS = 64
+"""Where a task has more tokens, its stream is watched while it waits and runs: a client that was interrupted in a long prompt wants none of
+it any more. For a few tokens the watching would cost more than it saves."""
 
 
 class BlockService:
@@ -179,7 +182,7 @@ class BlockService:
             await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes))
             while (request := await self._receive(stream)) is not None:
                 try:
-                    run = self._admit(session, request, stream.protocol.limits.payload)
+                    run = self._admit(stream, session, request)
                 except PetalnetError as error:
                     await stream.send(Error.of(error))
                     continue
@@ -189,6 +192,8 @@ class BlockService:
                     # Half a step may be done: nobody could go on from here, so the session ends.
                     await stream.send(Error.of(error))
                     return
+                if answer is None:
+                    return
                 await stream.send(answer)
         finally:
             self.sessions.close(session)
@@ -197,9 +202,11 @@ class BlockService:
     async def _serve_passes(self, stream: Stream) -> None:
         while (request := await self._receive(stream)) is not None:
             try:
-                answer = await self._run_pass(stream.peer_id, request, stream.protocol.limits.payload)
+                answer = await self._run_pass(stream, request)
             except PetalnetError as error:
                 answer = Error.of(error)
+            if answer is None:
+                return
             await stream.send(answer)
 
     async def _receive(self, stream: Stream) -> Message | None:
@@ -209,17 +216,18 @@ class BlockService:
         await stream.send(Error.of(CallerError(f"nothing came for {self.limits.idle_s:g} s; this stream is closed")))
         return None
 
-    def _admit(self, session: Session, request: Message, payload: int) -> Callable[[], Awaitable[Message]]:
-        """What answers a session's request, once that was checked and the session has been promised the room for it."""
+    def _admit(self, stream: Stream, session: Session, request: Message) -> Callable[[], Awaitable[Message | None]]:
+        """What answers a session's request, once that was checked and the session has been promised the room for it; it gives None where
+        the peer ends the stream meanwhile."""
         if isinstance(request, Attach):
-            names = self._checks.attach(session, request)
-            self.sessions.admit(session, len(names))
+            self.sessions.admit(session, self._checks.attach(session, request))
             session.begun = True
-            return lambda: self._attach(session, names)
-        step, order = self._checks.step(session, request, payload)
+            return lambda: self._attach(session, split_names(request.names))
+        step, order = self._checks.step(session, request, stream.protocol.limits.payload)
         self.sessions.admit(session, max(step.hidden.shape[0], step.promise_rows))
         session.begun = True
-        return lambda: self._run_step(StepWork(session, step, order, None if step.names is None else split_names(step.names)))
+        names = None if step.names is None else split_names(step.names)
+        return lambda: self._run_step(stream, StepWork(session, step, order, names))
 
     async def _attach(self, session: Session, names: list[list[bytes]]) -> Attached:
         position = await self.engine.ask(self.runner.attach, session, names)
@@ -227,11 +235,12 @@ class BlockService:
             self.sessions.reached(session, len(names), position)
         return Attached(position)
 
-    async def _run_step(self, work: StepWork) -> StepDone:
+    async def _run_step(self, stream: Stream, work: StepWork) -> StepDone | None:
         request, session = work.request, work.session
         rows, new, _ = request.hidden.shape
         position = request.position + new
-        result = await self.engine.submit(
+        result = await self._compute(
+            stream,
             Task(
                 peer=session.peer_id,
                 session=session,
@@ -242,20 +251,23 @@ class BlockService:
                 max_units=self._checks.tokens_at_once(rows, position),
                 work=work,
                 weight=self._weight(session.first, session.end),
-            )
+            ),
         )
+        if result is None:
+            return None
         self.sessions.reached(session, rows, position)
         return StepDone(request.step, position, result.value, result.compute_s, result.queue_s)
 
-    async def _run_pass(self, peer_id: str, request: Message, payload: int) -> Message:
+    async def _run_pass(self, stream: Stream, request: Message) -> Message | None:
         if isinstance(request, (Forward, Backward)):
             self._check_model(request.model)
-        checked = self._checks.stateless(request, payload)
+        checked = self._checks.stateless(request, stream.protocol.limits.payload)
         rows, length, _ = checked.hidden.shape
         forward = isinstance(checked, Forward)
-        result: Any = await self.engine.submit(
+        result = await self._compute(
+            stream,
             Task(
-                peer=peer_id,
+                peer=stream.peer_id,
                 session=None,
                 key=None,
                 units=rows,
@@ -264,12 +276,31 @@ class BlockService:
                 max_units=self._checks.rows_at_once(length),
                 work=ForwardWork(self.span, checked) if isinstance(checked, Forward) else BackwardWork(self.span, checked),
                 weight=self._weight(checked.first, checked.end) * (1.0 if forward else BACKWARD_WEIGHT),
-            )
+            ),
         )
+        if result is None:
+            return None
         if forward:
             return ForwardDone(result.value, result.compute_s, result.queue_s)
         grad_hidden, grad_prompts = result.value
         return BackwardDone(grad_hidden, grad_prompts, result.compute_s, result.queue_s)
+
+    async def _compute(self, stream: Stream, task: Task) -> Result[Any] | None:
+        """Have a task computed; None, and the task dropped, where the peer ends the stream before it is. Raises as `Engine.submit`."""
+        if task.tokens_left <= WATCHED_TOKENS:
+            return await self.engine.submit(task)
+        result: Result[Any] | None = None
+        failure: PetalnetError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
+            try:
+                result = await self.engine.submit(task)
+            except PetalnetError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return result
 
     def _weight(self, first: int, end: int) -> float:
         """What a token costs that goes through these blocks, in tokens that go through the whole span."""
@@ -280,6 +311,11 @@ class BlockService:
             raise CallerError("another model is served here")
         if self.draining:
             raise BusyError("the server is shutting down", DRAINING_RETRY_S)
+
+
+async def _cancel_at_end(stream: Stream, scope: trio.CancelScope) -> None:
+    if await stream.peer_ends():
+        scope.cancel()
 
 
 def _costs(rates: Rates) -> Costs:

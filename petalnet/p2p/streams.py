@@ -201,6 +201,14 @@ class Stream:
             self._window = self._limits.busy_window
         return message
 
+    async def peer_ends(self) -> bool:
+        """Wait until the peer has closed or reset the stream, or is gone (True), or sends something to be received (False).
+
+        For whoever is busy with a request and receives nothing meanwhile. Safe to cancel.
+        """
+        await self._raw.wait(1)
+        return not self._raw.held
+
     def idle_s(self, now: float) -> float:
         """Seconds since this side began to wait for a message; 0 where it does not, or a part of one has come."""
         return max(now - self._idle_since, 0.0) if self._idle_since > float("-inf") and not self._raw.held else 0.0

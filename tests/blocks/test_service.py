@@ -295,6 +295,27 @@ async def test_a_client_that_dies_in_mid_prompt_leaves_nothing(saved: Callable[.
             assert served.service.engine.queue_length == 0
 
 
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_client_that_is_interrupted_in_mid_prompt_is_not_computed_for(saved: Callable[..., Path], how: str) -> None:
+    async with serving(saved("llama"), limits=Limits(chunk_tokens=1)) as served:
+        async with await served.stream(INFERENCE) as stream:
+            await ask(stream, replace(OPEN, max_length=500))
+            await stream.send(step(torch.randn(1, 450, HIDDEN), 0))
+            await eventually(lambda: served.service.engine.rounds.count > 3)
+            await getattr(stream, how)()
+            await served.closed()
+            assert served.service.engine.rounds.count < 400
+
+
+async def test_a_pass_whose_asker_is_gone_is_dropped(saved: Callable[..., Path]) -> None:
+    async with serving(saved("llama"), limits=Limits(scores=100)) as served, await served.stream(FORWARD) as stream:
+        await stream.send(Forward(MODEL, FIRST, END, encode_tensor(torch.randn(900, 10, HIDDEN))))  # a row a round
+        await eventually(lambda: served.service.engine.rounds.count > 3)
+        await stream.close()
+        await eventually(lambda: not served.service.engine.queue_length)
+        assert served.service.engine.rounds.count < 800
+
+
 async def test_a_long_step_runs_in_pieces_and_lets_others_in_between(saved: Callable[..., Path]) -> None:
     async with serving(saved("llama"), limits=Limits(chunk_tokens=6)) as served:
         prompts = torch.randn(2, 3, 5, HIDDEN)
