@@ -89,9 +89,9 @@ class Span:
                     if name in module.__dict__:
                         module.__dict__[name] = index
         if config.model_type == "bloom":
-            from petalnet.blocks.bloom import page_attention
+            from petalnet.blocks.bloom import adapt
 
-            page_attention(self._blocks)
+            adapt(self._blocks)
         self._may_pack = may_pack and "chunked_attention" not in (getattr(config, "layer_types", None) or ())
         # Attention modules and the backbone look into the configuration for the attention function, at every pass anew.
         self._library_attention: str | None = config._attn_implementation
