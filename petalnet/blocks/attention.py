@@ -6,8 +6,8 @@ row's keys and values lie. A `Backend` (see `backends`) does the arithmetic.
 
 The rules, for a query at position q (counted in KV entries of its row, padding included) and a key at position k of the same row:
 - k ≤ q, and k > q - window in a layer with a sliding window;
-- k is not padding; only where nothing else is left, k = q is: what a query gets is finite, whatever is padding around it. (The library reads
-  what comes out at padding, too, where an answer is written behind rows that are padded on the right.)
+- k is not padding; only where nothing else is left, k = q is: what a query gets is finite, whatever is padding around it. (What comes
+  out at padding is read, too, where an answer is written behind rows that are padded on the right.)
 - nothing of another row is ever read, so that what is not finite in one session stays there.
 """
 
