@@ -34,6 +34,8 @@ ROUND_S = 0.15
 """Seconds that a round with a chunk of a prefill may take, at the most, ..."""
 ROUND_PASSES = 2.5
 """... and in passes of a single token: where those are quick, a longer chunk gains little, and others would wait for many of them."""
+LEAST_PASSES = 1.5
+"""But on a slow device no less than so many of these, or a prompt would go through in chunks that take hardly less than longer ones."""
 LEAST_ROUND_S = 0.02
 """However quick passes are, a round may take so long."""
 ALONE_ROUNDS = 2.0
@@ -334,7 +336,8 @@ class Scheduler:
 
     def _round_s(self) -> float:
         """The time budget of a round with prefills or passes."""
-        return min(self._longest_s, max(LEAST_ROUND_S, ROUND_PASSES * self._costs["step"].seconds(1)))
+        single = self._costs["step"].seconds(1)
+        return max(min(self._longest_s, max(LEAST_ROUND_S, ROUND_PASSES * single)), LEAST_PASSES * single)
 
     def _may_exceed(self, task: Task, tokens: int, more: int) -> bool:
         """Whether so many tokens of a prefill may be added to a round of `tokens` though they do not fit its budget."""

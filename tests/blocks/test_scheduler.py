@@ -142,6 +142,15 @@ def test_a_prefill_gets_on_however_slow_the_machine_is() -> None:
     assert sum(parts.values()) >= LEAST_PREFILL + 1
 
 
+def test_on_a_slow_device_a_prompt_does_not_crawl() -> None:
+    slow = Scheduler(Costs(1.0, 16.0))
+    for tokens in (1, 8, 16, 32, 64, 128, 256):
+        slow._costs["step"].measured(tokens, 10 * seconds(tokens))
+    slow.add(step("long", 2000), 0.0)
+    (part,) = started(slow, 0.0)
+    assert 10 * seconds(part.tokens) == pytest.approx(3.0, rel=0.1)
+
+
 def test_a_prompt_that_nobody_waits_beside_gets_larger_chunks(scheduler: Scheduler) -> None:
     scheduler.add(step("prompt", 2000), 0.0)
     (alone,), now = run_round(scheduler, 0.0)
