@@ -99,8 +99,14 @@ class Servers:
         trio.from_thread.run_sync(server.scope.cancel, trio_token=self._token)
 
     def stop_all(self) -> None:
-        trio.from_thread.run_sync(self._nursery.cancel_scope.cancel, trio_token=self._token)
-        self._thread.join(20)
+        """End all servers, whose pages have to be accounted for at any moment, so at this one as well."""
+        try:
+            for server in self.servers:
+                if server.alive:
+                    trio.from_thread.run(server.service.check, trio_token=self._token)
+        finally:
+            trio.from_thread.run_sync(self._nursery.cancel_scope.cancel, trio_token=self._token)
+            self._thread.join(20)
 
     def wait_until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
         """Wait until `condition()` of the servers' state holds."""
