@@ -56,6 +56,11 @@ class RotaryRegimes:
             return session
         return tuple(position_end > switch for switch in sorted(self._switches))
 
+    def alike(self, positions: int) -> bool:
+        """Whether all sequences of at most so many positions get the same frequencies."""
+        limits = self._switches if self._unlike is None else {*self._switches, self._unlike}
+        return positions <= min(limits, default=positions)
+
     def begin(self, position_end: int | None) -> None:
         """Before a pass: choose the frequencies for sequences of so many positions; None for those of the pass's own positions."""
         self._longest = None if position_end is None else position_end - 1

@@ -69,6 +69,8 @@ class Runner:
 
     def attach(self, session: Session, names: Sequence[Sequence[bytes]]) -> int:
         """Let a fresh session's rows begin with what is kept under their names; the KV entries that each row has then."""
+        if not self._span.computes_alike(session.max_length):
+            return 0
         owner = self._owner(session)
         found = [self._prefixes.find(owner, row) for row in names]
         pages = min(map(len, found))
@@ -109,7 +111,12 @@ class Runner:
         session = work.session
         copies = session.kv.prepare(part.end - part.start)
         if copies:
-            self._store.copy_pages(copies, session.first - self._span.first, session.end - self._span.first)
+            try:
+                self._store.copy_pages(copies, session.first - self._span.first, session.end - self._span.first)
+            except Exception:
+                # Nobody may find the pages that the rows have now: they do not hold what was to be copied.
+                session.names = [[] for _ in session.names]
+                raise
 
     def _begin(self, work: StepWork) -> None:
         """Bring the session to where the step begins."""
@@ -167,6 +174,8 @@ class Runner:
         return work.answer() if part.end == part.task.units else None
 
     def _keep(self, session: Session) -> None:
+        if not self._span.computes_alike(session.max_length):
+            return  # where the angles of keys depend on how long the session becomes, another may need others
         owner = self._owner(session)
         for names, table in zip(session.names, session.kv.tables, strict=True):
             if names:

@@ -25,6 +25,7 @@ from transformers import AutoModel, PreTrainedConfig
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
 from petalnet.blocks.backends import Backend, pick_backend
 from petalnet.blocks.cache import PagedCache, ShapeCache, windows_of
+from petalnet.blocks.hooks import Hook, add_at, add_at_start, with_hidden
 from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.linear import speed_up_linears
 from petalnet.blocks.packed import PackedRow
@@ -80,7 +81,7 @@ class Span:
         self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters
         tokens = model.get_input_embeddings()
         self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
-        self.max_positions = _learned_positions(layers.owner, tokens)
+        self.max_positions = _known_positions(layers.owner, tokens)
         self._rotary = RotaryRegimes(layers.owner)
         self._numbered = [m for block in self._blocks for m in block.modules() if any(name in m.__dict__ for name in _LAYER_NUMBERS)]
         for index, block in enumerate(self._blocks):
@@ -256,6 +257,10 @@ class Span:
         """
         return self._rotary.key(position_end, session) if self.packs else ("alone", session)
 
+    def computes_alike(self, positions: int) -> bool:
+        """Whether the keys of equal beginnings are equal in any two sequences of at most so many positions, however long each becomes."""
+        return self._rotary.alike(positions)
+
     def forward(
         self,
         hidden: torch.Tensor,
@@ -328,7 +333,7 @@ class Span:
         past = 0 if cache is None else cache.length
         if prompts is not None and past < prompts.shape[2]:
             reaching = prompts[:, :, past : past + hidden.shape[1]].to(self.device, self.dtype)
-            adding = [_add_at_start(prompt) for prompt in reaching]
+            adding = [add_at_start(prompt) for prompt in reaching]
         return self._run(hidden, kwargs, adding, all_hidden, position_end)
 
     def _packed_pass(self, steps: Sequence[SpanStep], first: int, end: int) -> list[list[torch.Tensor]]:
@@ -344,7 +349,7 @@ class Span:
         adding: list[Hook] = []
         if row.prompted is not None:
             columns, added = row.prompted
-            adding = [_add_at(columns, prompt) for prompt in added]
+            adding = [add_at(columns, prompt) for prompt in added]
         longest = max((step.position_end for step in steps if step.position_end is not None), default=None)
         state.batch = Batch(row.segments, self.backend.page_tokens, self.device)
         try:
@@ -381,7 +386,7 @@ class Span:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What reaches the first block becomes what was received."""
-        return _with_hidden(self._entering, args, kwargs)
+        return with_hidden(self._entering, args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -467,42 +472,16 @@ def _configurations(blocks: Sequence[nn.Module]) -> list[PreTrainedConfig]:
     return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
 
 
-def _learned_positions(owner: nn.Module, tokens: nn.Module) -> int | None:
-    """Entries of the backbone's table of positions, which looking up a later one would overrun."""
+def _known_positions(owner: nn.Module, tokens: nn.Module) -> int | None:
+    """Entries of the backbone's table of positions, learned or computed, which looking up a later one would overrun: on some devices that
+    is the end of the process's use of the device."""
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)
         for name, module in owner.named_modules()
         if isinstance(module, nn.Embedding) and module is not tokens and not any(part.isdigit() for part in name.split("."))
     ]
+    for name, table in owner.named_buffers():
+        path, _, own = name.rpartition(".")
+        if table.dim() == 2 and table.is_floating_point() and "embed_positions" in (own, path.rpartition(".")[2]):
+            tables.append(len(table) - getattr(owner.get_submodule(path), "offset", 0))
     return min(tables, default=None)
-
-
-Hook = Callable[..., Any]
-
-
-def _with_hidden(hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's arguments with other hidden states, which some families pass by position and others by name."""
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
-
-
-def _add_at_start(prompt: torch.Tensor) -> Hook:
-    """Add a prompt [rows, n, hidden] to the first n positions of a layer's input."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        count = prompt.shape[1]
-        return _with_hidden(torch.cat([hidden[:, :count] + prompt, hidden[:, count:]], dim=1), args, kwargs)
-
-    return hook
-
-
-def _add_at(columns: torch.Tensor, prompt: torch.Tensor) -> Hook:
-    """Add a prompt [n, hidden] to n columns of a packed row that is a layer's input."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return _with_hidden(hidden.index_add(1, columns, prompt.unsqueeze(0)), args, kwargs)
-
-    return hook

@@ -28,6 +28,16 @@ SIZES = {
     "falcon": {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": LAYERS},
     "granite": {**_BASE, "embedding_multiplier": 3.0},
     "gpt_oss": {**_BASE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    "phi3": {**_BASE, "pad_token_id": 0},
+    "gptj": {"vocab_size": 99, "n_embd": 32, "n_head": 4, "n_layer": LAYERS, "n_positions": 40, "rotary_dim": 4},
+    "xglm": {
+        "vocab_size": 99,
+        "d_model": 32,
+        "ffn_dim": 64,
+        "attention_heads": 4,
+        "num_layers": LAYERS,
+        "max_position_embeddings": 40,
+    },
     "opt": {
         "vocab_size": 99,
         "hidden_size": 32,

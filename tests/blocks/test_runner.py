@@ -289,6 +289,55 @@ def test_names_follow_rows(llama: Rounds) -> None:
     close(llama.step(found, X[2:3, 128:], 128), expected[:, 128:])
 
 
+SCALINGS: dict[str, Any] = {
+    "phi3": {
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+        "original_max_position_embeddings": 100,
+        "max_position_embeddings": 400,
+    },
+    "llama": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 100},
+}
+
+
+@pytest.mark.parametrize("family", SCALINGS)
+def test_keys_are_shared_only_where_all_lengths_have_the_same_angles(saved: Callable[..., Path], family: str) -> None:
+    rounds = Rounds(saved(family, **SCALINGS[family]))
+    short, long = rounds.session(max_length=100), rounds.session()
+    rounds.step(long, X[:1], 0, names=[NAMES[0][:2]])
+    assert rounds.runner.attach(rounds.session(max_length=100), [NAMES[0]]) == 0, "a long prompt's angles are others"
+    rounds.step(short, X[:1, :80], 0, names=[NAMES[0][:1]])
+    again, longer = rounds.session(max_length=100), rounds.session()
+    assert rounds.runner.attach(again, [NAMES[0]]) == UNIT_TOKENS
+    close(rounds.step(again, X[:1, 64:100], 64), rounds.whole(X[:1, :100])[-1][:, 64:])
+    assert rounds.runner.attach(longer, [NAMES[0]]) == 0
+    close(rounds.step(longer, X[:1], 0), rounds.whole(X[:1])[-1])
+
+
+def test_pages_that_were_not_copied_are_not_found(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lie scattered are brought together, which may fail where memory ends; the names of what was there must not stand for it."""
+    session = llama.session()
+    hidden = X[[0, 0]]
+    llama.step(session, hidden[:1, :70], 0, names=[NAMES[0][:1]])
+    llama.step(session, hidden[:, 70:71], 70, order=[0, 0])
+    llama.prefixes.forget(session.kv.tables[1][0])
+    assert llama.runner.kept_tokens == 0
+    for page in range(llama.pool.pages):
+        if not llama.pool.holders(page):
+            for tensor in (*llama.span.store.keys, *llama.span.store.values):  # type: ignore[union-attr]
+                tensor[page * llama.pool.page_tokens : (page + 1) * llama.pool.page_tokens] = 9.0
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(KVStore, "copy_pages", fail)
+        for position in range(71, 80):
+            llama.step(session, hidden[:, position : position + 1], position)
+    assert session.kv.tables[0][:2] != session.kv.tables[1][:2]
+    llama.close(session)
+    assert llama.runner.attach(llama.session(), [NAMES[0]]) == 0
+
+
 def test_what_is_kept_makes_room_for_sessions(saved: Callable[..., Path]) -> None:
     rounds = Rounds(saved("llama"), pages=160 // 32 + 4)
     assert rounds.span.backend.page_tokens == 32

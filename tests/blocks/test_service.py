@@ -469,8 +469,9 @@ async def test_a_wrong_pass_is_refused_and_the_stream_goes_on(served: Served, re
         torch.testing.assert_close(decode_tensor(answer.output), whole(served.span, X)[0], atol=1e-5, rtol=1e-4)
 
 
-async def test_positions_beyond_a_learned_table_are_refused(saved: Callable[..., Path]) -> None:
-    async with serving(saved("opt")) as served, await served.stream(FORWARD) as stream:
+@pytest.mark.parametrize("family", ["opt", "gptj", "xglm"])
+async def test_positions_beyond_a_table_are_refused(saved: Callable[..., Path], family: str) -> None:
+    async with serving(saved(family)) as served, await served.stream(FORWARD) as stream:
         long = torch.zeros(1, 41, HIDDEN)
         await refused(stream, Forward(MODEL, FIRST, END, encode_tensor(long)), "caller", "41 tokens are more than the 40 positions")
         positions = encode_tensor(torch.full((1, 5), 40, dtype=torch.int32))
