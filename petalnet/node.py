@@ -267,9 +267,19 @@ class Node:
             await trio.sleep(STATE_EVERY_S)
 
     def _tell_ready(self) -> None:
-        """The ready file and the lines on standard output."""
+        """The lines on standard output and then the ready file: whoever waits for that finds them there."""
         settings, host, server = self._settings, self._peering.host, self._server
         span = None if server is None else list(server.span)
+        for addr in host.addrs:
+            print(addr)
+        if self._http_url is not None:
+            print(self._http_url)
+        if self.role != "client" and host.addrs:
+            serve = "auto" if span is None else str(span[1] - span[0])
+            model = [settings.model] if settings.model is not None else ["MODEL"] if server is None else []
+            key = [] if self._access.swarm_key is None else ["--swarm-key", str(self._access.swarm_key.path or "FILE")]
+            print("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, *key, "--initial-peers", host.addrs[0]]))
+        sys.stdout.flush()
         if settings.ready_file is not None:
             write_json(
                 settings.ready_file,
@@ -283,16 +293,6 @@ class Node:
                 },
             )
             self._files.append(settings.ready_file)
-        for addr in host.addrs:
-            print(addr)
-        if self._http_url is not None:
-            print(self._http_url)
-        if self.role != "client" and host.addrs:
-            serve = "auto" if span is None else str(span[1] - span[0])
-            model = [settings.model] if settings.model is not None else ["MODEL"] if server is None else []
-            key = [] if self._access.swarm_key is None else ["--swarm-key", str(self._access.swarm_key.path or "FILE")]
-            print("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, *key, "--initial-peers", host.addrs[0]]))
-        sys.stdout.flush()
 
     def _remove_files(self) -> None:
         while self._files:
