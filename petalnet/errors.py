@@ -3,6 +3,7 @@
 An error has a class, and the class decides who acts on it:
 
 - *caller*: the request itself is wrong; it is raised to the user at once, never retried, and the server is not blamed;
+- *too large*: the server will never have the room; go elsewhere, and where nobody else is it is the caller's fault;
 - *busy*: the server has no room now; wait within a bound or go elsewhere, nobody is avoided for being full;
 - *server*: the server is dead, late or wrong; the route changes and the server is avoided for a while;
 - *unsupported*: the peer speaks a newer or older dialect; treated as the server's fault by a caller, harmless otherwise.
@@ -41,6 +42,12 @@ class CallerError(PetalnetError, ValueError):
     """The request is wrong (shape, range, length, unknown adapter); repeating it would not help."""
 
     code = "caller"
+
+
+class TooLargeError(CallerError):
+    """The request needs more room than a server has in all: no waiting would help there, another server might."""
+
+    code = "too_large"
 
 
 class BusyError(PetalnetError):
@@ -142,6 +149,8 @@ def from_wire(code: str, message: str, retry_after_s: float, fits_tokens: int, p
     """The exception for an error that the peer `peer_id` told us."""
     if code == "caller":
         return CallerError(message)
+    if code == "too_large":
+        return TooLargeError(message)
     if code == "busy":
         return BusyError(message, retry_after_s, fits_tokens)
     if code == "unsupported":

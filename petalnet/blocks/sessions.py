@@ -16,7 +16,7 @@ import trio
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.promises import NoRoom, Promise, Promises
 from petalnet.blocks.span import Span
-from petalnet.errors import BusyError, CallerError
+from petalnet.errors import BusyError, CallerError, TooLargeError
 
 
 @dataclass(eq=False)
@@ -104,7 +104,8 @@ class SessionManager:
         """A new session; nothing is promised to it yet.
 
         Raises:
-            CallerError: the blocks are not served here, or a single row of that length can never fit.
+            CallerError: the blocks are not served here, or the model knows no sessions of that length.
+            TooLargeError: a single row of that length can never fit.
             BusyError: there are too many sessions.
         """
         if not self._span.first <= first < end <= self._span.end:
@@ -124,7 +125,7 @@ class SessionManager:
         """Promise a session room for this many rows; what it was promised for fewer counts.
 
         Raises:
-            CallerError: that many rows can never fit.
+            TooLargeError: that many rows can never fit.
             BusyError: they do not fit now.
         """
         pages = self._pages(rows, session.max_length)
@@ -149,10 +150,10 @@ class SessionManager:
             self._compute.call(self._release, session)
 
     def _pages(self, rows: int, max_length: int) -> int:
-        """Pages for so many rows; raises CallerError where there are not so many in all."""
+        """Pages for so many rows; raises TooLargeError where there are not so many in all."""
         pages = rows * -(-max_length // self._pool.page_tokens)
         if pages > self._pool.pages:
-            raise CallerError(
+            raise TooLargeError(
                 f"{rows} rows of max_length {max_length} exceed the {self.max_tokens} tokens of KV cache that this server has in all"
             )
         return pages

@@ -23,6 +23,7 @@ from petalnet.errors import (
     PeerLost,
     ProtocolError,
     ServerError,
+    TooLargeError,
     describe_blocks,
 )
 from petalnet.p2p.messages import Blob, Error, Message, blob_size
@@ -55,12 +56,40 @@ class Target:
 
 
 class Busy(Exception):
-    """A server had no room; internal to the choice of a route."""
+    """A server had no room, or never will have (TooLargeError); internal to the choice of a route."""
 
-    def __init__(self, error: BusyError, peer_id: str) -> None:
+    def __init__(self, error: BusyError | TooLargeError, peer_id: str) -> None:
         super().__init__(str(error))
         self.error = error
         self.peer_id = peer_id
+
+
+class Full:
+    """Servers that had no room, and how long they are waited for: see `Patience`."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self._patience = Patience(settings)
+        self._busy: dict[str, BusyError] = {}
+        self._too_small: dict[str, TooLargeError] = {}
+
+    @property
+    def peers(self) -> frozenset[str]:
+        """What to do without for now."""
+        return frozenset(self._busy.keys() | self._too_small.keys())
+
+    def add(self, busy: Busy) -> None:
+        """One more."""
+        if isinstance(busy.error, TooLargeError):
+            self._too_small[busy.peer_id] = busy.error
+        else:
+            self._busy[busy.peer_id] = busy.error
+
+    async def wait(self) -> None:
+        """Wait until those that may have room later are worth asking again. Raises an error of `peers` where that would be in vain."""
+        if not self._busy:
+            raise next(reversed(self._too_small.values()))
+        await self._patience.wait(next(reversed(self._busy.values())))
+        self._busy.clear()
 
 
 class Patience:
@@ -87,29 +116,24 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
     """`attempt(servers to do without)` until it succeeds, within the bounds of the target's settings.
 
     A server's fault is tried again elsewhere (the server is out of the routes by then), a full server is left out of the next tries until
-    nobody else holds its blocks, then waited for.
+    nobody else holds its blocks, then waited for; one that is too small is not.
 
     Raises:
         CallerError, MissingBlocksError: at once.
         ServerError: when the retries are used up.
         BusyError: when patience is.
     """
-    full: set[str] = set()
-    busy: BusyError | None = None
-    patience = Patience(target.settings)
+    full = Full(target.settings)
     retries = 0
     while True:
         try:
-            return await attempt(frozenset(full))
-        except Busy as found:
-            full.add(found.peer_id)
-            busy = found.error
+            return await attempt(full.peers)
+        except Busy as busy:
+            full.add(busy)
         except MissingBlocksError:
-            if busy is None:
+            if not full.peers:
                 raise
-            await patience.wait(busy)
-            full.clear()
-            busy = None
+            await full.wait()
         except CallerError:
             raise
         except ServerError as error:
@@ -174,7 +198,7 @@ async def ask(stream: Stream, request: Message, expected: type[Answer]) -> Answe
 async def blaming(target: Target, hop: Hop) -> AsyncIterator[None]:
     """What goes wrong inside is the fault of the hop's server, unless its error says otherwise; bounded by the request time-out.
 
-    A BusyError becomes `Busy`.
+    A BusyError or TooLargeError becomes `Busy`.
     """
     timeout_s = target.settings.request_timeout
     try:
@@ -186,7 +210,7 @@ async def blaming(target: Target, hop: Hop) -> AsyncIterator[None]:
     except ServerError as error:
         target.swarm.membership.mark_failed(hop.peer_id)
         raise type(error)(f"{_describe(hop)}: {error}", hop.peer_id) from error
-    except BusyError as error:
+    except (BusyError, TooLargeError) as error:
         raise Busy(error, hop.peer_id) from error
     target.swarm.membership.mark_ok(hop.peer_id)
 

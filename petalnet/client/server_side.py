@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from petalnet.client.chain import Chain, Inputs
-from petalnet.client.requests import Busy, Patience, Target
+from petalnet.client.requests import Busy, Full, Target
 from petalnet.errors import CallerError, MissingBlocksError, PetalnetError, ServerError, SessionClosed
 from petalnet.p2p.messages import Blob
 
@@ -60,24 +60,24 @@ class ServerSide:
         """`Chain.step`; on another chain where a server fails, or has no room, and the caches are empty anyway; after a wait where nobody
         else has room either.
 
-        Raises: as `Chain.step`; BusyError when patience is at its end.
+        Raises: as `Chain.step`; BusyError when patience is at its end, TooLargeError where no server will ever have the room.
         """
         async with self._lock:
             if self._error is not None:
                 error, self._error = self._error, None
                 raise error
-            full: set[str] = set()
-            patience = Patience(self._target.settings)
+            full = Full(self._target.settings)
             retries = 0
             while True:
                 chain = await self._open()
                 try:
                     return await chain.step(hidden, position, order, inputs)
                 except Busy as busy:
-                    full.add(busy.peer_id)
-                    if position > 0 or not await self._go_round(frozenset(full)):
-                        await patience.wait(busy.error)
-                        full.clear()
+                    full.add(busy)
+                    if position > 0 or not await self._go_round(full.peers):
+                        await full.wait()
+                        if full.peers and position == 0:  # too small for this step, as the present chain's server may be
+                            await self._go_round(full.peers)
                 except CallerError:
                     raise
                 except ServerError as failure:

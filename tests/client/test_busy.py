@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import trio
+from transformers import AutoModelForCausalLM
 from trio.testing import MockClock
 
 from petalnet.client import chain
 from petalnet.client.requests import Busy, Patience, retrying
 from petalnet.client.settings import ClientSettings
-from petalnet.errors import BusyError, MissingBlocksError
+from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
 from petalnet.p2p.messages import Step
 
 GREEDY = {"do_sample": False}
@@ -41,6 +42,24 @@ def test_a_session_goes_round_a_full_server(bloom_path: Path, serving: Callable[
                     session.close()
                 view = model.transformer.h.target.swarm.membership._peering.view
                 assert not view.on_probation(small.peer_id) and not view.on_probation(large.peer_id)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 40}, {"max_new_tokens": 12, "num_beams": 5}])
+def test_what_is_too_large_for_one_server_goes_to_others(
+    bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any], options: dict[str, int]
+) -> None:
+    """A row that is too long is refused when the session is opened, too many rows at its first step."""
+    with serving(bloom_path, []) as servers:
+        small = servers.start(0, 6, pool_tokens=32)  # one hop instead of two: the better route
+        with connect(bloom_path, servers.peers, request_timeout=20) as model:
+            with pytest.raises(TooLargeError, match="exceed the 32 tokens of KV cache"):
+                model.generate(IDS, **options, **GREEDY)
+            servers.start(0, 3)
+            servers.start(3, 6)
+            assert [hop.peer_id for hop in model.transformer.h.route()] == [small.peer_id]
+            local = AutoModelForCausalLM.from_pretrained(bloom_path)
+            assert torch.equal(model.generate(IDS, **options, **GREEDY), local.generate(IDS, **options, **GREEDY))
+            assert not model.transformer.h.target.swarm.membership._peering.view.on_probation(small.peer_id)
 
 
 def test_a_full_server_is_waited_for(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
@@ -181,3 +200,22 @@ def test_all_servers_are_asked_before_one_is_waited_for() -> None:
     result, _ = in_virtual_time(lambda: retrying(FakeTarget(), attempt))  # type: ignore[arg-type]
     assert result == "a"
     assert [(len(full), now) for full, now in asked] == [(n, t) for t in (0.0, 5.0) for n in range(4)] + [(0, 10.0)]
+
+
+def test_who_is_too_small_is_not_waited_for() -> None:
+    asked: list[tuple[list[str], float]] = []
+
+    class FakeTarget:
+        settings = ClientSettings(max_retries=1)
+
+    async def attempt(full: frozenset[str]) -> str:
+        asked.append((sorted(full), trio.current_time()))
+        free = sorted({"busy", "small"} - full)
+        if not free:
+            raise MissingBlocksError([0])
+        raise Busy(BusyError("no room", 20.0) if free[0] == "busy" else TooLargeError("never"), free[0])
+
+    error, end = in_virtual_time(lambda: retrying(FakeTarget(), attempt))  # type: ignore[arg-type]
+    assert str(error) == "no room" and end == 30
+    everybody = ["busy", "small"]
+    assert asked == [([], 0), (["busy"], 0), (everybody, 0)] + [(full, now) for now in (10, 20, 30) for full in (["small"], everybody)]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError, ServerError, UnsupportedError
+from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError, ServerError, TooLargeError, UnsupportedError
 from petalnet.p2p import messages
 from petalnet.p2p.frames import Frame, FrameDecoder, FrameLimits
 from petalnet.p2p.messages import (
@@ -185,6 +185,7 @@ def test_errors_keep_their_class_on_the_wire() -> None:
     for error, expected in [
         (CallerError("too long"), CallerError),
         (BusyError("full", 2.5, 4711), BusyError),
+        (TooLargeError("never"), TooLargeError),
         (ServerError("broken"), ServerError),
         (PeerLost("gone"), ServerError),
         (UnsupportedError("what"), UnsupportedError),
