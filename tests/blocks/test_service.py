@@ -297,14 +297,13 @@ async def test_a_client_that_dies_in_mid_prompt_leaves_nothing(saved: Callable[.
 
 @pytest.mark.parametrize("how", ["close", "reset"])
 async def test_a_client_that_is_interrupted_in_mid_prompt_is_not_computed_for(saved: Callable[..., Path], how: str) -> None:
-    async with serving(saved("llama"), limits=Limits(chunk_tokens=1)) as served:
-        async with await served.stream(INFERENCE) as stream:
-            await ask(stream, replace(OPEN, max_length=500))
-            await stream.send(step(torch.randn(1, 450, HIDDEN), 0))
-            await eventually(lambda: served.service.engine.rounds.count > 3)
-            await getattr(stream, how)()
-            await served.closed()
-            assert served.service.engine.rounds.count < 400
+    async with serving(saved("llama"), limits=Limits(chunk_tokens=1)) as served, await served.stream(INFERENCE) as stream:
+        await ask(stream, replace(OPEN, max_length=500))
+        await stream.send(step(torch.randn(1, 450, HIDDEN), 0))
+        await eventually(lambda: served.service.engine.rounds.count > 3)
+        await getattr(stream, how)()
+        await served.closed()
+        assert served.service.engine.rounds.count < 400
 
 
 async def test_a_pass_whose_asker_is_gone_is_dropped(saved: Callable[..., Path]) -> None:
