@@ -2,7 +2,8 @@
 
 A **round** is one pass through the span, shared by tasks of one key (steps of the same blocks, see `Span.batch_key`):
 
-- *decodes* (steps of a few new tokens; verifying speculated ones is of that kind) all go into the next round;
+- *decodes* (steps of a few new tokens; verifying speculated ones is of that kind) go into the next round: all of them, unless one peer
+  or many ask for so much that the others' tokens would take long;
 - *prefills* (longer steps) add a chunk to it, so long that the round keeps its time budget: those who decode meanwhile get a token a
   round, and a prompt that comes in waits for one round, not for another's whole prompt;
 - *passes* (without a session: training) are cut by rows and run when no step could.
@@ -302,6 +303,7 @@ class Scheduler:
         key, tokens = first.task.key, 0
         parts: list[Part] = []
         room = self._most_tokens - (first.task.width if first.task.rank == "prefill" else 0)
+        room = min(room, self._decode_room(first.task))
         for waiting in ranked["decode"]:
             task = waiting.task
             if task.key == key and (waiting is first or tokens + task.tokens_left <= room):
@@ -324,6 +326,11 @@ class Scheduler:
                 parts.append(self._part(task, units))
                 room -= parts[-1].tokens
         return parts
+
+    def _decode_room(self, task: Task) -> int:
+        """The tokens that the decodes of a round with this task may have together; a single one may have more."""
+        fitting = self._costs["step"].fitting(ALONE_ROUNDS * self._round_s() / task.weight)
+        return max(fitting, DECODE_TOKENS)
 
     def _chunk(self, task: Task, tokens: int) -> int:
         """The tokens of this task, and of others after it, that may be added to a round of so many."""
@@ -360,10 +367,11 @@ class Scheduler:
         gathered = decodes + (LEAST_PREFILL if tokens > decodes else 0)  # of a chunk, so much stays if others come
         here = len(self._queues["decode"]) + len(self._queues["prefill"])  # all of them lose what is waited; passes have time
         held_since = now if self._held_since is None else self._held_since
+        room = self._decode_room(first)
         until, best, saved, late = None, 0.0, 0.0, math.inf
         for arrival in expected:
             # Beside decodes, those count that could join their pass; but whoever comes while a mere chunk runs waits for its end.
-            if decodes and arrival.key != first.key:
+            if decodes and (arrival.key != first.key or gathered + arrival.tokens > room):
                 continue
             more = gathered + arrival.tokens
             seconds = max(plan.seconds, self._seconds(first, more)) if first.kind == "step" else plan.seconds
