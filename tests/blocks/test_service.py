@@ -258,7 +258,7 @@ async def test_attaching_is_promised_its_room_first(served: Served) -> None:
     async with served.session(max_length=900) as first, served.session(max_length=100) as second:
         await run_step(first, ROW, 0)
         await refused(second, Attach(names(2, 1)), "busy", "no room for 2 rows of 100 tokens")
-        await refused(second, Attach(names(17, 1)), "caller", "17 rows of max_length 100 exceed")
+        await refused(second, Attach(names(17, 1)), "too_large", "17 rows of max_length 100 exceed")
         assert served.service.sessions.free_tokens == 96
         await first.close()
         await eventually(lambda: served.service.sessions.free_tokens == 1024)
@@ -390,7 +390,7 @@ async def test_gradients(served: Served, with_prompts: bool) -> None:
         (replace(OPEN, model="other"), "caller", "another model is served here"),
         (replace(OPEN, first=0), "caller", "blocks 0:3 are not served here, only 1:3"),
         (replace(OPEN, first=2, end=2), "caller", "blocks 2:2 are not served here"),
-        (replace(OPEN, max_length=1025), "caller", "exceed the 1024 tokens of KV cache"),
+        (replace(OPEN, max_length=1025), "too_large", "exceed the 1024 tokens of KV cache"),
         (step(X, 0), "unsupported", "a session begins with open_session, not step"),
         (Ping(3), "unsupported", "a session begins with open_session, not ping"),
     ],
@@ -416,7 +416,7 @@ ROW = X[:1]
         (step(X.int(), 4), "caller", "not int32 [3, 10, 32]"),
         (step(X[:0], 0), "caller", "a batch has 1 to 1024 rows, not 0"),
         (step(torch.zeros(1025, 1, HIDDEN), 0), "caller", "a batch has 1 to 1024 rows, not 1025"),
-        (step(torch.zeros(26, 1, HIDDEN), 0), "caller", "26 rows of max_length 40 exceed the 1024 tokens"),
+        (step(torch.zeros(26, 1, HIDDEN), 0), "too_large", "26 rows of max_length 40 exceed the 1024 tokens"),
         (step(X, 4, mask=MASK), "caller", "the mask must be bool [3, 14], not bool [3, 10]"),
         (step(X, 0, mask=MASK.int()), "caller", "the mask must be bool [3, 10], not int32"),
         (step(X, 4, position_ids=torch.zeros(3, 9, dtype=torch.int32)), "caller", "position ids must be int32 [3, 10]"),
@@ -435,7 +435,7 @@ ROW = X[:1]
         (step(X, 4, prompts=torch.zeros(2, 3, 41, HIDDEN)), "caller", "prompts of 41 tokens are longer than 40"),
         (step(X, 4, keep=11), "caller", "outputs of 11 tokens are wanted of a step of 10"),
         (step(X, 4, promise_rows=1025), "caller", "a batch has 1 to 1024 rows, not 1025"),
-        (step(X, 4, promise_rows=26), "caller", "26 rows of max_length 40 exceed the 1024 tokens"),
+        (step(X, 4, promise_rows=26), "too_large", "26 rows of max_length 40 exceed the 1024 tokens"),
         (step(X, 4, names=torch.zeros(3, 1, 16, dtype=torch.uint8)), "caller", "names of units must be uint8 [3, 0, 16], not uint8 [3, 1"),
         (Ping(1), "unsupported", "a session takes step, not ping"),
         (OPEN, "unsupported", "a session takes step, not open_session"),
