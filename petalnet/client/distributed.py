@@ -153,7 +153,7 @@ def _wrap_forward(library_forward: Callable[..., Any]) -> Callable[..., Any]:
         call = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
         if self.layers_name is not None:
             return _run_backbone(self, self._modules[self.layers_name], library_forward, call)
-        kept = call.get("logits_to_keep")
+        kept = call.get("logits_to_keep") if "logits_to_keep" in names else None
         token = _kept.set(kept if type(kept) is int and kept > 0 else 0)
         try:
             return library_forward(self, *args, **kwargs)
@@ -188,6 +188,8 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     wanted = config.output_hidden_states if wanted is None else wanted
     all_hidden = wanted is not False and wanted is not None
     kept = 0 if all_hidden else _kept.get()
+    if 0 < kept < new and _is_watched(model):
+        kept = 0
     return_dict = call.get("return_dict")
     return_dict = config.return_dict if return_dict is None else return_dict
 
@@ -209,6 +211,11 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     if all_hidden:
         outputs.hidden_states = _boundaries(opened.outputs, outputs.last_hidden_state, wanted, config)
     return outputs if return_dict else outputs.to_tuple()
+
+
+def _is_watched(model: nn.Module) -> bool:
+    """Whether somebody's hooks see more of a backbone's hidden states than the head that asks for a few of them."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, Any]) -> InferenceSession | None:

@@ -49,6 +49,8 @@ class DistributedGeneration:
             inputs: int64 [rows, length]; in a session that has tokens already, only the new ones, or None to go on from the last token.
             session: the session to go on in; without it the one whose `with` block is open in this thread, else one for this call alone.
 
+        A `past_key_values` that a model returned is meant as in the library: `inputs` and the returned rows hold all tokens so far.
+
         `max_length`, where it is given instead of `max_new_tokens`, counts all tokens of the session. An interrupt (Ctrl-C) ends the
         session, since a step may be half-way through the servers.
 
@@ -69,15 +71,23 @@ class DistributedGeneration:
         kwargs.pop("input_ids", None)
         if getattr(generation_config, "is_assistant", None):
             return self._propose(inputs, generation_config, args, kwargs)
-        session = self._named_session(session, kwargs.pop("past_key_values", None)) or blocks.active_session()
+        cache = kwargs.pop("past_key_values", None)
+        has_all = cache is not None and session is None
+        session = self._named_session(session, cache) or blocks.active_session()
         plan = _Plan(self, inputs, generation_config, kwargs)
         if session is not None:
-            return self._generate_in(session, plan, generation_config, args, kwargs)
+            session.require_open()
+            if has_all and plan.input_length < session.position:
+                raise ValueError(
+                    f"with past_key_values the inputs are all tokens so far: {plan.input_length} were given, and its cache holds "
+                    f"{session.position}; to give only new ones, pass session="
+                )
+            return self._generate_in(session, plan, generation_config, args, kwargs, has_all=has_all)
         session = blocks.inference_session(max_length=max(plan.total_length(0) - 1, 1))
         try:
             return self._generate_in(session, plan, generation_config, args, kwargs)
         finally:
-            session.close("its answer is complete")
+            session.close("its answer is complete (answers that go on need `with model.inference_session(max_length=…)`)")
 
     def _propose(self, inputs: Any, generation_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`generate` for the library, which uses this model as another one's assistant: it gives all ids in each call, and takes care of
@@ -105,6 +115,12 @@ class DistributedGeneration:
             generator.get_candidates = get_candidates
         return generator
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The library's, which refuses a cache that was given beside a wish of how to hold one on this machine: here is none to hold."""
+        if isinstance(model_kwargs.get("past_key_values"), SessionCache):
+            generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
     def _named_session(self, session: InferenceSession | None, cache: Any) -> InferenceSession | None:
         if cache is None:
             return session
@@ -119,8 +135,10 @@ class DistributedGeneration:
         generation_config: GenerationConfig | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        *,
+        has_all: bool = False,
     ) -> Any:
-        before = session.known_tokens(plan.filler)
+        before = None if has_all else session.known_tokens(plan.filler)
         length_before = 0 if before is None else before.shape[1]
         inputs = plan.inputs
         if before is not None:
@@ -144,6 +162,7 @@ class DistributedGeneration:
             kwargs["streamer"] = _TailStreamer(kwargs["streamer"], length_before)
         # Without its cache every step would run all tokens again; the results are the same.
         kwargs["use_cache"] = True
+        length = inputs.shape[1] if inputs is not None else plan.input_length or 1
         try:
             # What logits processors run beside the answer (guidance by another prompt) is not part of the session.
             with self.remote_blocks.no_active_session():
@@ -151,10 +170,14 @@ class DistributedGeneration:
         except KeyboardInterrupt:
             session.close("its answer was interrupted")
             raise
+        except Exception:
+            if not session.closed:
+                _take_back(session, plan.copies, length, before)
+            raise
         sequences = result.sequences if isinstance(result, ModelOutput) else result
         if plan.beams > 1 and not session.closed:
             # The winners' keys and values are scattered over the rows, or gone. Back to what all beams of an answer have in common.
-            session.position = min(session.position, inputs.shape[1] if inputs is not None else plan.input_length or 1)
+            session.position = min(session.position, length)
             session.reorder(torch.arange(len(sequences)) // plan.returned * plan.beams)
         if not plan.has_embeds:
             session.note_tokens(sequences, 0)
@@ -240,6 +263,17 @@ class _TailStreamer:
 
     def end(self) -> None:
         self._streamer.end()
+
+
+def _take_back(session: InferenceSession, copies: int, length: int, before: torch.Tensor | None) -> None:
+    """Of an answer that failed keep what leaves the rows that there were: all of it, or the `length` inputs where each row had copies."""
+    if copies > 1:
+        session.position = min(session.position, length)
+        if session.position:
+            session.reorder(torch.arange(0, session.rows or copies, copies))
+    known = session.known_tokens(0)
+    if before is not None and (known is None or known.shape[1] < before.shape[1]):
+        session.note_tokens(before, 0)  # the last of them is yet to be computed
 
 
 def longest_of(config: Any) -> int | None:

@@ -119,7 +119,7 @@ class InferenceSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the next step goes on from row `rows[i]` (int64 [rows]); rows may be repeated and left out."""
-        self._check_open()
+        self.require_open()
         present = self.rows
         rows = rows.detach().to("cpu", torch.int64)
         if self._position == 0 and not self._pieces:
@@ -150,7 +150,7 @@ class InferenceSession:
             keep: only the outputs of the last `keep` tokens matter, the others may be zeros; 0 where all matter.
         """
         with self._lock:
-            self._check_open()
+            self.require_open()
             blocks, position = self._blocks, self._position
             blocks.check_hidden(hidden_states)
             rows, new = hidden_states.shape[:2]
@@ -270,12 +270,13 @@ class InferenceSession:
             self._closed = reason
             self._finalizer()
 
-    def _check_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises SessionClosed where the session cannot be used any more."""
         if self._closed is not None:
             raise SessionClosed(f"this session cannot be used any more: {self._closed}")
 
     def __enter__(self) -> InferenceSession:
-        self._check_open()
+        self.require_open()
         self._blocks.activate(self)
         return self
 
