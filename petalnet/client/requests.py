@@ -106,7 +106,10 @@ class Patience:
         if self._until is None:
             self._until = now + self._longest
         if now >= self._until:
-            raise busy
+            if not self._longest:
+                raise busy
+            message = f"{busy}; waited for {self._longest:g} s, which is what request_timeout and max_retries allow"
+            raise BusyError(message, busy.retry_after_s, busy.fits_tokens) from busy
         pause = min(max(busy.retry_after_s, FIRST_PAUSE_S), LONGEST_PAUSE_S, self._until - now)
         logger.info("waiting %.1f s: %s", pause, busy)
         await trio.sleep(pause)

@@ -216,6 +216,6 @@ def test_who_is_too_small_is_not_waited_for() -> None:
         raise Busy(BusyError("no room", 20.0) if free[0] == "busy" else TooLargeError("never"), free[0])
 
     error, end = in_virtual_time(lambda: retrying(FakeTarget(), attempt))  # type: ignore[arg-type]
-    assert str(error) == "no room" and end == 30
+    assert str(error).startswith("no room; waited for 30 s") and end == 30
     everybody = ["busy", "small"]
     assert asked == [([], 0), (["busy"], 0), (everybody, 0)] + [(full, now) for now in (10, 20, 30) for full in (["small"], everybody)]
