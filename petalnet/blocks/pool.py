@@ -254,7 +254,8 @@ class PagePool:
         """Where a run begins that nobody has claimed, and how long it is.
 
         That is the shortest of as many free pages as are wanted; else the longest of free pages, if it is long enough; else, of all runs
-        of free and kept pages that are just long enough, the one whose latest use is longest ago; else the longest of such pages.
+        of free and kept pages that are just long enough, the one whose latest use is longest ago, and of these the last: what is kept of a
+        row ends there, and is of use without its end; else the longest of such pages.
         """
         best_start = best = longest_start = longest = 0
         for run in _FREE_RUNS.finditer(self._marks):
@@ -275,6 +276,6 @@ class PagePool:
             if end - first >= enough:
                 for start in (*range(first, end - enough, max(_STRIDE, enough // 4)), end - enough):
                     used = max(self._used[start : start + enough])
-                    if not best or used < oldest:
+                    if not best or used <= oldest:
                         best_start, best, oldest = start, enough, used
         return (best_start, best) if best else (longest_start, longest)

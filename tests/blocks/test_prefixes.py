@@ -141,6 +141,21 @@ def test_the_pool_asks_for_pages() -> None:
     assert len(cache) == 3
 
 
+def test_a_claim_takes_the_end_of_what_is_kept() -> None:
+    pool = PagePool(32, 32)
+    cache = PrefixCache(pool)
+    row(pool, cache, "me", "abcdefghijklmnop")
+    assert len(cache) == 32
+    claim = pool.claim(1)
+    assert claim is not None
+    pool.take(claim)
+    assert len(cache) == 30 and len(cache.find("me", names("abcdefghijklmnop"))) == 30
+    claim = pool.claim(8, least=6)
+    for _ in range(6):
+        pool.take(claim)
+    assert len(cache.find("me", names("abcdefghijklmnop"))) >= 22
+
+
 @given(most=st.integers(0, 7), texts=st.lists(st.text("ab", min_size=1, max_size=8), max_size=8))
 @settings(deadline=None)
 def test_no_more_is_kept_than_allowed(most: int, texts: list[str]) -> None:
