@@ -87,7 +87,7 @@ class _RoundDone:
 
 
 class Engine:
-    """The compute thread, run by rounds; to take the place, and the name, of `Engine` once the service hands it tasks.
+    """The compute thread, run by rounds.
 
     `run` keeps it alive; the other methods belong to the same trio loop. What is submitted and called takes effect in that order: a call
     runs after the round under way and before any part of a task that was submitted after it.
@@ -353,7 +353,7 @@ def _hearable(result: outcome.Outcome[Any]) -> outcome.Outcome[Any]:
     if not isinstance(result, outcome.Error) or isinstance(result.error, PetalnetError):
         return result
     error = result.error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't allocate" in str(error):
         log.warning("a task did not fit into memory")
         return outcome.Error(BusyError("the server ran out of memory for this request"))
     log.error("a task of the compute thread failed", exc_info=error)

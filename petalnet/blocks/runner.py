@@ -7,6 +7,7 @@ it. Pages, page tables and kept prefixes belong to this thread, and to this modu
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -143,6 +144,7 @@ class Runner:
                 wanted = [part.task.work.wanted(part.start, part.end, output) for part, output in zip(pack, outputs, strict=True)]
                 pieces = _on_host(wanted)
         except Exception as error:  # the boundary of the compute thread: whose fault it is shows below
+            traceback.clear_frames(error.__traceback__)  # what the pass had in memory may be what others lack
             if len(pack) == 1:
                 return {pack[0]: outcome.Error(error)}
             log.warning("a pass of %d sessions failed (%s); each runs by itself", len(pack), type(error).__name__)

@@ -151,6 +151,10 @@ async def test_errors_come_back_typed_and_the_thread_lives_on(engine: Engine, ca
             await how(torch.OutOfMemoryError("no"))
         with pytest.raises(BusyError, match="out of memory"):
             await how(MemoryError())
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(1 << 60)
+        with pytest.raises(BusyError, match="out of memory"):
+            await how(refused.value)
         caplog.clear()
         with pytest.raises(ServerError, match="computation failed: ZeroDivisionError") as caught:
             await how(ZeroDivisionError())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import outcome
 import pytest
 import torch
 
@@ -175,6 +177,23 @@ def test_a_failed_pass_is_the_fault_of_one(llama: Rounds, monkeypatch: pytest.Mo
         llama.close(session)
     llama.check()
     assert llama.pool.free == llama.pool.pages
+
+
+def test_a_pass_that_ran_out_of_memory_leaves_it_to_the_next(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [llama.task(llama.session(), X[:1, :10], 0) for _ in range(3)]
+    step, held = llama.span.step, []
+
+    def failing(steps: Any, *blocks: int) -> Any:
+        assert [one() for one in held] == [None] * len(held)
+        activations = torch.empty(1000)
+        held.append(weakref.ref(activations))
+        if len(steps) > 1 or len(held) == 2:
+            raise torch.OutOfMemoryError("too much")
+        return step(steps, *blocks)
+
+    monkeypatch.setattr(llama.span, "step", failing)
+    outcomes = llama.runner.run([Part(task, 0, 10) for task in tasks])
+    assert [isinstance(one, outcome.Value) for one in outcomes] == [False, True, True] and len(held) == 4
 
 
 def test_a_step_that_cannot_begin_harms_no_other(llama: Rounds) -> None:
