@@ -70,7 +70,7 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """KV entries of each row so far. May be set back: what comes after is forgotten."""
+        """KV entries of each row so far. May be set back: what comes after is forgotten; at 0 also how many rows there were."""
         return self._position
 
     @position.setter
@@ -79,8 +79,8 @@ class InferenceSession:
             raise ValueError(f"position can be set back to 0 … {self._position}; got {position}")
         if position < self._position:
             self._position = position
-            self._mask = None if self._mask is None else self._mask[:, :position]
-            self._set_tokens([tokens[:, :position] for tokens in self._joined_tokens()])
+            self._mask = None if self._mask is None or not position else self._mask[:, :position]
+            self._set_tokens([tokens[:, :position] for tokens in self._joined_tokens()] if position else [])
             self._prefixes = [prefix.cut(position) for prefix in self._prefixes]
 
     @property

@@ -90,3 +90,12 @@ def test_a_session_goes_on_after_arguments_that_were_refused(pair: Any) -> None:
             pair.remote.generate(max_new_tokens=3, num_beams=3, nonsense=1, **GREEDY)
         second = pair.remote.generate(max_new_tokens=3, **GREEDY)
     assert torch.equal(torch.cat([first, second], dim=1), pair.local.generate(ids, max_new_tokens=6, **GREEDY))
+
+
+def test_a_session_begins_again_with_other_rows(pair: Any) -> None:
+    tokens, mask = pair.padded("left")
+    with pair.remote.inference_session(max_length=60) as session:
+        for ids, options in ((tokens, {"attention_mask": mask}), (pair.ids(2, 5), {"num_beams": 3}), (pair.ids(1, 4), {})):
+            session.position = 0
+            answer = pair.remote.generate(ids, max_new_tokens=4, **options, **GREEDY)
+            assert torch.equal(answer, pair.local.generate(ids, max_new_tokens=4, **options, **GREEDY))
