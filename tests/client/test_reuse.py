@@ -119,8 +119,8 @@ def test_the_server_that_knows_least_counts(
         with connect(bloom_path, servers.peers) as model:
             first, second = random_ids(6), random_ids(7)
             expected = model.generate(first, max_new_tokens=4, **GREEDY)
-            model.generate(second, max_new_tokens=4, **GREEDY)  # takes the second server's room, so that it forgets
-            for attached, prefilled in (({3 * UNIT_TOKENS, 0}, PROMPT), ({3 * UNIT_TOKENS}, 8)):
+            model.generate(second, max_new_tokens=4, **GREEDY)  # takes the second server's room: it forgets all but the first unit
+            for attached, prefilled in (({3 * UNIT_TOKENS, UNIT_TOKENS}, PROMPT - UNIT_TOKENS), ({3 * UNIT_TOKENS}, 8)):
                 requests.first_steps(0)
                 requests.attached.clear()
                 assert torch.equal(model.generate(first, max_new_tokens=4, **GREEDY), expected)
