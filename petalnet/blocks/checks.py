@@ -40,6 +40,8 @@ class Limits:
             which a single row is too long are refused. The default is 1 GiB in float32, of which there may be a few copies.
         prompt_tokens: length of deep prompts.
         idle_s: seconds without a step after which a session is closed.
+        idle_when_full_s: seconds without a step after which a session may be closed when others are refused for want of room: longer than
+            a person usually thinks about an answer.
     """
 
     rows: int = 1024
@@ -48,6 +50,7 @@ class Limits:
     scores: int = 1 << 28
     prompt_tokens: int = 4096
     idle_s: float = 1800.0
+    idle_when_full_s: float = 300.0
 
 
 class Checks:

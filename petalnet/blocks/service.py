@@ -95,7 +95,7 @@ class BlockService:
         self.runner = Runner(span, store, pool, PrefixCache(pool), share_prefixes=share_prefixes)
         self._scheduler = Scheduler(_costs(rates))
         self.engine = Engine(self.runner.run, self._scheduler)
-        self.sessions = SessionManager(span, pool, compute=self.engine, release=self._release)
+        self.sessions = SessionManager(span, pool, compute=self.engine, release=self._release, idle_s=self.limits.idle_when_full_s)
         self._share_prefixes = share_prefixes
         self._checks = Checks(span, self.limits)
         self._scopes: dict[str, set[trio.CancelScope]] = {}
@@ -180,7 +180,7 @@ class BlockService:
         log.debug("session of %s on blocks %d:%d opened", stream.peer_id, session.first, session.end)
         try:
             await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes))
-            while (request := await self._receive(stream)) is not None:
+            while (request := await self._next_request(stream, session)) is not None:
                 try:
                     run = self._admit(stream, session, request)
                 except PetalnetError as error:
@@ -214,6 +214,15 @@ class BlockService:
         with trio.move_on_after(self.limits.idle_s):
             return await stream.receive()
         await stream.send(Error.of(CallerError(f"nothing came for {self.limits.idle_s:g} s; this stream is closed")))
+        return None
+
+    async def _next_request(self, stream: Stream, session: Session) -> Message | None:
+        """As `_receive`; None as well where the session is given up because others need its room."""
+        with self.sessions.idle(session):
+            request = await self._receive(stream)
+            self.sessions.served(session)
+            return request
+        await stream.send(Error.of(CallerError("this session was idle for long and others needed its room; it is closed")))
         return None
 
     def _admit(self, stream: Stream, session: Session, request: Message) -> Callable[[], Awaitable[Message | None]]:

@@ -7,6 +7,7 @@ last round that may touch them, and before any round of whoever is promised thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from petalnet.blocks.pages import PagePool, Rows
-from petalnet.blocks.promises import NoRoom, Promise, Promises
+from petalnet.blocks.promises import SHORTEST_WAIT_S, NoRoom, Promise, Promises
 from petalnet.blocks.span import Span
 from petalnet.errors import BusyError, CallerError, TooLargeError
 
@@ -32,6 +33,8 @@ class Session:
         begun: whether there was a first step, or an attempt to attach it to what is known.
         rows: rows that it has, as of the last step that was answered; 0 before its first step.
         position: KV entries of each row, likewise.
+        waiting: cancelled where the session is given up while it waits for its client's next request; None while it is served.
+        idle_since: since when it waits, by the manager's clock.
     """
 
     peer_id: str
@@ -44,6 +47,8 @@ class Session:
     begun: bool = False
     rows: int = 0
     position: int = 0
+    waiting: trio.CancelScope | None = None
+    idle_since: float = 0.0
 
 
 class ComputeThread(Protocol):
@@ -64,6 +69,7 @@ class SessionManager:
         compute: ComputeThread,
         release: Callable[[Session], None],
         max_sessions: int = 1024,
+        idle_s: float = math.inf,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         """
@@ -73,6 +79,7 @@ class SessionManager:
             compute: where `release` is run.
             release: gives a closed session's pages back.
             max_sessions: the most sessions at a time, with or without promises.
+            idle_s: seconds for which a session may wait for its client while others are refused for want of room.
             clock: the present time in seconds.
         """
         self._span = span
@@ -81,6 +88,7 @@ class SessionManager:
         self._release = release
         self._clock = clock
         self.max_sessions = max_sessions
+        self._idle_s = idle_s
         self._promises = Promises(pool.pages)
         self._sessions: dict[Session, None] = {}
 
@@ -115,7 +123,8 @@ class SessionManager:
             raise CallerError(f"a session of max_length {max_length} is longer than the {limit} positions that the model knows")
         self._pages(1, max_length)
         if len(self._sessions) >= self.max_sessions:
-            wait_s = self._promises.next_end_s(self._clock())
+            soon = self._give_up_idle(lambda gone: len(gone) >= 1)
+            wait_s = SHORTEST_WAIT_S if soon else self._promises.next_end_s(self._clock())
             raise BusyError(f"all {self.max_sessions} sessions are taken", wait_s, self.free_tokens)
         session = Session(peer_id, first, end, max_length, Promise(peer_id), Rows(self._pool, max_length))
         self._sessions[session] = None
@@ -132,10 +141,12 @@ class SessionManager:
         try:
             self._promises.extend(session.promise, pages, self._clock())
         except NoRoom as refused:
+            missing = pages - refused.available
+            soon = self._give_up_idle(lambda gone: sum(one.promise.pages for one in gone) >= missing)
             fits = refused.available * self._pool.page_tokens
             whose = " for a peer with other sessions" if refused.available < self._promises.free + session.promise.pages else ""
             message = f"no room for {rows} rows of {session.max_length} tokens: {fits} tokens of KV cache are free{whose}"
-            raise BusyError(message, refused.wait_s, fits) from None
+            raise BusyError(message, SHORTEST_WAIT_S if soon else refused.wait_s, fits) from None
 
     def reached(self, session: Session, rows: int, position: int) -> None:
         """A session has so many rows of so many KV entries now."""
@@ -148,6 +159,29 @@ class SessionManager:
             del self._sessions[session]
             self._promises.end(session.promise, self._clock())
             self._compute.call(self._release, session)
+
+    def idle(self, session: Session) -> trio.CancelScope:
+        """The scope in which a session waits for its client's next request; cancelled where it is given up for others' sake."""
+        session.idle_since = self._clock()
+        session.waiting = trio.CancelScope()
+        return session.waiting
+
+    def served(self, session: Session) -> None:
+        """The session's next request is there."""
+        session.waiting = None
+
+    def _give_up_idle(self, enough: Callable[[list[Session]], bool]) -> bool:
+        """Give up sessions whose clients have been away for long, the longest first, until there is room for who is refused now and comes
+        again: else anybody could hold all of a server by doing nothing. Whether that gives enough room."""
+        before = self._clock() - self._idle_s
+        gone: list[Session] = []
+        for session in sorted(self._sessions, key=lambda session: session.idle_since):
+            if session.idle_since > before or enough(gone):
+                break
+            if session.waiting is not None:
+                session.waiting.cancel()
+                gone.append(session)
+        return enough(gone)
 
     def _pages(self, rows: int, max_length: int) -> int:
         """Pages for so many rows; raises TooLargeError where there are not so many in all."""

@@ -14,6 +14,7 @@ import torch
 import trio
 
 from petalnet.blocks.checks import Limits
+from petalnet.blocks.promises import SHORTEST_WAIT_S
 from petalnet.blocks.service import BlockService
 from petalnet.blocks.span import Span
 from petalnet.errors import PeerLost
@@ -537,6 +538,30 @@ async def test_an_idle_session_is_closed(saved: Callable[..., Path]) -> None:
             assert "nothing came for 0.2 s" in answer.message
             assert await stream.receive() is None
         await served.closed()
+
+
+async def test_an_idle_session_gives_way_when_others_are_refused(saved: Callable[..., Path]) -> None:
+    """Else a peer that opens a session for all of the pool and does nothing would keep everybody out for half an hour."""
+    async with (
+        serving(saved("llama"), limits=Limits(idle_when_full_s=0.0)) as served,
+        served.session(max_length=1024) as idle,
+        served.session(max_length=512) as other,
+    ):
+        await run_step(idle, ROW, 0)
+        await eventually(lambda: all(session.waiting is not None for session in served.service.sessions))
+        answer = await ask(other, step(ROW, 0))
+        assert isinstance(answer, Error) and answer.code == "busy" and answer.retry_after_s == SHORTEST_WAIT_S
+        gone = await idle.receive()
+        assert isinstance(gone, Error) and "idle for long" in gone.message and await idle.receive() is None
+        await eventually(lambda: len(served.service.sessions) == 1)
+        await run_step(other, ROW, 0)
+
+
+async def test_a_session_that_was_used_lately_stays_though_others_are_refused(served: Served) -> None:
+    async with served.session(max_length=1024) as lately, served.session(max_length=512) as other:
+        await run_step(lately, ROW, 0)
+        await refused(other, step(ROW, 0), "busy", "no room")
+        await run_step(lately, ROW, 10)
 
 
 async def test_draining_refuses_new_work_only(served: Served) -> None:
