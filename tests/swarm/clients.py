@@ -21,11 +21,14 @@ import petalnet.client.distributed
 import petalnet.peering
 
 
-def run_client(number: int, task: dict[str, Any], client: dict[str, Any], start: Any) -> None:
-    """One client, in its own process."""
-    with petalnet.AutoDistributedModelForCausalLM.from_pretrained(
-        client["model"], initial_peers=task["peers"], dtype=torch.float32, show_route=False
-    ) as model:
+def run_client(number: int, task: dict[str, Any], client: dict[str, Any], turn: Any, start: Any) -> None:
+    """One client, in its own process. Clients join in turn: all at once, on few cores, each would find the others slow."""
+    with turn:
+        model = petalnet.AutoDistributedModelForCausalLM.from_pretrained(
+            client["model"], initial_peers=task["peers"], dtype=torch.float32, show_route=False
+        )
+        model.remote_blocks.route()
+    with model:
         start.wait()
         torch.manual_seed(client["seed"])
         rows = model.generate(torch.tensor(client["ids"]), **client["options"]).tolist()
@@ -38,8 +41,10 @@ def main() -> int:
     for model in {client["model"] for client in task["clients"]}:
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))  # imports what the library needs for it
     forking = multiprocessing.get_context("fork")
-    start = forking.Barrier(len(task["clients"]))
-    processes = [forking.Process(target=run_client, args=(number, task, client, start)) for number, client in enumerate(task["clients"])]
+    turn, start = forking.Lock(), forking.Barrier(len(task["clients"]))
+    processes = [
+        forking.Process(target=run_client, args=(number, task, client, turn, start)) for number, client in enumerate(task["clients"])
+    ]
     for process in processes:
         process.start()
     for process in processes:

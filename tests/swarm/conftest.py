@@ -162,6 +162,35 @@ def module_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         started.stop_all()
 
 
+@dataclass(frozen=True)
+class Families:
+    """A swarm that serves small models of several families (see `models`): their folders, and their servers in the order of blocks."""
+
+    paths: dict[str, Path]
+    servers: dict[str, list[NodeProcess]]
+    nodes: Nodes
+
+    @property
+    def peers(self) -> list[str]:
+        return next(iter(self.servers.values()))[0].addrs
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Families]:
+    """One swarm for all modules that only use its servers: nothing that a test leaves there is seen by another."""
+    from .models import SPANS, save_model
+
+    paths = {family: save_model(family, tmp_path_factory.mktemp(family)) for family in SPANS}
+    places = [(family, span) for family, spans in SPANS.items() for span in spans]
+    nodes = Nodes(tmp_path_factory.mktemp("families"))
+    try:
+        started = nodes.serve_all([(paths[family], span) for family, span in places])
+        servers = {family: [node for node, (of, _) in zip(started, places, strict=True) if of == family] for family in SPANS}
+        yield Families(paths, servers, nodes)
+    finally:
+        nodes.stop_all()
+
+
 @pytest.fixture(scope="session")
 def start_swarm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., contextlib.AbstractContextManager[list[str]]]:
     """`with start_swarm(model, spans=[(0, 4), (4, 8)], dtype="float32") as peers:` gives bootstrap multiaddrs of a running swarm."""

@@ -1,6 +1,6 @@
 """Many clients of the same servers at a time, short and long ones: each is answered as if it were alone, and whoever finds no room waits.
 
-Two spans of a Llama, and a Falcon, whose attention the servers cannot replace.
+A Llama on three servers, and a Falcon, whose attention the servers cannot replace.
 """
 
 from __future__ import annotations
@@ -20,35 +20,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from petalnet.client.session import InferenceSession
 
-from .models import Pair, connected, ids, load_local, padded, save_model
+from .models import Pair, connected, ids, load_local, padded
 
 CLIENTS = 8
-SPANS = {"llama": [(0, 3), (3, 6)], "falcon": [(0, 4)]}
 GREEDY = {"do_sample": False}
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: save_model(family, tmp_path_factory.mktemp(family)) for family in SPANS}
-
-
-@pytest.fixture(scope="module")
-def servers(module_nodes, paths: dict[str, Path]) -> dict[str, Any]:
-    """The servers of each family."""
-    places = [(family, span) for family, spans in SPANS.items() for span in spans]
-    started = module_nodes.serve_all([(paths[family], span) for family, span in places])
-    return {family: [node for node, (of, _) in zip(started, places, strict=True) if of == family] for family in SPANS}
-
-
-@pytest.fixture(scope="module")
-def peers(servers: dict[str, Any]) -> list[str]:
-    return servers["llama"][0].addrs
-
-
-@pytest.fixture(scope="module", params=list(SPANS))
-def pair(request: pytest.FixtureRequest, peers: list[str], paths: dict[str, Path]) -> Iterator[Pair]:
-    path = paths[request.param]
-    with connected(path, peers) as remote:
+@pytest.fixture(scope="module", params=["llama", "falcon"])
+def pair(request: pytest.FixtureRequest, families) -> Iterator[Pair]:
+    path = families.paths[request.param]
+    with connected(path, families.peers) as remote:
         yield Pair(request.param, path, load_local(path), remote)
 
 
@@ -116,22 +97,27 @@ def test_threads_that_do_different_things(pair: Pair) -> None:
         assert torch.equal(answer, right), do.__name__
 
 
-def test_processes(module_nodes, peers: list[str], paths: dict[str, Path]) -> None:
+def test_processes(families) -> None:
     """Eight clients of the Llama and two of the Falcon at once: greedy, sampled, with beams, with several answers."""
     sampled = {"do_sample": True, "top_k": 40, "temperature": 0.8}
     choices = [GREEDY, sampled, {"num_beams": 3, **GREEDY}, {"num_return_sequences": 2, **sampled}]
     clients = [
-        {"model": str(paths[family]), "ids": prompt(seed).tolist(), "seed": seed, "options": {**choices[seed % 4], "max_new_tokens": 24}}
+        {
+            "model": str(families.paths[family]),
+            "ids": prompt(seed).tolist(),
+            "seed": seed,
+            "options": {**choices[seed % 4], "max_new_tokens": 24},
+        }
         for family, count in (("llama", CLIENTS), ("falcon", CLIENTS // 4))
         for seed in range(count)
     ]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("clients.py"))], input=json.dumps({"peers": peers, "clients": clients}) + "\n",
-        env=module_nodes.environment(), capture_output=True, text=True, timeout=120,
+        [sys.executable, str(Path(__file__).with_name("clients.py"))], input=json.dumps({"peers": families.peers, "clients": clients}),
+        env=families.nodes.environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = dict(json.loads(line) for line in done.stdout.splitlines())
-    local = {str(paths[family]): load_local(paths[family]) for family in ("llama", "falcon")}
+    local = {str(path): load_local(path) for path in (families.paths["llama"], families.paths["falcon"])}
     for number, client in enumerate(clients):
         torch.manual_seed(client["seed"])
         expected = local[client["model"]].generate(torch.tensor(client["ids"]), **client["options"])
@@ -150,8 +136,8 @@ class Watch(StoppingCriteria):
 
 
 def test_a_short_answer_beside_a_long_prompt(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows of 2,000 tokens are prefilled in pieces, between which another client's tokens come."""
-    long, short = ids(3, 2000, seed=50), ids(1, 7, seed=51)
+    """Rows of 2,000 tokens are prefilled in pieces, between which another client's tokens come."""
+    long, short = ids(2 if pair.family == "llama" else 1, 2000, seed=50), ids(1, 7, seed=51)
     sent, arrived = threading.Event(), Watch()
     run: Callable[..., Any] = InferenceSession.run
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,26 +14,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from petalnet.client.session import InferenceSession
 
-from .models import PADDING, WINDOW, Pair, connected, ids, load_local, padded, save_model
+from .models import PADDING, SPANS, WINDOW, Pair, connected, ids, load_local, padded
 
-SPANS = {"bloom": [(0, 2), (2, 5)], "llama": [(0, 2), (2, 4), (4, 6)], "mistral": [(0, 1), (1, 4)]}
 GREEDY = {"do_sample": False}
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: save_model(family, tmp_path_factory.mktemp(family)) for family in SPANS}
-
-
-@pytest.fixture(scope="module")
-def peers(module_nodes, paths: dict[str, Path]) -> list[str]:
-    return module_nodes.serve_all([(paths[family], span) for family, spans in SPANS.items() for span in spans])[0].addrs
-
-
-@pytest.fixture(scope="module", params=list(SPANS))
-def pair(request: pytest.FixtureRequest, peers: list[str], paths: dict[str, Path]) -> Iterator[Pair]:
-    path = paths[request.param]
-    with connected(path, peers) as remote:
+@pytest.fixture(scope="module", params=["bloom", "llama", "mistral"])
+def pair(request: pytest.FixtureRequest, families) -> Iterator[Pair]:
+    path = families.paths[request.param]
+    with connected(path, families.peers) as remote:
         yield Pair(request.param, path, load_local(path), remote)
 
 
@@ -58,7 +46,7 @@ def test_the_route_has_all_servers(pair: Pair) -> None:
 
 
 def test_a_long_answer(pair: Pair) -> None:
-    assert pair.same(ids(1, 40, seed=1), max_new_tokens=64, **GREEDY).shape == (1, 104)
+    assert pair.same(ids(1, 40, seed=1), max_new_tokens=48, **GREEDY).shape == (1, 88)
 
 
 def test_five_beams(pair: Pair) -> None:
@@ -182,14 +170,14 @@ def test_rollback_in_mid_answer(pair: Pair, back_to: int) -> None:
     """Back into the prompt, to its end and into the answer, and on with other words."""
     tokens, other = ids(2, 12, seed=12), ids(2, 5, seed=13)
     with pair.remote.inference_session(max_length=80) as session:
-        first = pair.remote.generate(tokens, max_new_tokens=30, **GREEDY)
-        assert torch.equal(first, pair.local.generate(tokens, max_new_tokens=30, **GREEDY))
+        first = pair.remote.generate(tokens, max_new_tokens=20, **GREEDY)
+        assert torch.equal(first, pair.local.generate(tokens, max_new_tokens=20, **GREEDY))
         session.position = back_to
-        second = pair.remote.generate(other, max_new_tokens=20, **GREEDY)
+        second = pair.remote.generate(other, max_new_tokens=12, **GREEDY)
         said = torch.cat([first[:, :back_to], other], dim=1)
-        assert torch.equal(second, pair.local.generate(said, max_new_tokens=20, **GREEDY)[:, back_to:])
+        assert torch.equal(second, pair.local.generate(said, max_new_tokens=12, **GREEDY)[:, back_to:])
         session.position = 12 if back_to > 12 else 0
-        again = pair.remote.generate(None if back_to > 12 else tokens, max_new_tokens=30, **GREEDY)
+        again = pair.remote.generate(None if back_to > 12 else tokens, max_new_tokens=20, **GREEDY)
         assert torch.equal(again, first[:, session.position + 1 - again.shape[1] :])
 
 
