@@ -139,3 +139,14 @@ def test_a_full_server_beside_a_free_one(servers: Servers, clients: list[torch.n
             assert torch.equal(other.generate(prompt, max_new_tokens=40, session=session, **GREEDY), expected)
             assert session.hops[-1].peer_id == servers.roomy
     assert failures == []
+
+
+@pytest.mark.parametrize("clients", ["both"], indirect=True)
+def test_a_session_too_long_for_one_server_goes_to_another(servers: Servers, clients: list[torch.nn.Module], failures: list[str]) -> None:
+    prompt = ids(1, 40, seed=6)
+    clients[0].generate(prompt, max_new_tokens=2, **GREEDY)  # by now it has heard of both
+    with clients[0].inference_session(max_length=2 * ROOM) as session:
+        answer = clients[0].generate(prompt, max_new_tokens=10, session=session, **GREEDY)
+        assert session.hops[-1].peer_id == servers.roomy
+    assert torch.equal(answer, servers.local.generate(prompt, max_new_tokens=10, **GREEDY))
+    assert failures == []
