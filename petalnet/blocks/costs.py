@@ -62,6 +62,11 @@ class Costs:
         last, longest = curve[-1]
         return int(last + (seconds - longest) / self._slope())
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest pass that was measured; 0 where none was."""
+        return int(max((point.tokens for point in self._points.values() if point.measured), default=0))
+
     def measured(self, tokens: int, seconds: float) -> None:
         """A pass of so many tokens took so long."""
         if tokens < 1 or seconds <= 0:

@@ -338,7 +338,11 @@ class Scheduler:
         budget = self._round_s() * (ALONE_ROUNDS if alone else 1.0)
         if tokens:
             budget = max(budget, DECODE_ROUNDS * self._seconds(task, tokens))
-        fitting = self._costs[task.kind].fitting(budget / task.weight)
+        costs = self._costs[task.kind]
+        fitting = costs.fitting(budget / task.weight)
+        if alone and fitting >= costs.longest:
+            # Nobody loses by a try: some kernels are slow for a dozen rows, from which longer passes look slower than they are.
+            fitting = max(fitting, 2 * costs.longest)
         return min(max(fitting - tokens, LEAST_PREFILL), max(self._most_tokens - tokens, 0))
 
     def _round_s(self) -> float:

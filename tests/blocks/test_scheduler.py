@@ -182,6 +182,27 @@ def test_a_prompt_that_nobody_waits_beside_gets_larger_chunks(scheduler: Schedul
     assert seconds(sum(part.tokens for part in beside)) == pytest.approx(0.15, rel=0.1)
 
 
+def test_longer_chunks_are_tried_where_nobody_waits() -> None:
+    """Sixteen tokens take three times as long as one, and a hundred take little longer than those."""
+
+    def seconds(tokens: int) -> float:
+        return 0.1 if tokens < 4 else 0.25 + tokens / 5000
+
+    scheduler = Scheduler(Costs(10.0, 130.0))
+    for tokens in (1, 16):
+        scheduler._costs["step"].measured(tokens, seconds(tokens))
+    task = step("prompt", 2000)
+    scheduler.add(task, 0.0)
+    now, rounds = 0.0, 0
+    while task.done < task.units:
+        parts = started(scheduler, now)
+        took = seconds(parts[0].tokens)
+        now += took
+        scheduler.finished(parts, took, now)
+        rounds += 1
+    assert rounds < 25
+
+
 def test_a_short_prompt_goes_before_the_rest_of_a_long_one(scheduler: Scheduler) -> None:
     scheduler.add(step("long", 2000), 0.0)
     _, now = run_round(scheduler, 0.0)
