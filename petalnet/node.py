@@ -26,7 +26,7 @@ from petalnet.errors import NoSwarmError, UsageError
 from petalnet.inspection import serve_inspection
 from petalnet.overview import describe_swarm
 from petalnet.p2p.access import Access
-from petalnet.state import claim_identity_path, remove_own_json, write_json
+from petalnet.state import claim_identity_path, remove_own_json, require_writable, write_json
 from petalnet.threads import in_thread
 from petalnet.version import __version__
 
@@ -102,6 +102,8 @@ class Node:
         from petalnet.p2p.addresses import read_peer_list
 
         settings = self._settings
+        if settings.ready_file is not None:
+            require_writable(settings.ready_file)
         self._initial_peers = read_peer_list(settings.initial_peers)
         self._access = access_of(settings)
         if self.role == "client" and not self._initial_peers:

@@ -40,6 +40,16 @@ def write_json(path: Path, content: Mapping[str, Any], *, mode: int = 0o644) -> 
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def require_writable(path: Path) -> None:
+    """Raises UsageError where `write_json` could not put a file there: known at the start, not when everything is loaded."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def remove_own_json(path: Path) -> None:
     """Remove a file that `write_json` wrote with our "pid" in it; another process's is left alone."""
     with contextlib.suppress(OSError, ValueError):

@@ -302,6 +302,7 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
         "position_ids": blob(chance, "int32", 2, 3),
         "prompts": blob(chance, "float16", 4, 2, 1, 8, codec="float16"),
     }
+    names = blob(chance, "uint8", 2, 3, 16)
     pass_ = {"model": "m" * 40, "first": 0, "end": 4, "hidden": blob(chance, "bfloat16", 2, 3, 64, codec="int8"), **extras}
     given: dict[str, dict[str, Any]] = {
         "error": {"code": "busy", "message": "no room", "retry_after_s": 2.5},
@@ -309,7 +310,8 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
         "find": {"key": bytes(32)},
         "records": {"records": (chance.randbytes(200), chance.randbytes(100)), "ages": (1.0, 2.0), "count": 2},
         "open_session": {"session": "s" * 16, "model": "m" * 40, "first": 0, "end": 4, "max_length": 128},
-        "step": {"step": 1, "position": 2, "hidden": hidden, **extras, "order": blob(chance, "int64", 2)},
+        "attach": {"names": names},
+        "step": {"step": 1, "position": 2, "hidden": hidden, **extras, "order": blob(chance, "int64", 2), "keep": 1, "names": names},
         "step_done": {"step": 1, "position": 5, "output": hidden, "compute_s": 0.1, "queue_s": 0.2},
         "forward": pass_,
         "forward_done": {"output": hidden},
@@ -338,7 +340,7 @@ def example(metadata: Any) -> Any:
 
 
 OF_PROTOCOL = {
-    "/petalnet/inference/1.0.0": {"open_session", "session_opened", "step", "step_done"},
+    "/petalnet/inference/1.0.0": {"open_session", "session_opened", "attach", "attached", "step", "step_done"},
     "/petalnet/forward/1.0.0": {"forward", "forward_done", "backward", "backward_done"},
     "/petalnet/records/1.0.0": {"store", "stored", "find", "records"},
     "/petalnet/ping/1.0.0": {"ping", "pong"},
