@@ -113,7 +113,7 @@ def test_processes(families) -> None:
     ]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("clients.py"))], input=json.dumps({"peers": families.peers, "clients": clients}),
-        env=families.nodes.environment(), capture_output=True, text=True, timeout=120,
+        env=families.nodes.environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = dict(json.loads(line) for line in done.stdout.splitlines())
