@@ -97,6 +97,7 @@ def test_threads_that_do_different_things(pair: Pair) -> None:
         assert torch.equal(answer, right), do.__name__
 
 
+@pytest.mark.long
 def test_processes(families) -> None:
     """Eight clients of the Llama and two of the Falcon at once: greedy, sampled, with beams, with several answers."""
     sampled = {"do_sample": True, "top_k": 40, "temperature": 0.8}

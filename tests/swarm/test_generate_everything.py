@@ -19,7 +19,7 @@ from .models import PADDING, SPANS, WINDOW, Pair, connected, ids, load_local, pa
 GREEDY = {"do_sample": False}
 
 
-@pytest.fixture(scope="module", params=["bloom", "llama", "mistral"])
+@pytest.fixture(scope="module", params=["bloom", pytest.param("llama", marks=pytest.mark.long), "mistral"])
 def pair(request: pytest.FixtureRequest, families) -> Iterator[Pair]:
     path = families.paths[request.param]
     with connected(path, families.peers) as remote:
