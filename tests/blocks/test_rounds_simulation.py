@@ -82,7 +82,7 @@ def test_a_short_prompt_beside_a_long_one_waits_for_two_rounds_at_most(simulatio
     longest = max(seconds for _, seconds, _ in simulated.rounds)
     assert max(beside.prompts) <= 2 * longest + 0.05
     assert statistics.median(beside.prompts) <= 2 * statistics.median(alone.prompts)
-    assert longest < 0.4
+    assert longest < 0.45  # a chunk that was tried while nobody else was there
 
 
 def test_decoding_and_a_long_prompt_share_the_device(simulation: ModuleType) -> None:
