@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 HTTP_PORTS_TRIED = 20
 MOST_STATE_PEERS = 8
 """How many servers' addresses the client daemon leaves in its state file, beside the bootstrap peers."""
+MODEL_WITHIN_S = 5.0
+"""How long a newcomer looks for the model of its swarm: on a busy machine the first look-up may go unanswered."""
 STATE_EVERY_S = 5.0
 DEMO_NAME = "petalnet-demo"
 """What the model that ships in the package is announced as where nobody named it."""
@@ -182,8 +184,13 @@ class Node:
         """Key and name of the only model that the swarm serves; the name is None for the model that ships in the package."""
         from petalnet.models.checkpoint import DEMO_MODEL
 
-        await self._peering.look_up()
-        models = self._peering.view.models(now=time.time())
+        until = trio.current_time() + MODEL_WITHIN_S
+        while True:
+            await self._peering.look_up()
+            models = self._peering.view.models(now=time.time())
+            if models or trio.current_time() > until:
+                break
+            await trio.sleep(0.5)
         if len(models) != 1:
             served = ", ".join(sorted(summary.model_name for summary in models))
             raise UsageError(f"this swarm serves {'several models, name one: ' + served if models else 'no model yet: name the MODEL'}")
