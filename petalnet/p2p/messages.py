@@ -31,6 +31,10 @@ UNIT_TOKENS = 64
 """Positions of a unit. A name stands for one unit of a row and all units before it, whose KV entries a server may keep for later."""
 NAME_BYTES = 16
 """Bytes of a unit's name; the client's hash of what entered the session's blocks."""
+KEEP_NONE = -1
+"""`Step.keep` of a step whose outputs nobody wants: a prompt's chunks before the last."""
+MAX_HOPS = 256
+"""Servers of a chain whose times a step may carry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +166,19 @@ def _message(name: str) -> Callable[[M], M]:
 @dataclass(frozen=True)
 class Error(Message):
     """The answer to a request that failed: the error's class, one line for a person, and for *busy* when to try again (seconds) and how
-    many KV tokens (rows × max_length) would fit now (0 where that is not known)."""
+    many KV tokens (rows × max_length) would fit now (0 where that is not known). `step`: the number of the step that failed; 0 where it
+    was another request."""
 
     code: str = _is(text(20))
     message: str = _is(text(1000))
     retry_after_s: float = _is(number(0, 3600), 0.0)
     fits_tokens: int = _is(integer(0, 2**53), 0)
+    step: int = _is(integer(0, 2**53), 0)
 
     @classmethod
-    def of(cls, error: PetalnetError) -> Error:
+    def of(cls, error: PetalnetError, step: int = 0) -> Error:
         code, message, retry_after_s, fits_tokens = to_wire(error)
-        return cls(code, message, min(max(retry_after_s, 0.0), 3600.0), fits_tokens)
+        return cls(code, message, min(max(retry_after_s, 0.0), 3600.0), fits_tokens, step)
 
     def exception(self, peer_id: str) -> PetalnetError:
         return from_wire(self.code, self.message, self.retry_after_s, self.fits_tokens, peer_id)
@@ -260,7 +266,13 @@ class Records(Message):
 class OpenSession(Message):
     """Begin an inference session on blocks [first, end) of a model; answered by `SessionOpened`.
 
-    `max_length` is the most KV entries that a row will take.
+    Attributes:
+        session: a random id that the client gives to all servers of a chain.
+        max_length: the most KV entries that a row will take.
+        promise_rows: set aside KV room for so many rows at once, which may be answered by *busy*; 0: the first step asks for it.
+        takes_from: the peer, if any, whose `OpenLink` may bring steps for this session; nobody else's may, the client aside.
+        pushes_to: the server, if any, that runs the blocks from `end` on: the outputs of steps go there as the inputs of its steps, and
+            only to the client where it cannot be reached. A session that pushes keeps its outputs (see `Replay`).
     """
 
     session: str = _is(text(64))
@@ -268,6 +280,9 @@ class OpenSession(Message):
     first: int = _is(integer(0, MAX_BLOCKS))
     end: int = _is(integer(1, MAX_BLOCKS))
     max_length: int = _is(integer(1, MAX_TOKENS))
+    promise_rows: int = _is(integer(0, MAX_TOKENS), 0)
+    takes_from: str = _is(text(128), "")
+    pushes_to: str = _is(text(128), "")
 
 
 @_message("session_opened")
@@ -278,10 +293,71 @@ class SessionOpened(Message):
     Attributes:
         free_kv_tokens: KV tokens that no session has been promised.
         shares_prefixes: whether `Attach` finds what other peers' sessions have named; otherwise only what the same peer's have.
+        dtype: what the server computes in: hidden states lose nothing on the way to and from it in a codec of that name.
+        codecs: the codecs that the server reads and writes.
     """
 
     free_kv_tokens: int = _is(integer(0, 2**53))
     shares_prefixes: bool = _is(flag, False)
+    dtype: str = _is(text(20), "")
+    codecs: tuple[str, ...] = _is(many(text(20), 16), ("raw",))
+
+
+@_message("open_link")
+@dataclass(frozen=True)
+class OpenLink(Message):
+    """From server to server: what follows are `Step`s of the session of this id whose blocks begin at `first`. Answered by `LinkOpened`
+    once the receiver knows the session, and it names the sender in `takes_from`. The steps themselves are answered to the client."""
+
+    session: str = _is(text(64))
+    first: int = _is(integer(0, MAX_BLOCKS))
+
+
+@_message("link_opened")
+@dataclass(frozen=True)
+class LinkOpened(Message):
+    """Steps may follow."""
+
+
+@_message("link_down")
+@dataclass(frozen=True)
+class LinkDown(Message):
+    """To a session's client: the server that the outputs were to go to cannot be reached from here. From now on they come to the client.
+
+    Attributes:
+        reason: one line for a person.
+        pushed: the last step whose output went to that server, which may have got it or not; 0 for none.
+    """
+
+    reason: str = _is(text(1000))
+    pushed: int = _is(integer(0, 2**53), 0)
+
+
+@_message("reserve")
+@dataclass(frozen=True)
+class Reserve(Message):
+    """Set aside KV room for at least so many rows of the session; answered by `Reserved`, or *busy*."""
+
+    rows: int = _is(integer(1, MAX_TOKENS))
+
+
+@_message("reserved")
+@dataclass(frozen=True)
+class Reserved(Message):
+    """The room is there; KV tokens that no session has been promised."""
+
+    free_kv_tokens: int = _is(integer(0, 2**53))
+
+
+@_message("replay")
+@dataclass(frozen=True)
+class Replay(Message):
+    """The outputs for KV entries [position, position + tokens) of all rows once more, of a session that pushes; answered by a `StepDone`
+    of the same number as soon as the session has come that far."""
+
+    step: int = _is(integer(0, 2**53))
+    position: int = _is(integer(0, MAX_TOKENS))
+    tokens: int = _is(integer(1, MAX_TOKENS))
 
 
 @_message("attach")
@@ -310,22 +386,28 @@ class Attached(Message):
 @_message("step")
 @dataclass(frozen=True)
 class Step(Message):
-    """Run new tokens through the session's blocks; answered by `StepDone`.
+    """Run new tokens through the session's blocks. The answer is a `StepDone` to the client; in a session that pushes, the step goes on
+    to the next server instead, with the output in place of `hidden` and `prompts` for the blocks that are left.
 
     Attributes:
-        step: a number that the answer repeats.
+        step: a number above that of all steps before, which the answer repeats. A step whose number has been taken is dropped: it came both
+            from the server before and from the client.
         position: KV entries before this step; lower than what the server has means: roll back to it first.
         hidden: [rows, new, hidden], a float dtype; new may be 0.
         mask: bool [rows, position + new], False where a token is padding; absent when nothing is.
         position_ids: int32 [rows, new]; absent when they are position … position + new - 1 in every row.
-        prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions.
+        prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions; for the session's blocks and,
+            where it pushes, all that follow in the chain.
         order: int64 [rows], which of the session's rows each row continues (beams); absent for each its own.
         all_hidden: answer with the outputs of every block instead of the last one's.
-        keep: answer with the outputs of the last `keep` new tokens only; 0 for all of them.
+        keep: answer with the outputs of the last `keep` new tokens only; 0 for all of them, `KEEP_NONE` for none. A session that pushes
+            passes on all of them, whatever this says.
         promise_rows: set aside KV room for at least so many rows: a client may send rows that are alike as one and have it repeated by a
             later step's `order`.
         names: uint8 [rows, units, NAME_BYTES], names of the units that this step completes, in their order. Where a step completes units
             and names none, the session's later units cannot be named any more.
+        spent: for each server that the step has gone through on its way, in order: seconds in its queue, seconds of computation, and
+            seconds from the step's arrival there until it was sent on.
     """
 
     step: int = _is(integer(0, 2**53))
@@ -336,21 +418,30 @@ class Step(Message):
     prompts: Blob | None = _blob(optional=True)
     order: Blob | None = _blob(optional=True)
     all_hidden: bool = _is(flag, False)
-    keep: int = _is(integer(0, MAX_TOKENS), 0)
+    keep: int = _is(integer(KEEP_NONE, MAX_TOKENS), 0)
     promise_rows: int = _is(integer(0, MAX_TOKENS), 0)
     names: Blob | None = _blob(optional=True)
+    spent: tuple[float, ...] = _is(many(number(0, 1e6), 3 * MAX_HOPS), ())
 
 
 @_message("step_done")
 @dataclass(frozen=True)
 class StepDone(Message):
-    """The output of a step, [rows, kept, hidden], or [blocks, rows, kept, hidden] with all_hidden; seconds in engine and queue."""
+    """The output of a step, [rows, kept, hidden], or [blocks, rows, kept, hidden] with all_hidden, which each server of a chain answers.
+
+    Attributes:
+        position: KV entries after the step.
+        compute_s, queue_s, held_s: seconds of computation, in the queue, and from the step's arrival until this answer.
+        spent: of the servers before, as the step brought it.
+    """
 
     step: int = _is(integer(0, 2**53))
     position: int = _is(integer(0, MAX_TOKENS))
     output: Blob = _blob()
     compute_s: float = _is(number(0, 1e6), 0.0)
     queue_s: float = _is(number(0, 1e6), 0.0)
+    held_s: float = _is(number(0, 1e6), 0.0)
+    spent: tuple[float, ...] = _is(many(number(0, 1e6), 3 * MAX_HOPS), ())
 
 
 @_message("forward")

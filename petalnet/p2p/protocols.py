@@ -171,6 +171,17 @@ INFERENCE = Protocol(
     idle_timeout_s=3600.0,
 )
 
+PUSH = Protocol(
+    "/petalnet/push/1.0.0",
+    # The same messages as of an inference session, from the server before instead of its client.
+    limits=FrameLimits(header=16 * 1024, payload=256 * 1024 * 1024),
+    # One for each session that two neighbours share, well below what one connection may have: the sessions above go through their clients.
+    max_streams_per_peer=192,
+    max_streams=2048,
+    # As of an inference session, whose end ends the link as well.
+    idle_timeout_s=3600.0,
+)
+
 FORWARD = Protocol(
     "/petalnet/forward/1.0.0",
     # A micro-batch of activations and its gradient in one frame.
@@ -219,4 +230,4 @@ REACHABILITY = Protocol(
     max_rate=1.0,
 )
 
-PROTOCOLS = (INFERENCE, FORWARD, RECORDS, PING, REACHABILITY)
+PROTOCOLS = (INFERENCE, PUSH, FORWARD, RECORDS, PING, REACHABILITY)

@@ -312,7 +312,7 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
         "open_session": {"session": "s" * 16, "model": "m" * 40, "first": 0, "end": 4, "max_length": 128},
         "attach": {"names": names},
         "step": {"step": 1, "position": 2, "hidden": hidden, **extras, "order": blob(chance, "int64", 2), "keep": 1, "names": names},
-        "step_done": {"step": 1, "position": 5, "output": hidden, "compute_s": 0.1, "queue_s": 0.2},
+        "step_done": {"step": 1, "position": 5, "output": hidden, "compute_s": 0.1, "queue_s": 0.2, "spent": (0.1, 0.2, 0.3)},
         "forward": pass_,
         "forward_done": {"output": hidden},
         "backward": {**pass_, "grad_output": hidden},
@@ -340,7 +340,19 @@ def example(metadata: Any) -> Any:
 
 
 OF_PROTOCOL = {
-    "/petalnet/inference/1.0.0": {"open_session", "session_opened", "attach", "attached", "step", "step_done"},
+    "/petalnet/inference/1.0.0": {
+        "open_session",
+        "session_opened",
+        "attach",
+        "attached",
+        "reserve",
+        "reserved",
+        "step",
+        "step_done",
+        "replay",
+        "link_down",
+    },
+    "/petalnet/push/1.0.0": {"open_link", "link_opened", "step"},
     "/petalnet/forward/1.0.0": {"forward", "forward_done", "backward", "backward_done"},
     "/petalnet/records/1.0.0": {"store", "stored", "find", "records"},
     "/petalnet/ping/1.0.0": {"ping", "pong"},
