@@ -161,7 +161,7 @@ def test_arrays_lie_where_tensors_may_lie() -> None:
         (["attached", {"position": 2**24 + 1}, {}], ProtocolError),
         (["session_opened", {"free_kv_tokens": 1, "shares_prefixes": 1}, {}], ProtocolError),
         (["error", {"code": "busy", "message": "x", "fits_tokens": -1}, {}], ProtocolError),
-        (["step", {"step": 0, "position": 0, "keep": -1}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
+        (["step", {"step": 0, "position": 0, "keep": -2}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
         (["step", {"step": 0, "position": 0, "keep": 2**24 + 1}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
         (["step", {"step": 0, "position": 0, "promise_rows": "1"}, {"hidden": ["float32", [1, 0, 1], "raw"]}], ProtocolError),
         (["step", {"step": 0, "position": 0}, {"hidden": ["float32", [0], "raw"], "names": ["uint8", [2], "int8"]}], ProtocolError),
