@@ -5,9 +5,11 @@
         lab.add_nated("alice")                  # 192.168.1.2 behind a router whose public side is 203.0.113.11
         process = lab.popen("alice", ["petalnet", "node", ...])
 
+    with Lab(Distance(rtt_ms=40, mbit=100)) as lab: ...   # the same, with hosts (and routers) that lie apart
+
 The routers do what routers at home do: they let answers in and drop whatever else comes from outside.
 Everything lies in namespaces that are made here and taken down at the end, processes included; the machine's own network is not touched.
-Needs root, `ip` and `nft`.
+Needs root and `ip`; hosts behind routers need `nft`, too.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+
+from .distance import Distance
 
 PUBLIC_NET = "203.0.113"
 _END_WITHIN_S = 10.0
@@ -37,7 +41,7 @@ table ip filter {{
 
 
 def why_not() -> str | None:
-    """Why no lab can be made on this machine, or None where it can."""
+    """Why no lab with routers can be made on this machine, or None where it can."""
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     missing = [program for program in ("ip", "nft") if shutil.which(program) is None]
@@ -70,15 +74,22 @@ class _Host:
 
 
 class Lab:
-    """See the module's docstring."""
+    """See the module's docstring.
 
-    def __init__(self) -> None:
+    Args:
+        distance: what the public segment is; None for one without delays. The lab stops it in the end.
+    """
+
+    def __init__(self, distance: Distance | None = None) -> None:
+        self.distance = distance
         self._prefix = f"petalnet-{os.getpid()}-{time.monotonic_ns() % 10**6}-"
         self._segment = self._prefix + "public"
         self._made: list[str] = []
         self._hosts: dict[str, _Host] = {}
 
     def __enter__(self) -> Lab:
+        if self.distance is not None:
+            return self
         try:
             self._make_netns(self._segment)
             _run("ip", "-n", self._segment, "link", "add", "bridge", "type", "bridge")
@@ -170,10 +181,14 @@ class Lab:
 
     def wire_bytes(self, name: str) -> int:
         """Bytes that the host has sent and received so far."""
-        return sum(
-            int(_run("ip", "netns", "exec", self._hosts[name].netns, "cat", f"/sys/class/net/eth/statistics/{way}_bytes"))
-            for way in ("rx", "tx")
-        )
+        return self._count(name, "rx") + self.sent_bytes(name)
+
+    def sent_bytes(self, name: str) -> int:
+        """Bytes that the host has sent so far, with the headers of packets."""
+        return self._count(name, "tx")
+
+    def _count(self, name: str, way: str) -> int:
+        return int(_run("ip", "netns", "exec", self._hosts[name].netns, "cat", f"/sys/class/net/eth/statistics/{way}_bytes"))
 
     # ---- how it is made
 
@@ -188,6 +203,9 @@ class Lab:
 
     def _plug_in(self, netns: str, device: str, ip: str) -> None:
         """Connect a namespace to the public segment."""
+        if self.distance is not None:
+            self.distance.plug_in(netns, device, ip)
+            return
         port = f"port{len(self._made)}"
         _run("ip", "link", "add", device, "netns", netns, "type", "veth", "peer", "name", port, "netns", self._segment)
         _run("ip", "-n", self._segment, "link", "set", port, "master", "bridge", "up")
@@ -204,6 +222,8 @@ class Lab:
         _run("ip", "netns", "exec", host.router, "nft", "-f", "-", stdin=f"flush ruleset\n{rules}")
 
     def _destroy(self) -> None:
+        if self.distance is not None:
+            self.distance.stop()
         for name in reversed(self._made):
             with contextlib.suppress(OSError):
                 subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
