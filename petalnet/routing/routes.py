@@ -9,7 +9,7 @@ equal costs compare equal and the choice does not depend on the order of the rec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -34,12 +34,19 @@ SPREAD = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One server of a route and the blocks [first, end) that it is to run."""
+    """One server of a route and the blocks [first, end) that it is to run.
+
+    Attributes:
+        decode_s: expected seconds of one token alone through these blocks, by the rate that the server announces; 0 where it does not.
+        prefill_s: the same for each token of a prompt. Two hops are equal whatever is expected of them.
+    """
 
     peer_id: str
     addrs: tuple[str, ...]
     first: int
     end: int
+    decode_s: float = field(default=0.0, compare=False)
+    prefill_s: float = field(default=0.0, compare=False)
 
 
 class _Cost(NamedTuple):
@@ -98,10 +105,10 @@ def find_route(
         hint += "those that hold the rest of the model" if expected is None else "the ones that were asked for"
         nearest: list[int] = min(gaps, key=len)
         raise MissingBlocksError(nearest, (record.peer_id for record in usable), hint=hint)
-    addrs = {record.peer_id: record.addrs for record in usable}
+    by_peer = {record.peer_id: record for record in usable}
     chain = _quickest(whole, costs, first, end).chain
     ends = [start for start, _ in chain[1:]] + [end]
-    return [Hop(peer_id, addrs[peer_id], start, stop) for (start, peer_id), stop in zip(chain, ends, strict=True)]
+    return [_hop(by_peer[peer_id], start, stop) for (start, peer_id), stop in zip(chain, ends, strict=True)]
 
 
 def route_time(
@@ -119,6 +126,15 @@ def route_time(
         cost = _cost(by_peer[hop.peer_id], round_trip(hop.peer_id), work, tokens, None)
         total_ns += cost.fixed_ns + (hop.end - hop.first) * cost.block_ns
     return total_ns / 1e9
+
+
+def _hop(record: ServerRecord, first: int, end: int) -> Hop:
+    blocks = record.span[1] - record.span[0]
+    decode_s, prefill_s = (
+        (end - first) * min(1 / (rate * blocks), SLOWEST_BLOCK_S) if rate > 0 else 0.0
+        for rate in (record.decode_tokens_s, record.prefill_tokens_s)
+    )
+    return Hop(record.peer_id, record.addrs, first, end, decode_s, prefill_s)
 
 
 def _newest(records: Iterable[ServerRecord]) -> list[ServerRecord]:

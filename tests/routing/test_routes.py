@@ -57,6 +57,14 @@ def test_no_rate_that_a_record_may_announce_breaks_routing(record: Build, now: f
     assert spans(find_route([odd], 0, 4, round_trip=near, now=now, tokens=1 << 24, rng=Random(0))) == [("B", 0, 4)]
 
 
+def test_a_hop_knows_how_long_its_blocks_take(record: Build, now: float) -> None:
+    servers = [record("A", span=(0, 8), decode_tokens_s=10.0, prefill_tokens_s=400.0), record("B", span=(8, 12), decode_tokens_s=0.0)]
+    first, second = find_route(servers, 4, 12, round_trip=near, now=now)
+    assert (first.decode_s, first.prefill_s) == pytest.approx((0.05, 0.00125))  # half of A's blocks
+    assert second.decode_s == 0.0 and second.prefill_s == pytest.approx(0.01)
+    assert first == Hop("A", first.addrs, 4, 8) and len({first, Hop("A", first.addrs, 4, 8)}) == 1
+
+
 def test_the_kind_of_work_decides_which_rate_counts(record: Build, now: float) -> None:
     servers = [record("A", decode_tokens_s=50.0, forward_tokens_s=100.0), record("B", decode_tokens_s=40.0, forward_tokens_s=900.0)]
     assert spans(find_route(servers, 0, 4, round_trip=near, now=now)) == [("A", 0, 4)]
