@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -174,6 +175,8 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     (check_embeds if ids is None else check_ids)(given, model.get_input_embeddings())
     rows, new = given.shape[:2]
     session = _session_of(model, blocks, call)
+    if session is not None:
+        session.trace.token_begins(time.perf_counter())
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     start = 0 if session is None else session.position
     if mask is not None:

@@ -17,6 +17,8 @@ from transformers.utils import ModelOutput
 
 from petalnet.client.cache import SessionCache
 from petalnet.client.session import InferenceSession, as_mask
+from petalnet.client.trace import Trace
+from petalnet.client.tracing import last_trace, tracing
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -88,6 +90,11 @@ class DistributedGeneration:
             return self._generate_in(session, plan, generation_config, args, kwargs)
         finally:
             session.close("its answer is complete (answers that go on need `with model.inference_session(max_length=…)`)")
+
+    @property
+    def last_trace(self) -> Trace | None:
+        """Where the time of the last answer of this thread went that is over; None before the first."""
+        return last_trace(self)
 
     def _propose(self, inputs: Any, generation_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`generate` for the library, which uses this model as another one's assistant: it gives all ids in each call, and takes care of
@@ -163,10 +170,13 @@ class DistributedGeneration:
         # Without its cache every step would run all tokens again; the results are the same.
         kwargs["use_cache"] = True
         length = inputs.shape[1] if inputs is not None else plan.input_length or 1
+        shows_route = bool(self.remote_blocks.target.settings.show_route)
         try:
             # What logits processors run beside the answer (guidance by another prompt) is not part of the session.
-            with self.remote_blocks.no_active_session():
+            with self.remote_blocks.no_active_session(), tracing(self, session, show_route=shows_route) as trace:
                 result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
+                sequences = result.sequences if isinstance(result, ModelOutput) else result
+                trace.rows, trace.tokens = sequences.shape[0], sequences.shape[1] - (0 if inputs is None and plan.has_embeds else length)
         except KeyboardInterrupt:
             session.close("its answer was interrupted")
             raise
@@ -174,7 +184,6 @@ class DistributedGeneration:
             if not session.closed:
                 _take_back(session, plan.copies, length, before)
             raise
-        sequences = result.sequences if isinstance(result, ModelOutput) else result
         if plan.beams > 1 and not session.closed:
             # The winners' keys and values are scattered over the rows, or gone. Back to what all beams of an answer have in common.
             session.position = min(session.position, length)

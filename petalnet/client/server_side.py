@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ import trio
 
 from petalnet.client.chain import Chain, Inputs
 from petalnet.client.requests import Busy, Full, Target
+from petalnet.client.trace import Trace
 from petalnet.errors import CallerError, MissingBlocksError, PetalnetError, ServerError, SessionClosed
 from petalnet.p2p.messages import Blob
 
@@ -21,6 +23,7 @@ class ServerSide:
 
     def __init__(self, target: Target, max_length: int) -> None:
         self.chain: Chain | None = None
+        self.trace = Trace(time.perf_counter())  # of the answer under way; of the last one until another step comes
         self._target = target
         self._max_length = max_length
         self._lock = trio.Lock()
@@ -62,6 +65,15 @@ class ServerSide:
 
         Raises: as `Chain.step`; BusyError when patience is at its end, TooLargeError where no server will ever have the room.
         """
+        if self.trace.complete:
+            self.trace = Trace(time.perf_counter())
+        self.trace.visit_begins(time.perf_counter())
+        try:
+            return await self._step(hidden, position, order, inputs)
+        finally:
+            self.trace.visit_ends(time.perf_counter())
+
+    async def _step(self, hidden: Blob, position: int, order: Blob | None, inputs: Inputs) -> list[Blob]:
         async with self._lock:
             if self._error is not None:
                 error, self._error = self._error, None

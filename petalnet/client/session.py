@@ -10,6 +10,7 @@ them many.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import torch
 from petalnet.client.chain import Inputs, Names
 from petalnet.client.prefix import Prefix, first_name
 from petalnet.client.server_side import ServerSide
+from petalnet.client.trace import Trace
 from petalnet.errors import SessionClosed
 from petalnet.p2p.messages import UNIT_TOKENS, Blob
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
@@ -37,12 +39,14 @@ class InferenceSession:
 
     Attributes:
         max_length: the most KV entries that a row may take.
+        drafted, accepted: tokens that were guessed and computed along with others so far, and those of them that were right.
     """
 
     def __init__(self, blocks: RemoteSequential, max_length: int) -> None:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"max_length needs a number of tokens above 0; got {max_length!r}")
         self.max_length = max_length
+        self.drafted = self.accepted = 0
         self._rows: int | None = None  # as the servers hold them
         self._blocks = blocks
         self._position = 0
@@ -99,6 +103,16 @@ class InferenceSession:
         """The route in use; empty before the first step."""
         chain = self._server_side.chain
         return [] if chain is None else chain.hops
+
+    @property
+    def trace(self) -> Trace:
+        """Where the time went: of the answer under way or, until another step, of the last one; of steps by hand, of all since then."""
+        return self._server_side.trace
+
+    def begin_trace(self) -> Trace:
+        """From now on steps are of another answer. Returns its trace."""
+        trace = self._server_side.trace = Trace(time.perf_counter())
+        return trace
 
     def step(self, hidden_states: torch.Tensor, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Run new tokens through the blocks and append them to the cache.
