@@ -13,6 +13,7 @@ from petalnet.blocks.span import Span
 from petalnet.errors import CallerError, UnsupportedError
 from petalnet.p2p.messages import (
     FLOATS,
+    KEEP_NONE,
     MAX_TOKENS,
     NAME_BYTES,
     UNIT_TOKENS,
@@ -60,16 +61,19 @@ class Checks:
         self._span = span
         self._limits = limits
 
-    def step(self, session: Session, request: Message, payload: int) -> tuple[Step, list[int] | None]:
-        """The request, as a step that fits its session, and which of the session's rows each row continues (None: its own).
+    def rows(self, rows: int) -> None:
+        """Raises CallerError where nobody may have so many rows."""
+        if not 1 <= rows <= self._limits.rows:
+            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {rows}")
+
+    def step(self, session: Session, request: Step, payload: int) -> list[int] | None:
+        """Which of the session's rows each row of a step continues (None: its own), where the step fits its session.
 
         Args:
             payload: bytes that the answer's message may hold.
         Raises:
-            CallerError, UnsupportedError: it does not fit.
+            CallerError: it does not fit.
         """
-        if not isinstance(request, Step):
-            raise UnsupportedError(f"a session takes step, not {request.name}")
         rows, new = self._hidden(request.hidden)
         position, blocks = request.position, session.end - session.first
         if position > session.position:
@@ -84,12 +88,13 @@ class Checks:
         self._extras(request, blocks, position + new, session.max_length)
         if request.keep > new:
             raise CallerError(f"outputs of {request.keep} tokens are wanted of a step of {new}")
-        if request.promise_rows > self._limits.rows:
-            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {request.promise_rows}")
+        if request.promise_rows:
+            self.rows(request.promise_rows)
         if request.names is not None:
             _names(request.names, rows, (position + new) // UNIT_TOKENS - position // UNIT_TOKENS)
-        _answer(request.hidden, blocks if request.all_hidden else 1, request.keep or new, payload)
-        return request, order
+        kept = 0 if request.keep == KEEP_NONE else request.keep or new
+        _answer(request.hidden, blocks if request.all_hidden else 1, kept, payload)
+        return order
 
     def attach(self, session: Session, request: Attach) -> int:
         """For how many rows a session asks for units by their names.
@@ -101,8 +106,7 @@ class Checks:
             raise CallerError("a session is attached to units before its first step, and once")
         shape = request.names.shape
         rows, units = shape[:2] if len(shape) == 3 else (0, 0)
-        if not 1 <= rows <= self._limits.rows:
-            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {rows}")
+        self.rows(rows)
         if not 1 <= units <= session.max_length // UNIT_TOKENS:
             raise CallerError(f"{units} units of {UNIT_TOKENS} tokens do not fit a session of max_length {session.max_length}")
         _names(request.names, rows, units)
@@ -142,8 +146,7 @@ class Checks:
         if hidden.dtype not in FLOATS or len(hidden.shape) != 3 or hidden.shape[2] != self._span.hidden_size:
             raise CallerError(f"hidden states must be floats [rows, tokens, {self._span.hidden_size}], not {_describe(hidden)}")
         rows, tokens, _ = hidden.shape
-        if not 1 <= rows <= self._limits.rows:
-            raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {rows}")
+        self.rows(rows)
         return rows, tokens
 
     def _extras(self, request: Step | Forward | Backward, blocks: int, total: int, longest: int) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from petalnet.blocks.checks import Checks, Limits, split_names
+from petalnet.blocks.checks import Checks, Limits
 from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.engine import Engine, Result
+from petalnet.blocks.hop import WATCHED_TOKENS, Hop
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
@@ -23,11 +24,10 @@ from petalnet.blocks.scheduler import Scheduler, Task
 from petalnet.blocks.sessions import Session, SessionManager
 from petalnet.blocks.span import Span
 from petalnet.blocks.throughput import Rates
-from petalnet.blocks.work import BackwardWork, ForwardWork, StepWork
+from petalnet.blocks.work import BackwardWork, ForwardWork
 from petalnet.errors import BusyError, CallerError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.messages import (
-    Attach,
-    Attached,
+    CODECS,
     Backward,
     BackwardDone,
     Error,
@@ -36,7 +36,6 @@ from petalnet.p2p.messages import (
     Message,
     OpenSession,
     SessionOpened,
-    StepDone,
 )
 
 if TYPE_CHECKING:
@@ -49,15 +48,15 @@ USUAL_RATES = Rates(decode=20.0, prefill=200.0, forward=200.0)
 BACKWARD_WEIGHT = 3.0
 """A backward pass computes the forward pass again, and twice as much for the gradients."""
 DRAINING_RETRY_S = 60.0
-WATCHED_TOKENS = 64
-"""Where a task has more tokens, its stream is watched while it waits and runs: a client that was interrupted in a long prompt wants none of
-it any more. For a few tokens the watching would cost more than it saves."""
 
 
 class BlockService:
     """Serves one span. Register `handle_inference` and `handle_forward` for their protocols; `run` must be running meanwhile.
 
     Attributes:
+        span, model, limits: what is served, under which key, and within which limits.
+        checks: decides what makes sense.
+        runner: what the compute thread runs.
         engine: the compute thread.
         sessions: the open sessions.
         draining: set by `drain`: open sessions go on, new work is refused as *busy*.
@@ -97,7 +96,8 @@ class BlockService:
         self.engine = Engine(self.runner.run, self._scheduler)
         self.sessions = SessionManager(span, pool, compute=self.engine, release=self._release, idle_s=self.limits.idle_when_full_s)
         self._share_prefixes = share_prefixes
-        self._checks = Checks(span, self.limits)
+        self.checks = Checks(span, self.limits)
+        self._dtype = str(span.dtype).removeprefix("torch.")
         self._scopes: dict[str, set[trio.CancelScope]] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -172,32 +172,31 @@ class BlockService:
         try:
             if not isinstance(request, OpenSession):
                 raise UnsupportedError(f"a session begins with open_session, not {request.name}")
-            self._check_model(request.model)
-            session = self.sessions.open(stream.peer_id, request.first, request.end, request.max_length)
+            session = self._open(stream.peer_id, request)
         except PetalnetError as error:
             await stream.send(Error.of(error))
             return
         log.debug("session of %s on blocks %d:%d opened", stream.peer_id, session.first, session.end)
         try:
-            await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes))
-            while (request := await self._next_request(stream, session)) is not None:
-                try:
-                    run = self._admit(stream, session, request)
-                except PetalnetError as error:
-                    await stream.send(Error.of(error))
-                    continue
-                try:
-                    answer = await run()
-                except PetalnetError as error:
-                    # Half a step may be done: nobody could go on from here, so the session ends.
-                    await stream.send(Error.of(error))
-                    return
-                if answer is None:
-                    return
-                await stream.send(answer)
+            await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes, self._dtype, CODECS))
+            await Hop(self, session, stream).serve()
         finally:
             self.sessions.close(session)
             log.debug("session of %s on blocks %d:%d closed at position %d", stream.peer_id, session.first, session.end, session.position)
+
+    def _open(self, peer_id: str, request: OpenSession) -> Session:
+        """A new session, with the room that it asks for. Raises a PetalnetError where it is refused."""
+        self._check_model(request.model)
+        if request.promise_rows:
+            self.checks.rows(request.promise_rows)
+        session = self.sessions.open(peer_id, request.first, request.end, request.max_length)
+        try:
+            if request.promise_rows:
+                self.sessions.admit(session, request.promise_rows)
+        except PetalnetError:
+            self.sessions.close(session)
+            raise
+        return session
 
     async def _serve_passes(self, stream: Stream) -> None:
         while (request := await self._receive(stream)) is not None:
@@ -216,61 +215,10 @@ class BlockService:
         await stream.send(Error.of(CallerError(f"nothing came for {self.limits.idle_s:g} s; this stream is closed")))
         return None
 
-    async def _next_request(self, stream: Stream, session: Session) -> Message | None:
-        """As `_receive`; None as well where the session is given up because others need its room."""
-        with self.sessions.idle(session):
-            request = await self._receive(stream)
-            self.sessions.served(session)
-            return request
-        await stream.send(Error.of(CallerError("this session was idle for long and others needed its room; it is closed")))
-        return None
-
-    def _admit(self, stream: Stream, session: Session, request: Message) -> Callable[[], Awaitable[Message | None]]:
-        """What answers a session's request, once that was checked and the session has been promised the room for it; it gives None where
-        the peer ends the stream meanwhile."""
-        if isinstance(request, Attach):
-            self.sessions.admit(session, self._checks.attach(session, request))
-            session.begun = True
-            return lambda: self._attach(session, split_names(request.names))
-        step, order = self._checks.step(session, request, stream.protocol.limits.payload)
-        self.sessions.admit(session, max(step.hidden.shape[0], step.promise_rows))
-        session.begun = True
-        names = None if step.names is None else split_names(step.names)
-        return lambda: self._run_step(stream, StepWork(session, step, order, names))
-
-    async def _attach(self, session: Session, names: list[list[bytes]]) -> Attached:
-        position = await self.engine.ask(self.runner.attach, session, names)
-        if position:
-            self.sessions.reached(session, len(names), position)
-        return Attached(position)
-
-    async def _run_step(self, stream: Stream, work: StepWork) -> StepDone | None:
-        request, session = work.request, work.session
-        rows, new, _ = request.hidden.shape
-        position = request.position + new
-        result = await self._compute(
-            stream,
-            Task(
-                peer=session.peer_id,
-                session=session,
-                key=(session.first, session.end, self.span.batch_key(work.position_end, session)),
-                units=new,
-                width=rows,
-                kind="step",
-                max_units=self._checks.tokens_at_once(rows, position),
-                work=work,
-                weight=self._weight(session.first, session.end),
-            ),
-        )
-        if result is None:
-            return None
-        self.sessions.reached(session, rows, position)
-        return StepDone(request.step, position, result.value, result.compute_s, result.queue_s)
-
     async def _run_pass(self, stream: Stream, request: Message) -> Message | None:
         if isinstance(request, (Forward, Backward)):
             self._check_model(request.model)
-        checked = self._checks.stateless(request, stream.protocol.limits.payload)
+        checked = self.checks.stateless(request, stream.protocol.limits.payload)
         rows, length, _ = checked.hidden.shape
         forward = isinstance(checked, Forward)
         result = await self._compute(
@@ -282,9 +230,9 @@ class BlockService:
                 units=rows,
                 width=length,
                 kind="pass",
-                max_units=self._checks.rows_at_once(length),
+                max_units=self.checks.rows_at_once(length),
                 work=ForwardWork(self.span, checked) if isinstance(checked, Forward) else BackwardWork(self.span, checked),
-                weight=self._weight(checked.first, checked.end) * (1.0 if forward else BACKWARD_WEIGHT),
+                weight=self.weight(checked.first, checked.end) * (1.0 if forward else BACKWARD_WEIGHT),
             ),
         )
         if result is None:
@@ -311,7 +259,7 @@ class BlockService:
             raise failure
         return result
 
-    def _weight(self, first: int, end: int) -> float:
+    def weight(self, first: int, end: int) -> float:
         """What a token costs that goes through these blocks, in tokens that go through the whole span."""
         return (end - first) / len(self.span)
 

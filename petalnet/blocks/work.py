@@ -13,7 +13,7 @@ import torch
 
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span, SpanStep
-from petalnet.p2p.messages import Backward, Blob, Forward, Step
+from petalnet.p2p.messages import KEEP_NONE, Backward, Blob, Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 GRAPH_BYTES = 2 * 2**30
@@ -99,8 +99,8 @@ class StepWork:
         Args:
             outputs: [rows, end - start, hidden] of the last block, or of every block where the request asks for that.
         """
-        new = self.request.hidden.shape[1]
-        unwanted = max(new - (self.request.keep or new) - start, 0)
+        new, keep = self.request.hidden.shape[1], self.request.keep
+        unwanted = end - start if keep == KEEP_NONE else max(new - (keep or new) - start, 0)
         if unwanted >= end - start:
             return None
         output = torch.stack(outputs) if self.request.all_hidden else outputs[-1]

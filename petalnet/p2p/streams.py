@@ -106,6 +106,8 @@ class Stream:
         self._window = INITIAL_WINDOW  # what the peer may send ahead between two messages
         self._taken = 0  # of the budget
         self._kept = 0  # the part of it that lasts as long as the stream
+        self._last = 0  # the part of it that is the last message's
+        self._is_ahead = False  # whether what is received is read ahead
         self._is_long = protocol.limits.header + protocol.limits.payload > INITIAL_WINDOW  # whether its messages may need wide windows
         self._deadline = float("inf")  # for the message under way, whole
         # Bytes of a message that have to come, or go, within the protocol's time-out of a frame: half of the slowest rate, as it varies.
@@ -161,8 +163,11 @@ class Stream:
 
     # ---- receiving
 
-    async def receive(self) -> Message | None:
+    async def receive(self, *, ahead: bool = False) -> Message | None:
         """The next message, or None where the peer closed the stream between two messages.
+
+        Args:
+            ahead: the message before it is still in use, and counts for what the peer may take of this node's memory.
 
         On a served stream, a peer that sends what the protocol does not allow is told so before the error is raised here.
 
@@ -174,7 +179,10 @@ class Stream:
         """
         if self._closed:
             raise PeerLost(f"the stream to {self.peer_id} is closed", self.peer_id)
-        self._give_back(self._taken - self._kept)
+        in_use = self._last if ahead else 0
+        self._is_ahead = ahead
+        self._give_back(self._taken - self._kept - in_use)
+        self._last = in_use
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
             while (frame := self._decoder.next_frame()) is None:
@@ -182,6 +190,7 @@ class Stream:
                     self._check_clean_end()
                     return None
             self._deadline = float("inf")
+            self._last = self._taken - self._kept - in_use
             message = decode_message(frame)
         except (ProtocolError, UnsupportedError, BusyError) as error:
             if not isinstance(error, BusyError):
@@ -245,7 +254,8 @@ class Stream:
         """Wait for the rest of the message under way, whose size is known."""
         size = self._decoder.size or 0
         if self._served is not None and wanted > self._window:
-            with trio.move_on_after(self.protocol.frame_timeout_s) as scope:
+            # What is read ahead may be waiting for the message in use.
+            with trio.move_on_after(float("inf") if self._is_ahead else self.protocol.frame_timeout_s) as scope:
                 await self._served.budget.take_when_free(self.peer_id, size, self._served.caller)
                 self._taken += size
             if scope.cancelled_caught:

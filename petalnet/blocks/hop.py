@@ -1,0 +1,194 @@
+"""One session of this server, as a hop of its client's chain: what comes for it is checked, run in its turn, and answered.
+
+A session takes one request at a time. What is wrong with a request harms no other; a step that fails while it is computed ends the session,
+since half of it may be done and nobody could go on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+from petalnet.blocks.checks import split_names
+from petalnet.blocks.scheduler import Task
+from petalnet.blocks.sessions import Session
+from petalnet.blocks.work import StepWork
+from petalnet.errors import CallerError, PetalnetError, UnsupportedError
+from petalnet.p2p.messages import Attach, Attached, Error, Message, Reserve, Reserved, Step, StepDone
+
+if TYPE_CHECKING:
+    from petalnet.blocks.service import BlockService
+    from petalnet.p2p.streams import Stream
+
+log = logging.getLogger(__name__)
+
+WATCHED_TOKENS = 64
+"""Where a step has more tokens, its stream is read while it waits and runs: a client that was interrupted in a long prompt wants none of
+it any more, and the next chunk of a prompt is here when this one is done. For a few tokens that would cost more than it saves."""
+
+
+class Requests:
+    """What comes on a stream, in its order; one request can be read ahead.
+
+    Attributes:
+        arrived: when the request that `next` gave last was here, by trio's clock.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._ahead: tuple[Message, float] | None = None
+        self.arrived = 0.0
+
+    async def next(self) -> Message | None:
+        """The next request, None at the end of the stream. Raises as `Stream.receive`."""
+        if self._ahead is not None:
+            (ahead, self.arrived), self._ahead = self._ahead, None
+            return ahead
+        request = await self._stream.receive()
+        self.arrived = trio.current_time()
+        return request
+
+    async def read_ahead(self) -> bool:
+        """Read the next request already; False where the stream has ended instead, in one way or another."""
+        try:
+            request = await self._stream.receive(ahead=True)
+        except PetalnetError as error:
+            log.debug("peer %s sends no more requests: %s", self._stream.peer_id, error)
+            return False
+        if request is None:
+            return False
+        self._ahead = request, trio.current_time()
+        return True
+
+
+class Hop:
+    """Serves one session.
+
+    Attributes:
+        session: what is served.
+    """
+
+    def __init__(self, service: BlockService, session: Session, client: Stream) -> None:
+        """
+        Args:
+            service: whose session it is.
+            client: the stream on which the client opened it.
+        """
+        self.session = session
+        self._service = service
+        self._client = client
+        self._turn = trio.Lock()
+
+    async def serve(self) -> None:
+        """Serve the session until its client ends the stream, or the session has to end."""
+        requests = Requests(self._client)
+        while (request := await self._next(requests)) is not None:
+            if isinstance(request, Step):
+                if not await self._take(request, requests):
+                    return
+                continue
+            try:
+                answer = await self._answer(request)
+            except PetalnetError as error:
+                answer = Error.of(error)
+            await self._client.send(answer)
+
+    async def _next(self, requests: Requests) -> Message | None:
+        """The client's next request; None at the end of the stream, or where the session is given up: nothing came for too long, or for
+        long and others need its room."""
+        sessions, idle_s = self._service.sessions, self._service.limits.idle_s
+        with sessions.idle(self.session):
+            with trio.move_on_after(idle_s):
+                request = await requests.next()
+                sessions.served(self.session)
+                return request
+            await self._client.send(Error.of(CallerError(f"nothing came for {idle_s:g} s; this stream is closed")))
+            return None
+        await self._client.send(Error.of(CallerError("this session was idle for long and others needed its room; it is closed")))
+        return None
+
+    async def _answer(self, request: Message) -> Message:
+        """The answer to what is no step. Raises a PetalnetError where it is refused."""
+        service, session = self._service, self.session
+        if isinstance(request, Reserve):
+            service.checks.rows(request.rows)
+            service.sessions.admit(session, request.rows)
+            return Reserved(service.sessions.free_tokens)
+        if not isinstance(request, Attach):
+            raise UnsupportedError(f"a session takes step, not {request.name}")
+        async with self._turn:
+            service.sessions.admit(session, service.checks.attach(session, request))
+            session.begun = True
+            names = split_names(request.names)
+            position = await service.engine.ask(service.runner.attach, session, names)
+            if position:
+                service.sessions.reached(session, len(names), position)
+            return Attached(position)
+
+    async def _take(self, step: Step, requests: Requests) -> bool:
+        """Run a step and send its output on; False where the session is over."""
+        if math.prod(step.hidden.shape[:2]) <= WATCHED_TOKENS:
+            return await self._run(step, requests.arrived)
+        goes_on = False
+        failure: PetalnetError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_ahead, requests, nursery.cancel_scope)
+            try:
+                goes_on = await self._run(step, requests.arrived)
+            except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return goes_on
+
+    async def _read_ahead(self, requests: Requests, step: trio.CancelScope) -> None:
+        if not await requests.read_ahead():
+            step.cancel()
+
+    async def _run(self, step: Step, arrived: float) -> bool:
+        """`_take`, of a step that came at `arrived`."""
+        try:
+            self._turn.acquire_nowait()  # `acquire` would give others a turn
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
+            return await self._run_now(step, arrived)
+        finally:
+            self._turn.release()
+
+    async def _run_now(self, step: Step, arrived: float) -> bool:
+        service, session = self._service, self.session
+        try:
+            order = service.checks.step(session, step, self._client.protocol.limits.payload)
+            rows, new, _ = step.hidden.shape
+            service.sessions.admit(session, max(rows, step.promise_rows))
+        except PetalnetError as error:
+            await self._client.send(Error.of(error, step.step))
+            return True
+        session.begun = True
+        work = StepWork(session, step, order, None if step.names is None else split_names(step.names))
+        position = step.position + new
+        task = Task(
+            peer=session.peer_id,
+            session=session,
+            key=(session.first, session.end, service.span.batch_key(work.position_end, session)),
+            units=new,
+            width=rows,
+            kind="step",
+            max_units=service.checks.tokens_at_once(rows, position),
+            work=work,
+            weight=service.weight(session.first, session.end),
+        )
+        try:
+            result = await service.engine.submit(task)
+        except PetalnetError as error:
+            await self._client.send(Error.of(error, step.step))
+            return False
+        service.sessions.reached(session, rows, position)
+        held_s = trio.current_time() - arrived
+        await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
+        return True
