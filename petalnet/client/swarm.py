@@ -42,6 +42,8 @@ they announce in between arrives by itself or is looked up on need."""
 SETTLE_S = 3.0
 """How long after joining a missing block may still turn up: a server that became ready with us, a look-up that met a dead peer."""
 RETRY_LOOKUP_S = 0.25
+LOOK_AGAIN_S = 5.0
+"""Age of a look-up from which on servers that are full are a reason for another one."""
 MOST_WARM = 32
 WARM_WITHIN_S = 5.0
 
@@ -60,6 +62,7 @@ class Membership:
         self._over = trio.Event()  # the first attempt to join
         self._joined_at = math.inf
         self._look_ups: dict[str, trio.Event] = {}
+        self._looked_at: dict[str, float] = {}  # when the last look-up for a model was over
         self._watched: set[str] = set()
         self._warming: set[str] = set()
         self._random = random.Random()
@@ -119,6 +122,7 @@ class Membership:
             await self._peering.look_up(model)
         finally:
             del self._look_ups[model]
+            self._looked_at[model] = trio.current_time()
             done.set()
         self._warm(self._peering.view.servers(model, now=time.time()))
 
@@ -137,7 +141,8 @@ class Membership:
         """The quickest chain of servers through blocks [first, end) of a model.
 
         Args:
-            look: whether to look for servers where those that are known do not suffice.
+            look: whether to look for servers where those that are known do not suffice, and to go on with it for a moment after joining.
+                Without it they are looked for once, unless that was done lately: others are known, and there is something to do meanwhile.
 
         Raises:
             MissingBlocksError: some block has no server: at once where the swarm is known, a moment after joining at the latest.
@@ -162,12 +167,18 @@ class Membership:
             try:
                 return find(records)
             except MissingBlocksError as error:
-                if not look or (looked and trio.current_time() > self._joined_at + SETTLE_S):
+                is_settled = trio.current_time() > self._joined_at + SETTLE_S
+                is_fresh = trio.current_time() <= self._looked_at.get(model, -math.inf) + LOOK_AGAIN_S
+                if (looked and is_settled) if look else (looked or (is_settled and is_fresh)):
                     known = view.servers(model, now=now, include_failed=True)
                     raise MissingBlocksError(error.blocks, (record.peer_id for record in known), hint=error.hint) from None
             if looked:
                 await trio.sleep(RETRY_LOOKUP_S)
-            await self.look_up(model)
+            try:
+                await self.look_up(model)
+            except PetalnetError:
+                if look:
+                    raise
             looked = True
 
     def mark_failed(self, peer_id: str) -> None:
@@ -190,8 +201,8 @@ class Membership:
         try:
             await self.host.connect(record.peer_id, record.addrs, timeout_s=WARM_WITHIN_S)
         except PeerUnreachable as error:
-            logger.debug("server %s cannot be reached: %s", record.peer_id, error)
-            self.mark_failed(record.peer_id)
+            # Nobody needed it yet, and this machine may be what is late: it stays in the routes, unmeasured, behind those that answer.
+            logger.debug("server %s cannot be reached ahead of need: %s", record.peer_id, error)
         finally:
             self._warming.discard(record.peer_id)
 

@@ -129,6 +129,7 @@ class Trace:
         self._steps_s = 0.0
         self._visit_began = started
         self._steps_before_s = 0.0
+        self._visiting = False
         self._tokens = 0  # that are there so far
         self._first_token_s: float | None = None
         self._worst_s = 0.0
@@ -141,6 +142,8 @@ class Trace:
 
     def add(self, step: StepTimes) -> None:
         """A step is complete."""
+        if self.complete:  # of an answer that was interrupted: it has been told of
+            return
         if not self.steps:
             self.prompt_tokens, self.prompt_chunks = step.tokens, step.chunks
         self.steps += 1
@@ -176,10 +179,13 @@ class Trace:
 
     def visit_begins(self, now: float) -> None:
         """A step is asked for, which may have to wait for servers first."""
-        self._visit_began, self._steps_before_s = now, self._steps_s
+        self._visit_began, self._steps_before_s, self._visiting = now, self._steps_s, True
 
     def visit_ends(self, now: float) -> None:
         """It is complete, or has failed; what it took beside the steps that were complete was waiting."""
+        if self.complete or not self._visiting:
+            return
+        self._visiting = False
         waited = now - self._visit_began - (self._steps_s - self._steps_before_s)
         if waited >= LEAST_WAIT_S:
             self.waiting_s += waited
@@ -203,7 +209,8 @@ class Trace:
         self._last = now
 
     def end(self, now: float, error: str | None = None) -> None:
-        """The answer is complete, or cut short by an error."""
+        """The answer is complete, or cut short by an error, maybe in the middle of a step."""
+        self.visit_ends(now)
         if error is not None:
             self.tokens = self._tokens
         elif self._began:

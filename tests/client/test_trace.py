@@ -174,6 +174,16 @@ def test_an_answer_that_is_over_stays_as_it_is() -> None:
     assert trace.to_dict() == before
 
 
+def test_a_step_that_was_interrupted_is_waiting_and_what_comes_of_it_later_is_not_counted() -> None:
+    trace = Trace(0.0)
+    trace.token_begins(0.0)
+    trace.visit_begins(1.0)
+    trace.end(3.0, "KeyboardInterrupt")
+    trace.add(step(5.0))
+    trace.visit_ends(6.0)
+    assert (trace.waiting_s, trace.local_s, trace.wall_s, trace.steps) == pytest.approx((2.0, 1.0, 3.0, 0))
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [(0.0, "0 µs"), (0.0004, "400 µs"), (0.00123, "1.2 ms"), (0.0412, "41 ms"), (0.9996, "1.00 s"), (12.34, "12.3 s"), (345.6, "346 s")],

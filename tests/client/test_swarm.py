@@ -1,0 +1,128 @@
+"""A client's view of its swarm: when servers are looked for, and what keeps one in the routes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from petalnet.client.swarm import LOOK_AGAIN_S, SETTLE_S, Membership
+from petalnet.errors import MissingBlocksError, PeerUnreachable, ServerError
+from petalnet.p2p.access import Access
+from petalnet.routing.records import ServerRecord
+from petalnet.routing.swarm import SwarmView
+
+MODEL = "ab" * 32
+
+
+class Peering:
+    """What a membership needs of a swarm: look-ups that bring what is in `unheard_of`, and connections that fail."""
+
+    def __init__(self) -> None:
+        self.host = self
+        self.view = SwarmView()
+        self.unheard_of: list[ServerRecord] = []
+        self.look_ups = 0
+        self.failure: Exception | None = None
+
+    async def look_up(self, model: str) -> None:
+        await trio.sleep(0.01)
+        self.look_ups += 1
+        if self.failure is not None:
+            raise self.failure
+        while self.unheard_of:
+            self.view.add(self.unheard_of.pop(), now=time.time())
+
+    def connected_peers(self) -> list[str]:
+        return []
+
+    def round_trip_s(self, peer_id: str) -> float | None:
+        return {"near": 0.001}.get(peer_id)
+
+    async def connect(self, peer_id: str, addrs: Any, timeout_s: float) -> None:
+        raise PeerUnreachable(f"peer {peer_id} did not answer within {timeout_s:g} s", peer_id)
+
+
+def record(peer_id: str, span: tuple[int, int] = (0, 4)) -> ServerRecord:
+    now = time.time()
+    return ServerRecord(
+        peer_id=peer_id, addrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{peer_id}",), model=MODEL, model_name="tiny", span=span, num_blocks=4,
+        state="online", dtype="float32", sequence=1, issued=now, expires=now + 600,
+    )  # fmt: skip
+
+
+async def join(nursery: trio.Nursery, *known: ServerRecord, joined_s_ago: float = SETTLE_S + 1) -> tuple[Membership, Peering]:
+    peering = Peering()
+    for one in known:
+        peering.view.add(one, now=time.time())
+    membership = Membership([], Access())
+    membership._peering, membership._nursery = peering, nursery  # type: ignore[assignment]
+    membership._joined_at = trio.current_time() - joined_s_ago
+    membership._over.set()
+    return membership, peering
+
+
+def test_a_connection_ahead_of_need_that_fails_takes_nobody_out_of_the_routes() -> None:
+    """Under load a newcomer's first connections were late, and it saw blocks that nobody had."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, peering = await join(nursery)
+            peering.unheard_of = [record("far"), record("near")]
+            await membership.look_up(MODEL)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not membership._warming
+            assert [peering.view.on_probation(peer_id) for peer_id in ("far", "near")] == [False, False]
+            # It counts as one that was never measured: behind whoever answers, and there where nobody else is.
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["near"]
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4, blocked={"near"})] == ["far"]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("joined_s_ago", [0.1, SETTLE_S + 1])
+def test_a_client_that_knows_only_a_full_server_looks_once_for_others(joined_s_ago: float) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, peering = await join(nursery, record("busy"), joined_s_ago=joined_s_ago)
+            peering.unheard_of = [record("roomy")]
+            hops = await membership.route(MODEL, 0, 4, blocked={"busy"}, look=False)
+            assert [hop.peer_id for hop in hops] == ["roomy"]
+            with pytest.raises(MissingBlocksError):
+                await membership.route(MODEL, 0, 4, blocked={"busy", "roomy"}, look=False)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_full_servers_are_no_reason_to_look_all_the_time() -> None:
+    """Whoever waits for room comes by again and again."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, peering = await join(nursery, record("busy"))
+            for _ in range(10):
+                with pytest.raises(MissingBlocksError):
+                    await membership.route(MODEL, 0, 4, blocked={"busy"}, look=False)
+            assert peering.look_ups == 1
+            await trio.sleep(LOOK_AGAIN_S + 0.1)
+            with pytest.raises(MissingBlocksError):
+                await membership.route(MODEL, 0, 4, blocked={"busy"}, look=False)
+            assert peering.look_ups == 2
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_look_up_that_fails_does_not_hide_that_servers_are_full() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, peering = await join(nursery, record("busy"))
+            peering.failure = ServerError("nobody answered")
+            with pytest.raises(MissingBlocksError):
+                await membership.route(MODEL, 0, 4, blocked={"busy"}, look=False)
+            with pytest.raises(ServerError):
+                await membership.route(MODEL, 0, 4, blocked={"busy"})
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
