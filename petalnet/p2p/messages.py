@@ -406,6 +406,8 @@ class Step(Message):
             later step's `order`.
         names: uint8 [rows, units, NAME_BYTES], names of the units that this step completes, in their order. Where a step completes units
             and names none, the session's later units cannot be named any more.
+        codec: what the outputs may be rounded to on their way, from server to server as well; "raw": nothing may be lost. A server that
+            computes in less than the client's dtype sends what it has, which loses nothing.
         spent: for each server that the step has gone through on its way, in order: seconds in its queue, seconds of computation, and
             seconds from the step's arrival there until it was sent on.
     """
@@ -421,6 +423,7 @@ class Step(Message):
     keep: int = _is(integer(KEEP_NONE, MAX_TOKENS), 0)
     promise_rows: int = _is(integer(0, MAX_TOKENS), 0)
     names: Blob | None = _blob(optional=True)
+    codec: str = _is(text(20), "raw")
     spent: tuple[float, ...] = _is(many(number(0, 1e6), 3 * MAX_HOPS), ())
 
 
@@ -457,6 +460,7 @@ class Forward(Message):
     position_ids: Blob | None = _blob(optional=True)
     prompts: Blob | None = _blob(optional=True)
     all_hidden: bool = _is(flag, False)
+    codec: str = _is(text(20), "raw")
 
 
 @_message("forward_done")
