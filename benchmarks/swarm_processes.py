@@ -20,6 +20,7 @@ from typing import IO, Any
 
 READY_WITHIN_S = 300.0
 STOPPED_WITHIN_S = 20.0
+ON_LOOPBACK = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0")
 
 
 class Bench:
@@ -44,12 +45,19 @@ class Bench:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._nodes = 0
 
-    def node(self, *arguments: object, peers: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], dict[str, object], float]:
-        """Runs `petalnet node …` until it is ready: its process, what its ready file says, and the seconds that it took from its start."""
+    def node(
+        self, *arguments: object, peers: Sequence[str] = (), listen: Sequence[str] = ON_LOOPBACK, on: Sequence[str] = ()
+    ) -> tuple[subprocess.Popen[bytes], dict[str, object], float]:
+        """Runs `petalnet node …` until it is ready: its process, what its ready file says, and the seconds that it took from its start.
+
+        Args:
+            listen: options that say where.
+            on: what runs a command on the host where it is to be, as `ip netns exec …`.
+        """
         self._nodes += 1
         ready_file, log_file = self.folder / f"ready-{self._nodes}.json", self.folder / f"node-{self._nodes}.log"
-        command = [sys.executable, "-m", "petalnet", "node", *map(str, arguments)]
-        command += ["--identity-path", str(self.folder / f"identity-{self._nodes}.key"), "--host-maddrs", "/ip4/127.0.0.1/tcp/0"]
+        command = [*on, sys.executable, "-m", "petalnet", "node", *map(str, arguments)]
+        command += ["--identity-path", str(self.folder / f"identity-{self._nodes}.key"), *listen]
         command += ["--ready-file", str(ready_file), *(["--initial-peers", *peers] if peers else ["--new-swarm"])]
         start = time.perf_counter()
         with log_file.open("wb") as log:

@@ -169,15 +169,28 @@ class Lab:
         """The address at which others see the host."""
         return self._hosts[name].public_ip
 
+    @property
+    def names(self) -> list[str]:
+        """All hosts, in the order in which they were added."""
+        return list(self._hosts)
+
+    def netns(self, name: str) -> str:
+        """The host's namespace."""
+        return self._hosts[name].netns
+
+    def command(self, name: str, command: Sequence[object]) -> list[str]:
+        """What runs a command on a host."""
+        return ["ip", "netns", "exec", self._hosts[name].netns, *map(str, command)]
+
     def popen(self, name: str, command: Sequence[object], **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on a host; it is ended with the lab at the latest."""
-        process = subprocess.Popen(self._on(name, command), **options)
+        process = subprocess.Popen(self.command(name, command), **options)
         self._hosts[name].processes.append(process)
         return process
 
     def run(self, name: str, command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[Any]:
         """Run a program on a host to its end."""
-        return subprocess.run(self._on(name, command), check=False, **options)
+        return subprocess.run(self.command(name, command), check=False, **options)
 
     def wire_bytes(self, name: str) -> int:
         """Bytes that the host has sent and received so far."""
@@ -191,9 +204,6 @@ class Lab:
         return int(_run("ip", "netns", "exec", self._hosts[name].netns, "cat", f"/sys/class/net/eth/statistics/{way}_bytes"))
 
     # ---- how it is made
-
-    def _on(self, name: str, command: Sequence[object]) -> list[str]:
-        return ["ip", "netns", "exec", self._hosts[name].netns, *map(str, command)]
 
     def _make_netns(self, name: str) -> str:
         _run("ip", "netns", "add", name)
