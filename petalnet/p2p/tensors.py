@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from petalnet.errors import ProtocolError
-from petalnet.p2p.messages import INT8_BLOCK, Blob
+from petalnet.p2p.messages import CODECS, INT8_BLOCK, ITEM_SIZES, Blob
 
 _DTYPES = {
     "float32": torch.float32,
@@ -100,6 +100,17 @@ def decode_tensor(blob: Blob) -> torch.Tensor:
         return torch.frombuffer(blob.data, dtype=_DTYPES[blob.codec], count=count).to(dtype).view(blob.shape)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ProtocolError(f"an array's data does not fit its description: {error}") from error
+
+
+def lossless_codec(dtype: str, computed: torch.dtype | str) -> str:
+    """The codec in which hidden states lose nothing on the way to or from a server.
+
+    Args:
+        dtype: of the hidden states.
+        computed: what the server computes in, any text.
+    """
+    name = str(computed).removeprefix("torch.")
+    return name if name in CODECS and ITEM_SIZES.get(name, 8) < ITEM_SIZES[dtype] else "raw"
 
 
 def _name_of(dtype: torch.dtype) -> str:
