@@ -221,7 +221,7 @@ class InferenceSession:
             if self.max_length < 2 * UNIT_TOKENS:
                 return []  # too little for anybody to ask for later
             target = self._blocks.target
-            self._prefixes = [Prefix(first_name(target.model, sent.dtype, target.first))] * rows
+            self._prefixes = [Prefix(first_name(target.model, sent.dtype, target.first, target.settings.wire_precision))] * rows
         if not usual or not self._prefixes or self._prefixes[0].length < self._position:
             return self._prefixes
         data, size = memoryview(sent.data), len(sent.data) // rows

@@ -186,6 +186,12 @@ class Host:
         heartbeat = self._heartbeats.get(peer_id)
         return None if heartbeat is None else heartbeat.round_trip_s
 
+    def bytes_s(self, peer_id: str) -> float | None:
+        """Bytes a second that the link to a connected peer has been seen to carry, or None where that is not known (yet)."""
+        connection = self._dialler.live(peer_id)
+        session = None if connection is None else connection.muxed_conn.secured_conn  # type: ignore[attr-defined]  # of both muxers
+        return session.bytes_s() if isinstance(session, NoiseSession) else None
+
     def _shortest_round_trip_s(self, peer_id: str) -> float | None:
         heartbeat = self._heartbeats.get(peer_id)
         return None if heartbeat is None else heartbeat.shortest_s

@@ -57,6 +57,7 @@ class _Wire(Protocol):
 
     def established(self) -> None: ...
     def round_trip_s(self) -> float | None: ...
+    def bytes_s(self) -> float | None: ...
     def try_send(self, data: Buffer) -> int: ...
     async def send_some(self, data: Buffer) -> int: ...
     async def receive_into(self, buffer: memoryview) -> int: ...
@@ -72,6 +73,9 @@ class _Circuit:
         """A relay has admitted the connection long ago."""
 
     def round_trip_s(self) -> float | None:
+        return None
+
+    def bytes_s(self) -> float | None:
         return None
 
     def try_send(self, data: Buffer) -> int:
@@ -144,6 +148,10 @@ class NoiseSession(BaseSession):
     def round_trip_s(self) -> float | None:
         """The shortest round trip on the wire, seconds, where it is known there."""
         return self._wire.round_trip_s()
+
+    def bytes_s(self) -> float | None:
+        """Bytes a second that the link has been seen to carry away from here, where that is known."""
+        return self._wire.bytes_s()
 
     # ---- receiving
 

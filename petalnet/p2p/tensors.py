@@ -15,6 +15,7 @@ Otherwise infinities and NaNs arrive as what they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -100,6 +101,14 @@ def decode_tensor(blob: Blob) -> torch.Tensor:
         return torch.frombuffer(blob.data, dtype=_DTYPES[blob.codec], count=count).to(dtype).view(blob.shape)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ProtocolError(f"an array's data does not fit its description: {error}") from error
+
+
+def joined_tokens(blobs: Sequence[Blob]) -> Blob:
+    """Hidden states [..., tokens, hidden] one after another along the tokens, as one raw array; they may be in different codecs.
+
+    Raises ProtocolError as `decode_tensor`.
+    """
+    return encode_tensor(torch.cat([decode_tensor(blob) for blob in blobs], dim=-2))
 
 
 def lossless_codec(dtype: str, computed: torch.dtype | str) -> str:

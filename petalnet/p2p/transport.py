@@ -40,6 +40,10 @@ _READ_SIZE = 64 * 1024
 
 _MIN_RTT = struct.Struct("=148xI")
 """`tcpi_min_rtt` (microseconds) in Linux's struct tcp_info, since Linux 4.6."""
+_DELIVERY = struct.Struct("=7xB112xQ32xQ")
+"""`tcpi_delivery_rate_app_limited` (lowest bit), `tcpi_bytes_acked` and `tcpi_delivery_rate` (bytes/s) there, since Linux 4.9."""
+_SLOW_START_BYTES = 512 * 1024
+"""A connection that has carried less has not found out yet how quick its link is."""
 _NO_RTT = 2**31
 
 Handler = Callable[["TcpStream"], Awaitable[None]]
@@ -107,6 +111,20 @@ class TcpStream(ReadWriteCloser):
             return None
         microseconds: int = _MIN_RTT.unpack(info)[0] if len(info) == _MIN_RTT.size else 0
         return microseconds / 1e6 if 0 < microseconds < _NO_RTT else None
+
+    def bytes_s(self) -> float | None:
+        """Bytes a second that the link has been seen to carry away from here; None where the kernel does not say, or never had enough to
+        send to know."""
+        if not hasattr(socket, "TCP_INFO") or self._closed:
+            return None
+        try:
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DELIVERY.size)
+        except OSError:
+            return None
+        if len(info) < _DELIVERY.size:
+            return None
+        flags, acked, rate = _DELIVERY.unpack(info)
+        return float(rate) if rate and not flags & 1 and acked >= _SLOW_START_BYTES else None
 
     def try_send(self, data: bytes | bytearray | memoryview) -> int:
         """How many bytes the kernel took at once, maybe 0. Raises ConnectionClosedError."""

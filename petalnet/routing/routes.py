@@ -39,6 +39,7 @@ class Hop:
     Attributes:
         decode_s: expected seconds of one token alone through these blocks, by the rate that the server announces; 0 where it does not.
         prefill_s: the same for each token of a prompt. Two hops are equal whatever is expected of them.
+        dtype: what the server computes in, as it announces it.
     """
 
     peer_id: str
@@ -47,6 +48,7 @@ class Hop:
     end: int
     decode_s: float = field(default=0.0, compare=False)
     prefill_s: float = field(default=0.0, compare=False)
+    dtype: str = field(default="", compare=False)
 
 
 class _Cost(NamedTuple):
@@ -134,7 +136,7 @@ def _hop(record: ServerRecord, first: int, end: int) -> Hop:
         (end - first) * min(1 / (rate * blocks), SLOWEST_BLOCK_S) if rate > 0 else 0.0
         for rate in (record.decode_tokens_s, record.prefill_tokens_s)
     )
-    return Hop(record.peer_id, record.addrs, first, end, decode_s, prefill_s)
+    return Hop(record.peer_id, record.addrs, first, end, decode_s, prefill_s, record.dtype)
 
 
 def _newest(records: Iterable[ServerRecord]) -> list[ServerRecord]:
