@@ -20,9 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petalnet.client.cache import SessionCache
+from petalnet.client.drafting import Drafting, current_drafting, extended
 from petalnet.client.generation import IMPLICIT_MAX_LENGTH, DistributedGeneration, longest_of, refuse_attentions
 from petalnet.client.remote import RemoteSequential
-from petalnet.client.session import InferenceSession, as_mask
+from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.errors import ModelError, UsageError
 
 _kept: ContextVar[int] = ContextVar("petalnet_kept", default=0)
@@ -168,6 +169,13 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     """The library's `forward` around remote blocks."""
     config = model.config
     refuse_attentions(call.get("output_attentions"), config)
+    return_dict = call.get("return_dict")
+    return_dict = config.return_dict if return_dict is None else return_dict
+    drafting = current_drafting()
+    if drafting is not None:
+        held = drafting.held_output(call)
+        if held is not None:
+            return held if return_dict else held.to_tuple()
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("give one of input_ids and inputs_embeds")
@@ -193,8 +201,14 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     kept = 0 if all_hidden else _kept.get()
     if 0 < kept < new and _is_watched(model):
         kept = 0
-    return_dict = call.get("return_dict")
-    return_dict = config.return_dict if return_dict is None else return_dict
+    drafted: list[int] = []
+    if drafting is not None and (session is not drafting.session or ids is None or rows != 1 or new != 1 or all_hidden):
+        drafting = None
+    if drafting is not None:
+        drafted, call = _with_draft(drafting, model, call, start)
+        if drafted:
+            mask, position_ids, kept = call.get("attention_mask"), call.get("position_ids"), 0
+        drafting.step_begins()
 
     def run(hidden: torch.Tensor) -> list[torch.Tensor]:
         if session is not None:
@@ -209,11 +223,31 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     )
     with blocks.as_one_layer(run) as opened:
         outputs = library_forward(model, **call)
+    if drafting is not None:
+        outputs = drafting.step_ends(outputs, drafted, start)
     if session is not None and ids is not None:
         session.note_tokens(ids, start)
     if all_hidden:
         outputs.hidden_states = _boundaries(opened.outputs, outputs.last_hidden_state, wanted, config)
     return outputs if return_dict else outputs.to_tuple()
+
+
+def _with_draft(drafting: Drafting, model: Any, call: dict[str, Any], start: int) -> tuple[list[int], dict[str, Any]]:
+    """Guesses of what follows the one token of a call of `forward`, and the call for it and them; none where they could change it."""
+    drafted = drafting.draft(int(call["input_ids"]), start, getattr(model.get_input_embeddings(), "num_embeddings", None))
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if (
+        drafted
+        and not model.training
+        and drafting.session.known_mask(start) is None
+        and (mask is None or (mask.shape[1] == start + 1 and bool(mask.all())))
+        and (positions is None or (positions.ndim == 2 and unusual_positions(positions, start, 1, 1) is None))
+        and not _is_watched(model)
+    ):
+        longer = extended(call, drafted)
+        if longer is not None:
+            return drafted, longer
+    return [], call
 
 
 def _is_watched(model: nn.Module) -> bool:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import ModelOutput
 
+from petalnet.client.assistants import adapt_assistant
 from petalnet.client.cache import SessionCache
+from petalnet.client.drafting import Drafting, drafting_with
 from petalnet.client.session import InferenceSession, as_mask
 from petalnet.client.trace import Trace
 from petalnet.client.tracing import last_trace, tracing
@@ -27,6 +29,19 @@ DEFAULT_NEW_TOKENS = 20
 """What the library generates when no length is given."""
 IMPLICIT_MAX_LENGTH = 2048
 """KV entries of a session of which nobody has said how long it will be, where the model allows as many."""
+_WITHOUT_DRAFTS = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+    "custom_generate",
+    "dola_layers",
+    "output_hidden_states",
+)
+"""Arguments of `generate` that bring guesses of their own, or look at more than the output of the newest token."""
+_ASSISTANT_PLACE = 4
+"""Place of `assistant_model` among the positional arguments of the library's `generate` after the configuration."""
 
 
 class DistributedGeneration:
@@ -120,7 +135,27 @@ class DistributedGeneration:
                 return (ids, logits) if excess <= 0 else (ids[:, :-excess], None if logits is None else logits[:, :-excess])
 
             generator.get_candidates = get_candidates
+            if self.remote_blocks.target.settings.speculation and kwargs["generation_config"].do_sample is False:
+                adapt_assistant(generator, cache.session, self.remote_blocks)
         return generator
+
+    def _drafting(
+        self, session: InferenceSession, plan: _Plan, inputs: torch.Tensor | None, args: tuple[Any, ...], total: int
+    ) -> Drafting | None:
+        """What drafts in this answer; None where nothing may."""
+        blocks = self.remote_blocks
+        if (
+            not blocks.target.settings.speculation
+            or plan.copies > 1
+            or plan.rows != 1
+            or session.rows not in (None, 1)
+            or len(args) > _ASSISTANT_PLACE
+            or any(plan.value(name) for name in _WITHOUT_DRAFTS)
+        ):
+            return None
+        # Of embeddings nobody knows which ids they are: none is like another.
+        ids = list(range(-1, -1 - plan.input_length, -1)) if inputs is None or not inputs.shape[1] else inputs[0].tolist()
+        return Drafting(session, blocks.draft_policy.for_answer(), ids, total - 1, plan.ends)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The library's, which refuses a cache that was given beside a wish of how to hold one on this machine: here is none to hold."""
@@ -171,9 +206,14 @@ class DistributedGeneration:
         kwargs["use_cache"] = True
         length = inputs.shape[1] if inputs is not None else plan.input_length or 1
         shows_route = bool(self.remote_blocks.target.settings.show_route)
+        drafting = self._drafting(session, plan, inputs, args, total)
         try:
             # What logits processors run beside the answer (guidance by another prompt) is not part of the session.
-            with self.remote_blocks.no_active_session(), tracing(self, session, show_route=shows_route) as trace:
+            with (
+                self.remote_blocks.no_active_session(),
+                tracing(self, session, show_route=shows_route) as trace,
+                drafting_with(drafting, self.remote_blocks),
+            ):
                 result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
                 sequences = result.sequences if isinstance(result, ModelOutput) else result
                 trace.rows, trace.tokens = sequences.shape[0], sequences.shape[1] - (0 if inputs is None and plan.has_embeds else length)
@@ -214,12 +254,14 @@ class _Plan:
         self.copies = max(self.beams, self.returned)
         pad, end = self.value("pad_token_id"), self.value("eos_token_id")
         ends = set(end) if isinstance(end, list | tuple) else {end}
+        self.ends = {token for token in ends if isinstance(token, int)}
         self._padding = pad if isinstance(pad, int) and pad not in ends else None
         self.filler = next((int(token) for token in (pad, *ends) if isinstance(token, int) and token >= 0), 0)
         if inputs is not None and (inputs.ndim != 2 or inputs.shape[0] == 0):
             raise ValueError(f"inputs must have the shape [rows, length]; got {list(inputs.shape)}")
         embeds = kwargs.get("inputs_embeds")
         self.input_length = inputs.shape[1] if inputs is not None and inputs.shape[1] else embeds.shape[1] if embeds is not None else 0
+        self.rows = next((given.shape[0] for given in (inputs, embeds) if given is not None), 1)
 
     def value(self, name: str) -> Any:
         """A generation setting, by the library's order: argument, given configuration, the model's own."""

@@ -24,6 +24,7 @@ from petalnet.client.chain import Inputs
 from petalnet.client.requests import Target, find_hops
 from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.client.settings import ClientSettings, take_settings
+from petalnet.client.speculation import DraftPolicy
 from petalnet.client.swarm import Swarm
 from petalnet.errors import MissingBlocksError
 from petalnet.p2p.tensors import encode_tensor
@@ -55,6 +56,8 @@ class RemoteSequential(nn.Module):
     Attributes:
         target: which blocks of which model in which swarm.
         hidden_size: size of the last dimension of what goes in and comes out.
+        draft_policy, assistant_policy: what answers have taught about drafts, their own and a draft model's; another answer goes on from
+            there.
     """
 
     def __init__(self, target: Target, hidden_size: int, template: nn.Module | None = None) -> None:
@@ -62,6 +65,8 @@ class RemoteSequential(nn.Module):
         self.target = target
         self.hidden_size = hidden_size
         self.gradient_checkpointing = False
+        self.draft_policy = DraftPolicy()
+        self.assistant_policy = DraftPolicy(steady=True)
         # A layer of the model as the library made it, without weights: the library reads attributes of layers (which kind of attention …).
         # Kept out of the module tree.
         self.__dict__["template"] = template

@@ -20,6 +20,7 @@ import torch
 from petalnet.client.chain import Inputs, Names
 from petalnet.client.prefix import Prefix, first_name
 from petalnet.client.server_side import ServerSide
+from petalnet.client.speculation import Lookup
 from petalnet.client.trace import Trace
 from petalnet.errors import SessionClosed
 from petalnet.p2p.messages import UNIT_TOKENS, Blob
@@ -55,6 +56,8 @@ class InferenceSession:
         self._noted = 0  # columns of these
         self._order: torch.Tensor | None = None  # which of the servers' rows the next step's rows continue
         self._prefixes: list[Prefix] = []  # of each row, as far as its beginning can be named
+        self._ahead: tuple[int, list[Prefix]] | None = None  # position and prefixes with the entries that were set aside
+        self.lookup = Lookup()  # the row's ids as the last answer left them, for guesses in the next one
         self._closed: str | None = None
         self._lock = threading.RLock()
         self._portal = blocks.target.swarm.portal
@@ -82,10 +85,31 @@ class InferenceSession:
         if not 0 <= position <= self._position:
             raise ValueError(f"position can be set back to 0 … {self._position}; got {position}")
         if position < self._position:
+            self._ahead = None
             self._position = position
             self._mask = None if self._mask is None or not position else self._mask[:, :position]
             self._set_tokens([tokens[:, :position] for tokens in self._joined_tokens()] if position else [])
             self._prefixes = [prefix.cut(position) for prefix in self._prefixes]
+
+    @property
+    def ahead(self) -> int:
+        """KV entries beyond `position` that `confirm` can make part of it."""
+        return 0 if self._ahead is None else self._ahead[0] - self._position
+
+    def set_aside(self, count: int) -> None:
+        """The last `count` entries are guesses: they do not count for now. With whatever else is done to the session they are forgotten."""
+        ahead = self._position, self._prefixes
+        self._position -= count
+        if count:
+            self._prefixes = [prefix.cut(self._position) for prefix in ahead[1]]
+        self._ahead = ahead if count else None
+
+    def confirm(self) -> None:
+        """The first of the entries that were set aside counts after all."""
+        if self._ahead is None or not self.ahead:
+            raise ValueError("there is no entry that was set aside")
+        self._position += 1
+        self._prefixes = [prefix.cut(self._position) for prefix in self._ahead[1]]
 
     @property
     def closed(self) -> bool:
@@ -134,6 +158,7 @@ class InferenceSession:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the next step goes on from row `rows[i]` (int64 [rows]); rows may be repeated and left out."""
         self.require_open()
+        self._ahead = None
         present = self.rows
         rows = rows.detach().to("cpu", torch.int64)
         if self._position == 0 and not self._pieces:
@@ -165,6 +190,7 @@ class InferenceSession:
         """
         with self._lock:
             self.require_open()
+            self._ahead = None
             blocks, position = self._blocks, self._position
             blocks.check_hidden(hidden_states)
             rows, new = hidden_states.shape[:2]
@@ -281,7 +307,7 @@ class InferenceSession:
     def close(self, reason: str = "it was closed") -> None:
         """End the session and free the servers' memory. Does not wait for them. May be called again."""
         if self._closed is None:
-            self._closed = reason
+            self._closed, self._ahead = reason, None
             self._finalizer()
 
     def require_open(self) -> None:

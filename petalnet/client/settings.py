@@ -29,6 +29,8 @@ class ClientSettings:
             True mean the same.
         wire_precision: what hidden states of prompts and of passes without a session may be rounded to on their way: "exact", "bfloat16",
             "float16", "int8", or "auto", by the speed of the link (docs/wire-precision.md).
+        speculation: whether answers of one row may bring guesses of further tokens along, where that saves time; the tokens are the same
+            (docs/speculation.md).
         active_adapter: name of a LoRA adapter that servers apply, or None.
         tuning_mode, pre_seq_len: of trainable prompts.
         swarm_key: a private swarm's key: the path of its file, the file's text or a `SwarmKey`; "none" for an open swarm whatever the
@@ -42,6 +44,7 @@ class ClientSettings:
     connect_timeout: float = 5.0
     max_retries: int | None = 3
     show_route: str | bool = "inference"
+    speculation: bool = True
     wire_precision: str = "exact"
     active_adapter: str | None = None
     tuning_mode: str | None = None
@@ -60,6 +63,8 @@ class ClientSettings:
             raise UsageError(f"max_retries needs a number from 0, or None; got {self.max_retries!r}")
         if self.wire_precision not in PRECISIONS:
             raise UsageError(f"wire_precision needs one of {', '.join(PRECISIONS)}; got {self.wire_precision!r}")
+        if not isinstance(self.speculation, bool):
+            raise UsageError(f"speculation needs True or False; got {self.speculation!r}")
         if self.swarm_key not in (None, "none"):  # read now: from here on nothing shows a key that was given as text
             object.__setattr__(self, "swarm_key", SwarmKey.of(self.swarm_key))
         for name in ("active_adapter", "tuning_mode"):
