@@ -12,6 +12,7 @@ import trio
 from petalnet.announcing import LIFETIME_S, Announcer, Load
 from petalnet.config import Settings
 from petalnet.errors import UsageError
+from petalnet.linking import Linking
 from petalnet.peering import Peering
 from petalnet.routing.placement import choose_span
 from petalnet.routing.records import MAX_ADDRS, ServerRecord
@@ -98,6 +99,7 @@ class Server:
         self.model_name = model.source.name
         self.service: BlockService
         self._announcer: Announcer
+        self._linking: Linking
         self._online = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -106,11 +108,13 @@ class Server:
         name = self._model.source.name
         logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, name, self._model.num_blocks)
         self._announcer = self._make_announcer()
+        self._linking = Linking(self._peering, self._model.key, self.span[1])
         async with trio.open_nursery() as nursery:
             # "joining", renewed for as long as loading takes: others then choose other blocks meanwhile.
             nursery.start_soon(self._announcer.tell)
             nursery.start_soon(self._announcer.run)
             await self._load(nursery)
+            nursery.start_soon(self._linking.keep_warm)
             self._online = True
             stored = await self._say("online")
             others = f"its record is stored on {stored - 1} other peer{'s' * (stored > 2)}" if stored > 1 else "no other peer knows it yet"
@@ -188,7 +192,7 @@ class Server:
 
     async def _load(self, nursery: trio.Nursery) -> None:
         """Load the blocks, measure them and answer requests from then on."""
-        from petalnet.p2p.protocols import FORWARD, INFERENCE
+        from petalnet.p2p.protocols import FORWARD, INFERENCE, PUSH
 
         model = self._model
         began = trio.current_time()
@@ -207,6 +211,7 @@ class Server:
         host = self._peering.host
         host.on_peer_lost(self.service.peer_lost)
         host.serve(INFERENCE, self.service.handle_inference)
+        host.serve(PUSH, self.service.handle_push)
         host.serve(FORWARD, self.service.handle_forward)
 
     def _load_blocking(self) -> tuple[BlockService, Rates]:
@@ -236,6 +241,7 @@ class Server:
                 kv_tokens=tokens,
                 rates=rates if rate is None else USUAL_RATES,  # what somebody chose to announce says little of how fast this machine is
                 share_prefixes=settings.share_prefixes,
+                open_link=self._linking.open,
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UsageError(

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "peering": BASE | {"config", "p2p", "routing"},
     "announcing": {"errors", "routing", "version"},
     "capacity": {"blocks", "errors", "models"},
-    "serving": BASE | {"announcing", "blocks", "capacity", "config", "models", "p2p", "peering", "routing"},
+    "linking": {"errors", "p2p", "peering", "routing"},
+    "serving": BASE | {"announcing", "blocks", "capacity", "config", "linking", "models", "p2p", "peering", "routing"},
     "node": BASE | {"blocks", "client", "config", "http", "inspection", "models", "overview", "p2p", "peering", "serving", "state"},
     "demo": {"errors"},
 }

@@ -6,14 +6,20 @@ decided here, by functions that change nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from petalnet.blocks.outputs import output_codec
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.errors import CallerError, UnsupportedError
 from petalnet.p2p.messages import (
+    CODECS,
     FLOATS,
+    INT8_BLOCK,
     KEEP_NONE,
+    MAX_BLOCKS,
+    MAX_HOPS,
     MAX_TOKENS,
     NAME_BYTES,
     UNIT_TOKENS,
@@ -85,15 +91,17 @@ class Checks:
             order = _order(request.order, rows, session.rows)
         elif position > 0 and rows != session.rows:
             raise CallerError(f"the step has {rows} rows, the session {session.rows}")
-        self._extras(request, blocks, position + new, session.max_length)
+        self._extras(request, blocks, position + new, session.max_length, pushes=session.pushes)
+        if session.pushes and len(request.spent) > 3 * (MAX_HOPS - 1):
+            raise CallerError(f"a chain has at most {MAX_HOPS} servers")
         if request.keep > new:
             raise CallerError(f"outputs of {request.keep} tokens are wanted of a step of {new}")
         if request.promise_rows:
             self.rows(request.promise_rows)
         if request.names is not None:
             _names(request.names, rows, (position + new) // UNIT_TOKENS - position // UNIT_TOKENS)
-        kept = 0 if request.keep == KEEP_NONE else request.keep or new
-        _answer(request.hidden, blocks if request.all_hidden else 1, kept, payload)
+        kept = new if session.pushes else 0 if request.keep == KEEP_NONE else request.keep or new
+        self._answer(request, blocks if request.all_hidden else 1, kept, payload)
         return order
 
     def attach(self, session: Session, request: Attach) -> int:
@@ -127,7 +135,7 @@ class Checks:
             raise CallerError(f"{length} tokens at once need too much memory for attention: send shorter rows")
         self._extras(request, blocks, length, length)
         if isinstance(request, Forward):
-            _answer(request.hidden, blocks if request.all_hidden else 1, length, payload)
+            self._answer(request, blocks if request.all_hidden else 1, length, payload)
         elif request.grad_output.dtype not in FLOATS or request.grad_output.shape != request.hidden.shape:
             raise CallerError(f"the gradient {_describe(request.grad_output)} does not match the inputs {_describe(request.hidden)}")
         return request
@@ -149,8 +157,14 @@ class Checks:
         self.rows(rows)
         return rows, tokens
 
-    def _extras(self, request: Step | Forward | Backward, blocks: int, total: int, longest: int) -> None:
-        """Check mask, positions and prompts. `total`: positions, the past included; `longest`: what prompts may not exceed."""
+    def _extras(self, request: Step | Forward | Backward, blocks: int, total: int, longest: int, *, pushes: bool = False) -> None:
+        """Check mask, positions and prompts.
+
+        Args:
+            total: positions, the past included.
+            longest: what prompts may not exceed.
+            pushes: whether the blocks' output goes on to others; then prompts are for these as well.
+        """
         rows, new, _ = request.hidden.shape
         mask, positions, prompts = request.mask, request.position_ids, request.prompts
         if mask is not None and (mask.dtype != "bool" or mask.shape != (rows, total)):
@@ -167,10 +181,24 @@ class Checks:
         if prompts is not None:
             size, longest = self._span.hidden_size, min(longest, self._limits.prompt_tokens)
             expected = (blocks, rows, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
-            if prompts.dtype not in FLOATS or prompts.shape != expected:
-                raise CallerError(f"prompts must be floats [{blocks}, {rows}, length, {size}], not {_describe(prompts)}")
+            others = pushes and len(prompts.shape) == 4 and blocks < prompts.shape[0] <= MAX_BLOCKS
+            if prompts.dtype not in FLOATS or prompts.shape[others:] != expected[others:]:
+                least = f"over {blocks}" if pushes else blocks
+                raise CallerError(f"prompts must be floats [{least}, {rows}, length, {size}], not {_describe(prompts)}")
+            if pushes and prompts.codec == "int8" and blocks * math.prod(prompts.shape[1:]) % INT8_BLOCK:
+                raise CallerError("prompts of these sizes cannot be cut in codec int8")
             if prompts.shape[2] > longest:
                 raise CallerError(f"prompts of {prompts.shape[2]} tokens are longer than {longest}")
+
+    def _answer(self, request: Step | Forward, blocks: int, tokens: int, payload: int) -> None:
+        """Check that an output of so many blocks and tokens may be had, in the codec that is asked for, in one message."""
+        if request.codec not in CODECS:
+            raise CallerError(f"outputs are not to be had in codec {request.codec!r}")
+        rows, _, hidden = request.hidden.shape
+        shape = (blocks, rows, tokens, hidden)
+        size = blob_size(request.hidden.dtype, shape, output_codec(request, shape, self._span.dtype))
+        if size > payload:
+            raise CallerError(f"the answer would take {size} bytes, more than one message holds: ask for fewer tokens at a time")
 
 
 def split_names(names: Blob) -> list[list[bytes]]:
@@ -184,12 +212,6 @@ def split_names(names: Blob) -> list[list[bytes]]:
 def _names(names: Blob, rows: int, units: int) -> None:
     if names.dtype != "uint8" or names.shape != (rows, units, NAME_BYTES):
         raise CallerError(f"names of units must be uint8 [{rows}, {units}, {NAME_BYTES}], not {_describe(names)}")
-
-
-def _answer(hidden: Blob, blocks: int, tokens: int, payload: int) -> None:
-    size = blocks * blob_size(hidden.dtype, (hidden.shape[0], tokens, hidden.shape[2]), hidden.codec)
-    if size > payload:
-        raise CallerError(f"the answer would take {size} bytes, more than one message holds: ask for fewer tokens at a time")
 
 
 def _order(order: Blob, rows: int, session_rows: int) -> list[int]:

@@ -1,7 +1,8 @@
 """One session of this server, as a hop of its client's chain: what comes for it is checked, run in its turn, and answered.
 
 A session takes one request at a time. What is wrong with a request harms no other; a step that fails while it is computed ends the session,
-since half of it may be done and nobody could go on from there.
+since half of it may be done and nobody could go on from there. Where outputs go is told when the session opens: to the client, or to the
+server of the blocks that follow.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from petalnet.blocks.checks import split_names
+from petalnet.blocks.links import LinkKey, OutgoingLink, Output, without_first
 from petalnet.blocks.scheduler import Task
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.work import StepWork
-from petalnet.errors import CallerError, PetalnetError, UnsupportedError
-from petalnet.p2p.messages import Attach, Attached, Error, Message, Reserve, Reserved, Step, StepDone
+from petalnet.errors import CallerError, PeerLost, PetalnetError, UnsupportedError
+from petalnet.p2p.messages import Attach, Attached, Error, LinkOpened, Message, OpenLink, OpenSession, Reserve, Reserved, Step, StepDone
 
 if TYPE_CHECKING:
     from petalnet.blocks.service import BlockService
@@ -67,27 +69,90 @@ class Requests:
 class Hop:
     """Serves one session.
 
+    Steps come from its client and, where that says so in `takes_from`, on a link from the server before; both go through one lock. The
+    client hears of whatever goes wrong with a step, whoever brought it.
+
     Attributes:
         session: what is served.
+        key: what links find it by; None where no other server may bring steps.
     """
 
-    def __init__(self, service: BlockService, session: Session, client: Stream) -> None:
+    def __init__(self, service: BlockService, session: Session, request: OpenSession, client: Stream) -> None:
         """
         Args:
             service: whose session it is.
-            client: the stream on which the client opened it.
+            request: what the client opened it with.
+            client: the stream on which it did.
         """
         self.session = session
+        self.key = LinkKey(request.session, session.first, request.takes_from) if request.takes_from else None
         self._service = service
         self._client = client
+        self._link: OutgoingLink | None = None
+        if request.pushes_to:
+            greeting = OpenLink(request.session, session.end)
+            self._link = OutgoingLink(service.open_link, request.pushes_to, greeting, client, service.link_counts)
+        self._last_step = -1
         self._turn = trio.Lock()
+        self._scope = trio.CancelScope()
+        self._link_scope: trio.CancelScope | None = None
 
     async def serve(self) -> None:
         """Serve the session until its client ends the stream, or the session has to end."""
+        if self.key is None and self._link is None:
+            await self._serve_client()
+            return
+        failure: PetalnetError | None = None
+        async with trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
+            if self._link is not None:
+                nursery.start_soon(self._run_link, self._link)
+            try:
+                await self._serve_client()
+            except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+                if self._link_scope is not None:
+                    self._link_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def serve_link(self, stream: Stream) -> None:
+        """Run the steps that come on a link, until that or the session ends.
+
+        Raises:
+            CallerError: the session has its link.
+            UnsupportedError: something else came than steps.
+            PeerLost: of the link.
+        """
+        if self._link_scope is not None:
+            raise CallerError("the session has had its link")
+        requests = Requests(stream)
+        with trio.CancelScope() as self._link_scope:
+            await stream.send(LinkOpened())
+            while (request := await requests.next()) is not None:
+                if not isinstance(request, Step):
+                    raise UnsupportedError(f"a link takes step, not {request.name}")
+                try:
+                    goes_on = await self._take(request, requests, needs_more=False)
+                except PeerLost:  # the client's stream has ended
+                    goes_on = False
+                if not goes_on:
+                    self._scope.cancel()
+                    return
+
+    async def _run_link(self, link: OutgoingLink) -> None:
+        try:
+            await link.run()
+        except PeerLost:  # the client's stream has ended
+            self._scope.cancel()
+
+    async def _serve_client(self) -> None:
         requests = Requests(self._client)
         while (request := await self._next(requests)) is not None:
             if isinstance(request, Step):
-                if not await self._take(request, requests):
+                if not await self._take(request, requests, needs_more=True):
                     return
                 continue
             try:
@@ -97,14 +162,17 @@ class Hop:
             await self._client.send(answer)
 
     async def _next(self, requests: Requests) -> Message | None:
-        """The client's next request; None at the end of the stream, or where the session is given up: nothing came for too long, or for
+        """The client's next request; None at the end of the stream, or where the session is given up: no step came for too long, or for
         long and others need its room."""
         sessions, idle_s = self._service.sessions, self._service.limits.idle_s
         with sessions.idle(self.session):
-            with trio.move_on_after(idle_s):
-                request = await requests.next()
-                sessions.served(self.session)
-                return request
+            left_s = idle_s
+            while left_s > 0:
+                with trio.move_on_after(left_s):
+                    request = await requests.next()
+                    sessions.served(self.session)
+                    return request
+                left_s = idle_s - max(sessions.idle_s(self.session), 0.0)  # steps may have come on the link meanwhile
             await self._client.send(Error.of(CallerError(f"nothing came for {idle_s:g} s; this stream is closed")))
             return None
         await self._client.send(Error.of(CallerError("this session was idle for long and others needed its room; it is closed")))
@@ -128,14 +196,24 @@ class Hop:
                 service.sessions.reached(session, len(names), position)
             return Attached(position)
 
-    async def _take(self, step: Step, requests: Requests) -> bool:
-        """Run a step and send its output on; False where the session is over."""
+    async def _take(self, step: Step, requests: Requests, *, needs_more: bool) -> bool:
+        """Run a step and send its output on; False where the session is over.
+
+        Args:
+            requests: where it came from, which is read ahead meanwhile.
+            needs_more: whether the end of these is the session's end.
+        """
         if math.prod(step.hidden.shape[:2]) <= WATCHED_TOKENS:
             return await self._run(step, requests.arrived)
         goes_on = False
         failure: PetalnetError | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_ahead, requests, nursery.cancel_scope)
+
+            async def read_ahead() -> None:
+                if not await requests.read_ahead() and needs_more:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(read_ahead)
             try:
                 goes_on = await self._run(step, requests.arrived)
             except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
@@ -145,18 +223,21 @@ class Hop:
             raise failure
         return goes_on
 
-    async def _read_ahead(self, requests: Requests, step: trio.CancelScope) -> None:
-        if not await requests.read_ahead():
-            step.cancel()
-
     async def _run(self, step: Step, arrived: float) -> bool:
-        """`_take`, of a step that came at `arrived`."""
+        """`_take`, of a step that came at `arrived`, in its turn."""
         try:
             self._turn.acquire_nowait()  # `acquire` would give others a turn
         except trio.WouldBlock:
             await self._turn.acquire()
         try:
-            return await self._run_now(step, arrived)
+            if self.key is not None:
+                if step.step <= self._last_step:
+                    return True  # it came from the client as well
+                self._last_step = step.step
+            if self._link is not None:
+                await self._link.room()
+            with self._service.sessions.computing(self.session):
+                return await self._run_now(step, arrived)
         finally:
             self._turn.release()
 
@@ -167,6 +248,9 @@ class Hop:
             rows, new, _ = step.hidden.shape
             service.sessions.admit(session, max(rows, step.promise_rows))
         except PetalnetError as error:
+            if self.key is not None or self._link is not None:
+                # Its followers may be on their way: they must not take what was there before for what this step would have left.
+                service.sessions.reached(session, session.rows, min(session.position, step.position))
             await self._client.send(Error.of(error, step.step))
             return True
         session.begun = True
@@ -189,6 +273,11 @@ class Hop:
             await self._client.send(Error.of(error, step.step))
             return False
         service.sessions.reached(session, rows, position)
-        held_s = trio.current_time() - arrived
-        await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
+        if self._link is None or step.all_hidden:
+            held_s = trio.current_time() - arrived
+            await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
+        if self._link is not None:
+            prompts = None if step.prompts is None else without_first(step.prompts, session.end - session.first)
+            hidden = result.value if work.passed_on is None else work.passed_on
+            await self._link.put(Output(step, position, hidden, prompts, result.queue_s, result.compute_s, arrived, step.all_hidden))
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -17,6 +18,7 @@ from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.engine import Engine, Result
 from petalnet.blocks.hop import WATCHED_TOKENS, Hop
 from petalnet.blocks.kv import KVStore
+from petalnet.blocks.links import LINK_TIMEOUT_S, IncomingLinks, LinkCounts, LinkKey, OpenStream
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.runner import Runner
@@ -34,6 +36,7 @@ from petalnet.p2p.messages import (
     Forward,
     ForwardDone,
     Message,
+    OpenLink,
     OpenSession,
     SessionOpened,
 )
@@ -51,7 +54,7 @@ DRAINING_RETRY_S = 60.0
 
 
 class BlockService:
-    """Serves one span. Register `handle_inference` and `handle_forward` for their protocols; `run` must be running meanwhile.
+    """Serves one span. Register its three handlers for their protocols; `run` must be running meanwhile.
 
     Attributes:
         span, model, limits: what is served, under which key, and within which limits.
@@ -59,6 +62,7 @@ class BlockService:
         runner: what the compute thread runs.
         engine: the compute thread.
         sessions: the open sessions.
+        open_link, link_counts: how streams to other servers are opened, and what went over them.
         draining: set by `drain`: open sessions go on, new work is refused as *busy*.
     """
 
@@ -71,6 +75,7 @@ class BlockService:
         rates: Rates = USUAL_RATES,
         share_prefixes: bool = False,
         limits: Limits | None = None,
+        open_link: OpenStream | None = None,
     ) -> None:
         """Takes the memory for KV entries; blocks for as long as that takes.
 
@@ -79,6 +84,7 @@ class BlockService:
             kv_tokens: positions that there is to be room for in each block; more by less than a page.
             rates: how fast the span is, as far as that is known.
             share_prefixes: whether a session may begin with what another peer's sessions have computed.
+            open_link: from another server's id to a stream for steps to it; without it, outputs go to clients only.
         Raises:
             MemoryError, torch.OutOfMemoryError: there is no memory for so many positions.
         """
@@ -98,6 +104,9 @@ class BlockService:
         self._share_prefixes = share_prefixes
         self.checks = Checks(span, self.limits)
         self._dtype = str(span.dtype).removeprefix("torch.")
+        self.open_link = open_link
+        self.link_counts = LinkCounts()
+        self._links = IncomingLinks()
         self._scopes: dict[str, set[trio.CancelScope]] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -128,6 +137,7 @@ class BlockService:
                 "kept": self.runner.kept_tokens,
             },
             "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
+            "links": asdict(self.link_counts),
             "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
         }
 
@@ -146,6 +156,19 @@ class BlockService:
     async def handle_inference(self, stream: Stream) -> None:
         """Serve one stream: an `OpenSession`, maybe `Attach`, then `Step` after `Step`. The session ends with the stream."""
         await self._guarded(stream, self._serve_session)
+
+    async def handle_push(self, stream: Stream) -> None:
+        """Serve one stream from another server: an `OpenLink`, then `Step` after `Step` of the session that it names.
+
+        Raises a PetalnetError, which is for the peer to hear, where that server has nothing to bring here.
+        """
+        request: Message | None = None
+        with trio.move_on_after(LINK_TIMEOUT_S):
+            request = await stream.receive()
+        if not isinstance(request, OpenLink):
+            raise UnsupportedError("a link begins with open_link")
+        hop = await self._links.find(LinkKey(request.session, request.first, stream.peer_id))
+        await hop.serve_link(stream)
 
     async def handle_forward(self, stream: Stream) -> None:
         """Serve one stream of `Forward` and `Backward` requests, each on its own."""
@@ -172,31 +195,35 @@ class BlockService:
         try:
             if not isinstance(request, OpenSession):
                 raise UnsupportedError(f"a session begins with open_session, not {request.name}")
-            session = self._open(stream.peer_id, request)
+            hop = self._open(stream, request)
         except PetalnetError as error:
             await stream.send(Error.of(error))
             return
+        session = hop.session
         log.debug("session of %s on blocks %d:%d opened", stream.peer_id, session.first, session.end)
         try:
             await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes, self._dtype, CODECS))
-            await Hop(self, session, stream).serve()
+            await hop.serve()
         finally:
+            self._links.remove(hop)
             self.sessions.close(session)
             log.debug("session of %s on blocks %d:%d closed at position %d", stream.peer_id, session.first, session.end, session.position)
 
-    def _open(self, peer_id: str, request: OpenSession) -> Session:
+    def _open(self, stream: Stream, request: OpenSession) -> Hop:
         """A new session, with the room that it asks for. Raises a PetalnetError where it is refused."""
         self._check_model(request.model)
         if request.promise_rows:
             self.checks.rows(request.promise_rows)
-        session = self.sessions.open(peer_id, request.first, request.end, request.max_length)
+        session = self.sessions.open(stream.peer_id, request.first, request.end, request.max_length, pushes=bool(request.pushes_to))
         try:
             if request.promise_rows:
                 self.sessions.admit(session, request.promise_rows)
+            hop = Hop(self, session, request, stream)
+            self._links.add(hop)
         except PetalnetError:
             self.sessions.close(session)
             raise
-        return session
+        return hop
 
     async def _serve_passes(self, stream: Stream) -> None:
         while (request := await self._receive(stream)) is not None:

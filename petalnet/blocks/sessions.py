@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,13 +29,14 @@ class Session:
         peer_id: the client.
         max_length: the most positions of a row.
         promise: the pages that are set aside for it.
+        pushes: whether its outputs go to another server.
         kv: the page tables of its rows; of the compute thread.
         names: for each row the names of its units, as far as all from the first on are named; of the compute thread.
         begun: whether there was a first step, or an attempt to attach it to what is known.
         rows: rows that it has, as of the last step that was answered; 0 before its first step.
         position: KV entries of each row, likewise.
         waiting: cancelled where the session is given up while it waits for its client's next request; None while it is served.
-        idle_since: since when it waits, by the manager's clock.
+        idle_since: since when it waits, by the manager's clock; infinite while a step of it is computed.
     """
 
     peer_id: str
@@ -43,6 +45,7 @@ class Session:
     max_length: int
     promise: Promise
     kv: Rows
+    pushes: bool = False
     names: list[list[bytes]] = field(default_factory=list)
     begun: bool = False
     rows: int = 0
@@ -108,8 +111,8 @@ class SessionManager:
         """Positions that no session has been promised."""
         return self._promises.free * self._pool.page_tokens
 
-    def open(self, peer_id: str, first: int, end: int, max_length: int) -> Session:
-        """A new session; nothing is promised to it yet.
+    def open(self, peer_id: str, first: int, end: int, max_length: int, *, pushes: bool = False) -> Session:
+        """A new session; nothing is promised to it yet. `pushes`: its outputs go to another server.
 
         Raises:
             CallerError: the blocks are not served here, or the model knows no sessions of that length.
@@ -126,7 +129,7 @@ class SessionManager:
             soon = self._give_up_idle(lambda gone: len(gone) >= 1)
             wait_s = SHORTEST_WAIT_S if soon else self._promises.next_end_s(self._clock())
             raise BusyError(f"all {self.max_sessions} sessions are taken", wait_s, self.free_tokens)
-        session = Session(peer_id, first, end, max_length, Promise(peer_id), Rows(self._pool, max_length))
+        session = Session(peer_id, first, end, max_length, Promise(peer_id), Rows(self._pool, max_length), pushes)
         self._sessions[session] = None
         return session
 
@@ -169,6 +172,19 @@ class SessionManager:
     def served(self, session: Session) -> None:
         """The session's next request is there."""
         session.waiting = None
+
+    def idle_s(self, session: Session) -> float:
+        """For how long no step of the session has been computed while it waited for its client; negative while one is."""
+        return self._clock() - session.idle_since
+
+    @contextmanager
+    def computing(self, session: Session) -> Iterator[None]:
+        """Within this context a step of the session is computed, whoever brought it."""
+        session.idle_since = math.inf
+        try:
+            yield
+        finally:
+            session.idle_since = self._clock()
 
     def _give_up_idle(self, enough: Callable[[list[Session]], bool]) -> bool:
         """Give up sessions whose clients have been away for long, the longest first, until there is room for who is refused now and comes

@@ -6,11 +6,12 @@ Requests come here checked (see `checks`). Everything in this module is for the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
+from petalnet.blocks.outputs import encode_output
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span, SpanStep
 from petalnet.p2p.messages import KEEP_NONE, Backward, Blob, Forward, Step
@@ -56,17 +57,23 @@ class StepWork:
     Attributes:
         order: which of the session's rows each row continues; None for each its own.
         names: for each row the names of the units that the step completes; None where it names none.
+        passed_on: with `all_hidden` in a session that pushes, the output of the last block alone; there once the answer is.
     """
 
     session: Session
     request: Step
     order: list[int] | None = None
     names: list[list[bytes]] | None = None
+    passed_on: Blob | None = None
     _pieces: list[torch.Tensor] = field(default_factory=list)
 
     @cached_property
     def _arrays(self) -> Arrays:
-        return Arrays.of(self.request)
+        arrays = Arrays.of(self.request)
+        if arrays.prompts is None or not self.session.pushes:
+            return arrays
+        own = self.session.end - self.session.first
+        return replace(arrays, prompts=arrays.prompts[:own])  # the others are for the blocks that follow
 
     @cached_property
     def position_end(self) -> int:
@@ -94,13 +101,16 @@ class StepWork:
         )
 
     def wanted(self, start: int, end: int, outputs: list[torch.Tensor]) -> torch.Tensor | None:
-        """What the answer needs of the outputs of new tokens start … end - 1: [rows, wanted, hidden], or [blocks, …] of every block.
+        """What the answer needs of the outputs of new tokens start … end - 1: [rows, wanted, hidden], or [blocks, …] of every block. The
+        servers that follow need them all.
 
         Args:
             outputs: [rows, end - start, hidden] of the last block, or of every block where the request asks for that.
         """
         new, keep = self.request.hidden.shape[1], self.request.keep
         unwanted = end - start if keep == KEEP_NONE else max(new - (keep or new) - start, 0)
+        if self.session.pushes:
+            unwanted = 0
         if unwanted >= end - start:
             return None
         output = torch.stack(outputs) if self.request.all_hidden else outputs[-1]
@@ -113,11 +123,15 @@ class StepWork:
 
     def answer(self) -> Blob:
         """The answer's array, once all parts are done."""
-        if not self._pieces:
+        if self._pieces:
+            output = _joined(self._pieces, -2)
+        else:
             rows, _, hidden = self.request.hidden.shape
             blocks = (self.session.end - self.session.first,) if self.request.all_hidden else ()
-            return _encode_like(self.request.hidden, torch.empty((*blocks, rows, 0, hidden)))
-        return _encode_like(self.request.hidden, _joined(self._pieces, -2))
+            output = torch.empty((*blocks, rows, 0, hidden))
+        if self.session.pushes and self.request.all_hidden:
+            self.passed_on = encode_output(self.request, output[-1])
+        return encode_output(self.request, output)
 
 
 class ForwardWork:
@@ -149,7 +163,7 @@ class ForwardWork:
 
     def answer(self) -> Blob:
         """The output array, once all rows are done."""
-        return _encode_like(self._request.hidden, _joined(self._pieces, 1 if self._request.all_hidden else 0))
+        return encode_output(self._request, _joined(self._pieces, 1 if self._request.all_hidden else 0))
 
 
 class BackwardWork:
@@ -216,8 +230,8 @@ class BackwardWork:
         """The gradients of the inputs and, where there are any, of the prompts, once all rows are done."""
         prompts = self._request.prompts
         return (
-            _encode_like(self._request.hidden, _joined(self._gradients, 0)),
-            None if prompts is None else _encode_like(prompts, _joined(self._prompt_gradients, 1)),
+            _encode_gradient(self._request.hidden, _joined(self._gradients, 0)),
+            None if prompts is None else _encode_gradient(prompts, _joined(self._prompt_gradients, 1)),
         )
 
 
@@ -232,6 +246,6 @@ def _joined(pieces: list[torch.Tensor], dimension: int) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dimension)
 
 
-def _encode_like(received: Blob, tensor: torch.Tensor) -> Blob:
-    """A tensor in the dtype and codec in which the peer sent another."""
-    return encode_tensor(tensor.to(getattr(torch, received.dtype)), received.codec)
+def _encode_gradient(received: Blob, gradient: torch.Tensor) -> Blob:
+    """The gradient of what the peer sent, in its dtype and never rounded beyond that."""
+    return encode_tensor(gradient, dtype=getattr(torch, received.dtype))

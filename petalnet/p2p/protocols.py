@@ -180,6 +180,8 @@ PUSH = Protocol(
     max_streams=2048,
     # As of an inference session, whose end ends the link as well.
     idle_timeout_s=3600.0,
+    # A server that has others to compute for reads no further meanwhile; one that is gone is noticed by its heartbeat.
+    frame_timeout_s=120.0,
 )
 
 FORWARD = Protocol(

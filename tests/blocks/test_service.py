@@ -328,11 +328,11 @@ async def test_a_long_step_runs_in_pieces_and_lets_others_in_between(saved: Call
 
 
 @pytest.mark.parametrize(("dtype", "codec"), [("float32", "bfloat16"), ("bfloat16", "raw"), ("float16", "raw"), ("float32", "int8")])
-async def test_answers_come_in_the_dtype_and_codec_of_the_question(served: Served, dtype: str, codec: str) -> None:
+async def test_small_answers_come_exact_and_in_the_dtype_of_the_question(served: Served, dtype: str, codec: str) -> None:
     async with served.session() as stream:
         answer = await ask(stream, step(X.to(getattr(torch, dtype)), 0, codec=codec))
     assert isinstance(answer, StepDone)
-    assert (answer.output.dtype, answer.output.codec) == (dtype, codec)
+    assert (answer.output.dtype, answer.output.codec) == (dtype, "raw")
     expected = whole(served.span, X)[0]
     assert (decode_tensor(answer.output).float() - expected).abs().max() < 0.1 * expected.abs().max()
 

@@ -1,0 +1,301 @@
+"""Links between the servers of a chain: a session's outputs go on them to the server of the blocks that follow, without the client.
+
+A link is a stream of its own. While it opens, outputs wait for it, a bounded number; once it is up, a step of a few tokens is sent in the
+turn of the task that computed it, and longer ones by a task of their own, so that a prompt's next chunk is computed meanwhile. A link that
+cannot be opened, or that breaks, stays down for the session: the client is told so, and gets the outputs from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from petalnet.errors import BusyError, CallerError, PetalnetError, ProtocolError, ServerError
+from petalnet.p2p.messages import INT8_BLOCK, Blob, Error, LinkDown, LinkOpened, OpenLink, Step, StepDone, blob_size
+
+if TYPE_CHECKING:
+    from petalnet.blocks.hop import Hop
+    from petalnet.p2p.streams import Stream
+
+log = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 5.0
+"""For a link to open, its connection included, and for the session that it is for."""
+OUTBOX_STEPS = 2
+"""Outputs of a session that may wait to be sent; where there are as many, none of its steps is computed."""
+INLINE_BYTES = 64 * 1024
+"""Size of an output that is sent at once by whoever has it: below it, changing to another task would cost more than the sending."""
+MOST_WAITING, MOST_WAITING_PER_PEER = 1024, 64
+"""Links that wait for their session, which its client may open a moment later."""
+
+OpenStream = Callable[[str], Awaitable["Stream"]]
+"""From a peer's id to a stream for steps to it. Raises ServerError where there can be none."""
+
+
+@dataclass
+class LinkCounts:
+    """What went over a server's links, since it started.
+
+    Attributes:
+        open: links to other servers that are up now.
+        pushed_steps, pushed_bytes: outputs that went to the next server, and the bytes of their hidden states.
+        relayed_steps: outputs that went to the client because the link was down.
+        failed: links that could not be opened, or broke.
+    """
+
+    open: int = 0
+    pushed_steps: int = 0
+    relayed_steps: int = 0
+    pushed_bytes: int = 0
+    failed: int = 0
+
+
+def without_first(prompts: Blob, blocks: int) -> Blob:
+    """Prompts without those of the first blocks, in the codec that they came in. Those that are cut off fill whole blocks of int8."""
+    own = blocks * math.prod(prompts.shape[1:])
+    data = memoryview(prompts.data)
+    shape = (prompts.shape[0] - blocks, *prompts.shape[1:])
+    if prompts.codec == "int8":
+        scales = 4 * -(-math.prod(prompts.shape) // INT8_BLOCK)
+        return Blob(prompts.dtype, shape, "int8", b"".join((data[4 * own // INT8_BLOCK : scales], data[scales + own :])))
+    return Blob(prompts.dtype, shape, prompts.codec, data[blob_size(prompts.dtype, (own,), prompts.codec) :])
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of a step of a session that pushes.
+
+    Attributes:
+        request: the step.
+        position: KV entries after it.
+        hidden: [rows, new, hidden], of the session's last block.
+        prompts: those for the blocks that follow.
+        queue_s, compute_s: seconds in the queue and of computation.
+        arrived: when the step was here, by trio's clock.
+        is_known: whether the client has the output already.
+    """
+
+    request: Step
+    position: int
+    hidden: Blob
+    prompts: Blob | None
+    queue_s: float
+    compute_s: float
+    arrived: float
+    is_known: bool = False
+
+    def step(self) -> Step:
+        """The next server's step."""
+        request = self.request
+        spent = (*request.spent, self.queue_s, self.compute_s, trio.current_time() - self.arrived)
+        return replace(request, hidden=self.hidden, prompts=self.prompts, spent=spent)
+
+    def done(self) -> StepDone:
+        """The client's answer, where it is the client who takes the output to the next server."""
+        held_s = trio.current_time() - self.arrived
+        return StepDone(self.request.step, self.position, self.hidden, self.compute_s, self.queue_s, held_s, self.request.spent)
+
+
+class OutgoingLink:
+    """Where the outputs of one session go; `run` must be running meanwhile."""
+
+    def __init__(self, open_stream: OpenStream | None, peer_id: str, greeting: OpenLink, client: Stream, counts: LinkCounts) -> None:
+        """
+        Args:
+            open_stream: makes the link's stream; None where this server opens none.
+            peer_id: the server of the blocks that follow.
+            greeting: the link's first message.
+            client: the stream to the session's client.
+            counts: is kept up to date.
+        """
+        self._open_stream = open_stream
+        self._peer_id = peer_id
+        self._greeting = greeting
+        self._client = client
+        self._counts = counts
+        self._stream: Stream | None = None  # while it is up
+        self._down: str | None = None  # why it is
+        self._told = False  # the client has been told so
+        self._outbox: deque[Output] = deque()
+        self._pushed = 0
+        self._changed = trio.lowlevel.ParkingLot()  # the outbox, or what becomes of it
+        self._up = trio.CancelScope()
+        self._relaying = trio.Lock()
+
+    async def room(self) -> None:
+        """Wait until another output may be computed."""
+        while len(self._outbox) >= OUTBOX_STEPS:
+            await self._changed.park()
+
+    async def put(self, output: Output) -> None:
+        """Send an output to the next server, now or once those before it are sent; or to the client. Raises PeerLost of the client."""
+        stream = self._stream
+        if stream is not None and not self._outbox and len(output.hidden.data) <= INLINE_BYTES and await self._push(stream, output):
+            return
+        self._outbox.append(output)
+        self._changed.unpark_all()
+        if self._down is not None:
+            await self._relay()
+
+    async def run(self) -> None:
+        """Open the link, keep watch over it, and fall back to the client when it is down. Raises PeerLost of the client."""
+        try:
+            with trio.fail_after(LINK_TIMEOUT_S):
+                stream = await self._open()
+        except trio.TooSlowError:
+            self._break(f"the link was not open within {LINK_TIMEOUT_S:g} s")
+        except PetalnetError as error:
+            self._break(str(error))
+        else:
+            async with stream:
+                self._stream = stream
+                self._counts.open += 1
+                try:
+                    await self._keep_up(stream)
+                finally:
+                    self._stream = None
+                    self._counts.open -= 1
+        log.debug("the link to %s is down: %s", self._peer_id, self._down)
+        await self._relay()
+
+    async def _open(self) -> Stream:
+        if self._open_stream is None:
+            raise ServerError("this server opens no links")
+        stream = await self._open_stream(self._peer_id)
+        try:
+            await stream.send(self._greeting)
+            answer = await stream.receive()
+            if isinstance(answer, Error):
+                raise answer.exception(self._peer_id)
+            if not isinstance(answer, LinkOpened):
+                raise ProtocolError(f"peer {self._peer_id} opened no link")
+        except BaseException:
+            await stream.reset()
+            raise
+        return stream
+
+    async def _keep_up(self, stream: Stream) -> None:
+        """Keep the link up until it breaks."""
+        async with trio.open_nursery() as nursery:
+            self._up = nursery.cancel_scope
+            nursery.start_soon(self._send_what_waits, stream)
+            self._break(await self._end_of(stream))
+
+    async def _end_of(self, stream: Stream) -> str:
+        """Wait until the link's other end ends it: it has nothing to send, so whatever comes is the end. Why, for a person."""
+        try:
+            message = await stream.receive()
+        except PetalnetError as error:
+            return str(error)
+        return message.message if isinstance(message, Error) else f"peer {self._peer_id} closed the link"
+
+    async def _send_what_waits(self, stream: Stream) -> None:
+        while True:
+            while self._outbox:
+                if not await self._push(stream, self._outbox[0]):
+                    return
+                self._outbox.popleft()
+                self._changed.unpark_all()
+            await self._changed.park()
+
+    async def _push(self, stream: Stream, output: Output) -> bool:
+        """Send an output to the next server; False where the link is down."""
+        try:
+            await stream.send(output.step())
+        except PetalnetError as error:
+            self._break(str(error))
+            return False
+        self._pushed = output.request.step
+        self._counts.pushed_steps += 1
+        self._counts.pushed_bytes += len(output.hidden.data)
+        return True
+
+    def _break(self, reason: str) -> None:
+        if self._down is None:
+            self._down = reason[:500]
+            self._stream = None
+            self._counts.failed += 1
+            self._up.cancel()
+
+    async def _relay(self) -> None:
+        """Tell the client that the link is down, once, and send it what waits, in its order."""
+        async with self._relaying:
+            if not self._told:
+                self._told = True
+                await self._client.send(LinkDown(self._down or "", self._pushed))
+            while self._outbox:
+                output = self._outbox[0]
+                if not output.is_known:
+                    await self._client.send(output.done())
+                self._counts.relayed_steps += 1
+                self._outbox.popleft()
+                self._changed.unpark_all()
+
+
+class LinkKey(NamedTuple):
+    """What a session is found by: its id, its first block, and the peer that may bring steps for it."""
+
+    session: str
+    first: int
+    takes_from: str
+
+
+class IncomingLinks:
+    """The sessions that take steps from other servers, and the links that came before their session was opened."""
+
+    def __init__(self) -> None:
+        self._hops: dict[LinkKey, Hop] = {}
+        self._waiting: dict[LinkKey, trio.Event] = {}
+        self._per_peer: Counter[str] = Counter()
+
+    def add(self, hop: Hop) -> None:
+        """A session that may take steps from another server is found from now on. Raises CallerError where there is such a one."""
+        if hop.key is None:
+            return
+        if hop.key in self._hops:
+            raise CallerError("a session of this id is open on these blocks")
+        self._hops[hop.key] = hop
+        waiting = self._waiting.get(hop.key)
+        if waiting is not None:
+            waiting.set()
+
+    def remove(self, hop: Hop) -> None:
+        """A session has ended."""
+        if hop.key is not None:
+            del self._hops[hop.key]
+
+    async def find(self, key: LinkKey) -> Hop:
+        """The session that a link is for, once its client has opened it.
+
+        Raises:
+            CallerError: there is none within `LINK_TIMEOUT_S`.
+            BusyError: too many links wait for theirs.
+        """
+        if key not in self._hops:
+            await self._wait_for(key)
+        return self._hops[key]
+
+    async def _wait_for(self, key: LinkKey) -> None:
+        peer_id = key.takes_from
+        if key in self._waiting:
+            raise CallerError("another link waits for this session")
+        if len(self._waiting) >= MOST_WAITING or self._per_peer[peer_id] >= MOST_WAITING_PER_PEER:
+            raise BusyError("too many links wait for their session")
+        self._waiting[key] = opened = trio.Event()
+        self._per_peer[peer_id] += 1
+        try:
+            with trio.move_on_after(LINK_TIMEOUT_S):
+                await opened.wait()
+        finally:
+            del self._waiting[key]
+            self._per_peer[peer_id] -= 1
+            if not self._per_peer[peer_id]:
+                del self._per_peer[peer_id]
+        if key not in self._hops:
+            raise CallerError("no session here takes steps from this peer under that id")
