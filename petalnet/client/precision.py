@@ -38,7 +38,7 @@ def choose_codec(wire_precision: str, dtype: str, server_dtype: str, codecs: Col
     exact = lossless_codec(dtype, server_dtype)
     if exact not in codecs:
         exact = "raw"
-    if wire_precision not in codecs or tokens <= EXACT_TOKENS:
+    if wire_precision not in CODECS or wire_precision not in codecs or tokens <= EXACT_TOKENS:
         return exact
     return wire_precision if _size(dtype, wire_precision) < _size(dtype, exact) else exact
 
