@@ -6,12 +6,13 @@ are promised and not taken yet hold what is kept of earlier prompts meanwhile. P
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 LARGE_SHARE, LEFT_SHARE = 4, 4
 """A peer whose sessions hold more than a quarter of all pages leaves a quarter free when it asks for another session: someone who runs
-twenty at once does not shut out those who want one."""
+twenty at once does not shut out those who want one. So do all peers of one source together, since peer ids cost nothing."""
 FIRST_LIFETIME_S = 10.0
 """How long a session is taken to last before any has ended: about an answer of a hundred tokens."""
 RECENT = 0.25
@@ -40,12 +41,14 @@ class Promise:
 
     Attributes:
         peer_id: whose session it is.
+        source: where that peer's connection comes from (see `p2p.sources`); None where that is not known.
         pages: how many.
         since: when the first of them were promised.
         progress: the share of its greatest length that the session has reached.
     """
 
     peer_id: str
+    source: str | None = None
     pages: int = 0
     since: float = 0.0
     progress: float = 0.0
@@ -70,7 +73,8 @@ class Promises:
         self.pages = pages
         self.promised = 0
         self._live: set[Promise] = set()
-        self._of_peer: dict[str, int] = {}
+        self._of_peer: Counter[str] = Counter()
+        self._of_source: Counter[str] = Counter()
         self._lifetime_s = FIRST_LIFETIME_S
 
     @property
@@ -80,7 +84,10 @@ class Promises:
 
     def available(self, promise: Promise) -> int:
         """Pages that could be added to a promise now."""
-        others = self._of_peer.get(promise.peer_id, 0) - promise.pages
+        others = self._of_peer[promise.peer_id]
+        if promise.source is not None:
+            others = max(others, self._of_source[promise.source])
+        others -= promise.pages
         left = self.pages // LEFT_SHARE if others * LARGE_SHARE > self.pages else 0
         return max(self.free - left, 0)
 
@@ -101,7 +108,7 @@ class Promises:
             self._live.add(promise)
         promise.pages = pages
         self.promised += more
-        self._of_peer[promise.peer_id] = self._of_peer.get(promise.peer_id, 0) + more
+        self._count(promise, more)
 
     def end(self, promise: Promise, now: float) -> None:
         """Take a promise back; harmless where that was done before."""
@@ -109,13 +116,17 @@ class Promises:
             return
         self._live.remove(promise)
         self.promised -= promise.pages
-        left = self._of_peer[promise.peer_id] - promise.pages
-        if left:
-            self._of_peer[promise.peer_id] = left
-        else:
-            del self._of_peer[promise.peer_id]
+        self._count(promise, -promise.pages)
         promise.pages = 0
         self._lifetime_s += RECENT * (max(now - promise.since, 0.0) - self._lifetime_s)
+
+    def _count(self, promise: Promise, pages: int) -> None:
+        """So many pages more are held by whoever this promise was given to."""
+        for counter, name in ((self._of_peer, promise.peer_id), (self._of_source, promise.source)):
+            if name is not None:
+                counter[name] += pages
+                if not counter[name]:
+                    del counter[name]
 
     def next_end_s(self, now: float) -> float:
         """Seconds until one session may have ended."""

@@ -10,8 +10,9 @@ A **round** is one pass through the span, shared by tasks of one key (steps of t
 
 **Turns.** The three are in this order of rank, but work that could not join the rounds of higher rank (another key, rows too wide for the
 budget, a pass) leads a round of its own when as much time has gone to others as its round takes (passes: `PASS_TURN` times as much).
-Within a rank, the peer that has had least of it is first (`shares.Shares`). Within a peer, what is soonest done is first, less the time
-for which it has been there. What has got nothing for some seconds leads a round now and then, so nothing starves.
+Within a rank, the source that has had least of it is first, and of its peers the one that has (`shares.Shares`). Within a peer, what is
+soonest done is first, less the time for which it has been there. What has got nothing for some seconds leads a round now and then, so
+nothing starves.
 
 **Waiting for stragglers.** A pass of eight tokens costs little more than one of four. Were a round started as soon as the first of eight
 clients is back, the others would miss it and wait for its end, and from then on the clients would go in groups, each at the pace of all.
@@ -29,7 +30,7 @@ from typing import Any, Literal
 
 from petalnet.blocks.arrivals import Arrivals
 from petalnet.blocks.costs import Costs
-from petalnet.blocks.shares import Share, Shares
+from petalnet.blocks.shares import Claim, Level, Shares
 
 ROUND_S = 0.15
 """Seconds that a round with a chunk of a prefill may take, at the most, ..."""
@@ -81,6 +82,7 @@ class Task:
         done: units that are finished.
         weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through,
             three times as much where gradients are taken. Tasks of equal keys have equal weights.
+        source: where the peer's connection comes from, by which it counts as well; None where that is not known.
     """
 
     peer: str
@@ -93,6 +95,7 @@ class Task:
     work: Any
     done: int = 0
     weight: float = 1.0
+    source: str | None = None
 
     @property
     def tokens_left(self) -> int:
@@ -125,7 +128,7 @@ class Part:
 class _Waiting:
     task: Task
     rank: Rank
-    share: Share
+    claim: Claim
     since: float
     """When it came."""
     served: float
@@ -212,7 +215,7 @@ class Scheduler:
             else:
                 self._owed[rank] = 0.0
         for rank, queue in ranked.items():
-            self._shares[rank].serve(waiting.share for waiting in queue)
+            self._shares[rank].serve([waiting.claim for waiting in queue])
         self._since_overdue += 1
         self._empty_last = False
         return plan.parts + empty
@@ -234,7 +237,7 @@ class Scheduler:
             if waiting is None:
                 continue
             if tokens:
-                Shares.charge(waiting.share, seconds * part.tokens / tokens, now)
+                Shares.charge(waiting.claim, seconds * part.tokens / tokens, now)
             self._remove(task, now)
             if task.done < task.units:
                 self._enter(task, waiting.since, now)  # what is left may be of another rank
@@ -278,12 +281,18 @@ class Scheduler:
         if len(queue) < 2:
             return queue
 
-        # Peers within the shortest pass of each other count as equal, so that between them, too, what is soonest done is first.
+        # Those within the shortest pass of each other count as equal, so that between them, too, what is soonest done is first.
         shortest = self._costs["step"].seconds(1)
+        least: dict[Level, float] = {}  # times of different sources' peers tell nothing about each other
+        for waiting in queue:
+            behind, level = waiting.claim.peer.behind(now), waiting.claim.peers
+            least[level] = min(least.get(level, behind), behind)
 
-        def order(waiting: _Waiting) -> tuple[int, float]:
-            behind = waiting.share.behind(now) // shortest
-            return int(behind), self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
+        def order(waiting: _Waiting) -> tuple[int, int, float]:
+            claim = waiting.claim
+            source = int(claim.source.behind(now) // shortest)
+            peer = int((claim.peer.behind(now) - least[claim.peers]) // shortest)
+            return source, peer, self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
 
         return sorted(queue, key=order)
 
@@ -396,10 +405,10 @@ class Scheduler:
 
     def _enter(self, task: Task, since: float, now: float) -> None:
         rank = task.rank
-        waiting = _Waiting(task, rank, self._shares[rank].enter(task.peer, now), since, now)
+        waiting = _Waiting(task, rank, self._shares[rank].enter(task.peer, now, task.source), since, now)
         self._waiting[task] = self._queues[rank][task] = waiting
 
     def _remove(self, task: Task, now: float) -> None:
         waiting = self._waiting.pop(task)
         del self._queues[waiting.rank][task]
-        self._shares[waiting.rank].leave(waiting.share, now)
+        self._shares[waiting.rank].leave(waiting.claim, now)

@@ -2,20 +2,25 @@
 
 Each peer has a virtual time that advances by the seconds of computation that it gets. Who comes anew, or was away, starts where the least
 of those present is: what nobody competed for is not held against anybody, and nobody saves up for later. Idle time forgives.
+
+Peer ids cost nothing, so sources (see `p2p.sources`) have shares as well, and these come first: a source with any number of peers gets no
+more than a few of them would. Between the peers of a source their own shares decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-KNOWN_PEERS = 1024
-"""Peers that are absent and remembered all the same, for what they have had beyond others."""
+KNOWN_SOURCES, KNOWN_PEERS = 1024, 128
+"""Sources, and peers of each, that are absent and remembered all the same, for what they have had beyond others."""
+PEERS_OF_A_SOURCE = 4
+"""A source whose peers compete gets as much as so many of them at most: several people may share an address."""
 
 
 @dataclass(eq=False)
 class Share:
-    """One peer's.
+    """One peer's, or one source's.
 
     Attributes:
         used: virtual time, seconds.
@@ -31,38 +36,54 @@ class Share:
         """The least is served first. Time without service counts in a peer's favour, so that no stream of newcomers starves it."""
         return self.used - (now - self.since)
 
+    def charge(self, seconds: float, now: float) -> None:
+        """It got so much computation, until now."""
+        self.used += seconds
+        self.since = now
 
-class Shares:
-    """The shares of all peers in one kind of work."""
 
-    def __init__(self) -> None:
-        self._peers: dict[str, Share] = {}
+class Level:
+    """The shares of all who compete with each other: of sources, or of one source's peers."""
+
+    def __init__(self, known: int) -> None:
+        """
+        Args:
+            known: how many that are absent are remembered.
+        """
+        self._known = known
+        self._shares: dict[str, Share] = {}
+        self.competing = 0  # those who have tasks here
         self._virtual = 0.0  # where whoever comes begins
         self._present = 0
         self._idle_since = 0.0
 
     def __len__(self) -> int:
-        """Peers that are remembered."""
-        return len(self._peers)
+        """How many are remembered."""
+        return len(self._shares)
 
-    def enter(self, peer: str, now: float) -> Share:
-        """A task of this peer has come."""
+    def __contains__(self, name: str) -> bool:
+        return name in self._shares
+
+    def enter(self, name: str, now: float) -> Share:
+        """A task of this one has come."""
         if not self._present:
             self._virtual += max(0.0, now - self._idle_since)
         self._present += 1
-        share = self._peers.get(peer)
+        share = self._shares.get(name)
         if share is None:
-            if len(self._peers) >= KNOWN_PEERS:
+            if len(self._shares) >= self._known:
                 self._forget()
-            share = self._peers[peer] = Share(self._virtual, now)
+            share = self._shares[name] = Share(self._virtual, now)
         if not share.tasks:
             share.used, share.since = max(share.used, self._virtual), now
+            self.competing += 1
         share.tasks += 1
         return share
 
     def leave(self, share: Share, now: float) -> None:
         """One of its tasks is complete or gone."""
         share.tasks -= 1
+        self.competing -= not share.tasks
         self._present -= 1
         if not self._present:
             self._idle_since = now
@@ -71,14 +92,65 @@ class Shares:
         """Somebody of those present is served now."""
         self._virtual = max(self._virtual, min((share.used for share in present), default=0.0))
 
-    @staticmethod
-    def charge(share: Share, seconds: float, now: float) -> None:
-        """A peer got so much computation, until now."""
-        share.used += seconds
-        share.since = now
-
     def _forget(self) -> None:
         """Make room: who is absent and has had no more than others goes first; then all who are absent, since names cost nothing."""
-        owing = {peer: share for peer, share in self._peers.items() if share.tasks or share.used > self._virtual}
-        present = {peer: share for peer, share in self._peers.items() if share.tasks}
-        self._peers = owing if len(owing) < KNOWN_PEERS else present
+        owing = {name: share for name, share in self._shares.items() if share.tasks or share.used > self._virtual}
+        present = {name: share for name, share in self._shares.items() if share.tasks}
+        self._shares = owing if len(owing) < self._known else present
+
+
+@dataclass(eq=False, slots=True)
+class Claim:
+    """What decides when a task is served.
+
+    Attributes:
+        source, peer: the shares of those who ask.
+        peers: the shares of all peers of the source.
+    """
+
+    source: Share
+    peer: Share
+    peers: Level
+
+
+class Shares:
+    """The shares of all sources and peers in one kind of work."""
+
+    def __init__(self) -> None:
+        self._sources = Level(KNOWN_SOURCES)
+        self._peers: dict[str, Level] = {}  # of each source
+
+    def __len__(self) -> int:
+        """Peers that are remembered."""
+        return sum(map(len, self._peers.values()))
+
+    def enter(self, peer: str, now: float, source: str | None = None) -> Claim:
+        """A task of this peer has come, from this source; None: the peer is one by itself."""
+        source = peer if source is None else source
+        its_share = self._sources.enter(source, now)
+        peers = self._peers.get(source)
+        if peers is None:
+            if len(self._peers) >= 2 * KNOWN_SOURCES:
+                self._peers = {name: level for name, level in self._peers.items() if name in self._sources}
+            peers = self._peers[source] = Level(KNOWN_PEERS)
+        return Claim(its_share, peers.enter(peer, now), peers)
+
+    def leave(self, claim: Claim, now: float) -> None:
+        """One of a peer's tasks is complete or gone."""
+        self._sources.leave(claim.source, now)
+        claim.peers.leave(claim.peer, now)
+
+    def serve(self, present: Collection[Claim]) -> None:
+        """Somebody of those present is served now."""
+        self._sources.serve(claim.source for claim in present)
+        levels: dict[Level, list[Share]] = {}
+        for claim in present:
+            levels.setdefault(claim.peers, []).append(claim.peer)
+        for level, shares in levels.items():
+            level.serve(shares)
+
+    @staticmethod
+    def charge(claim: Claim, seconds: float, now: float) -> None:
+        """A peer got so much computation, until now."""
+        claim.peer.charge(seconds, now)
+        claim.source.charge(seconds / min(max(claim.peers.competing, 1), PEERS_OF_A_SOURCE), now)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from petalnet.blocks.promises import FIRST_LIFETIME_S, LONGEST_WAIT_S, SHORTEST_WAIT_S, NoRoom, Promise, Promises
 
 
-def promised(promises: Promises, peer_id: str, pages: int, now: float = 0.0) -> Promise:
-    promise = Promise(peer_id)
+def promised(promises: Promises, peer_id: str, pages: int, now: float = 0.0, source: str | None = None) -> Promise:
+    promise = Promise(peer_id, source)
     promises.extend(promise, pages, now)
     return promise
 
@@ -43,6 +43,20 @@ def test_a_peer_with_much_leaves_a_quarter_to_others() -> None:
     promises.end(other, 1.0)
     promises.end(second, 1.0)
     promises.extend(first, 100, 1.0)  # its only session may take all there is
+    assert promises.free == 0
+
+
+def test_peers_of_one_source_leave_a_quarter_to_others_together() -> None:
+    """Twenty sessions of twenty names that cost nothing shut nobody out."""
+    promises = Promises(100)
+    held = [promised(promises, f"peer {number}", 15, source="198.51.100.0/24") for number in range(5)]
+    with pytest.raises(NoRoom) as caught:
+        promised(promises, "peer 5", 15, source="198.51.100.0/24")
+    assert caught.value.available == 0
+    promised(promises, "else", 25, source="192.0.2.0/24")
+    for promise in held:
+        promises.end(promise, 1.0)
+    promised(promises, "peer 5", 75, 1.0, source="198.51.100.0/24")
     assert promises.free == 0
 
 
