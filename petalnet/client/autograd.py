@@ -7,12 +7,13 @@ input and the gradient of its output. So a server that failed in between is repl
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from petalnet.client import passes
-from petalnet.client.chain import Inputs
+from petalnet.client.inputs import Inputs
 from petalnet.client.requests import Target, prompts_of
 from petalnet.p2p.messages import Blob
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
@@ -38,7 +39,7 @@ class _RemoteBlocks(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, prompts: torch.Tensor | None, target: Target, inputs: Inputs) -> torch.Tensor:
         sent = encode_tensor(hidden)
         inputs = replace(inputs, prompts=None if prompts is None else encode_tensor(prompts))
-        ctx.hops, outputs = target.swarm.portal.run(passes.forward, target, sent, inputs)
+        ctx.hops, outputs = target.swarm.portal.run(partial(passes.forward, for_gradients=True), target, sent, inputs)
         ctx.target, ctx.inputs = target, inputs
         ctx.boundaries = [sent, *outputs[:-1]]
         # What was sent may be the memory of `hidden` itself: saved, so that torch notices when somebody writes into it in between.

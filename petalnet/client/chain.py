@@ -1,8 +1,11 @@
-"""The hops of one inference session.
+"""The servers of one inference session, and what goes to them and comes from them.
 
-Runs on the portal's thread. A chain has one long-lived stream to each server of its route, opened in parallel. A step visits them one
-after another through the client; between two hops the bytes are passed on as they came. The caller's fault and a full server leave the
-chain as it is, anything else breaks it.
+Runs on the portal's thread. A chain has one long-lived stream to each server of its route, opened in parallel. What is to be sent when
+something came is decided in `pipeline`; here are the streams. Each but the last has a task that reads it, for as long as the chain
+lasts; the last one is read by whoever waits for a step, so that an answer wakes nobody else on its way.
+
+The caller's fault and a full server leave the chain as it is, anything else breaks it. When a step is late, the server to blame is the
+first that has not said or sent on anything. Where several may be that one, those that keep what they sent are asked for a piece of it.
 
 A first step whose beginning the servers may have computed for an earlier session asks for that first (`Attach`), all of them at once, and
 then sends only what the least of them lacks.
@@ -12,36 +15,53 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass, field, replace
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 import trio
 
+from petalnet.client.chunks import chunk_ends, stages_of
+from petalnet.client.inputs import Inputs, Names, columns, encode_names, steps_of
+from petalnet.client.pipeline import Pending, Pipeline, Send
+from petalnet.client.precision import step_on_the_wire
 from petalnet.client.requests import (
+    Answer,
     Busy,
+    Full,
     Target,
     ask,
+    blamed,
     blaming,
     describe_route,
     find_hops,
-    last_of,
     open_stream,
-    prompts_of,
     retrying,
+    silent,
 )
-from petalnet.errors import CallerError, ProtocolError, ServerError
+from petalnet.client.trace import HopTimes, StepTimes
+from petalnet.errors import CallerError, PeerLost, PetalnetError, ProtocolError, ServerError
 from petalnet.p2p.messages import (
-    ITEM_SIZES,
-    NAME_BYTES,
     UNIT_TOKENS,
     Attach,
     Attached,
     Blob,
+    Error,
+    LinkDown,
+    Message,
     OpenSession,
+    Replay,
+    Reserve,
+    Reserved,
     SessionOpened,
     Step,
     StepDone,
+    blob_size,
 )
+from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:
@@ -52,27 +72,12 @@ logger = logging.getLogger(__name__)
 CLOSE_WITHIN_S = 2.0
 LEAST_UNITS_TO_ATTACH = 2
 """Whole units of a prompt from which on asking for them is worth a round trip."""
-LEAST_BYTES_TO_ASK = 64 * 1024
-"""Size of a prompt from which on a server that was full is asked for room before the prompt is sent again."""
-
-Names = tuple[tuple[bytes, ...], ...]
-"""For each row the names of its units, in their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What goes through blocks beside the hidden states; see `messages.Step` for shapes. `prompts` is for all blocks of the target.
-
-    The last three are for sessions only. `names` are those of the units that the step completes, None where these have none.
-    """
-
-    mask: Blob | None = None
-    position_ids: Blob | None = None
-    prompts: Blob | None = None
-    all_hidden: bool = False
-    keep: int = 0
-    promise_rows: int = 0
-    names: Names | None = None
+PROBE_WITHIN_S = 5.0
+"""For servers to prove that they have done a step that is late: they have it in memory."""
+FEW_TOKENS = 16
+"""New tokens up to which a step takes as long on the network as one of a single token."""
+REMEMBERED_STEPS = 8
+"""Such steps, of which the least network time counts."""
 
 
 @dataclass
@@ -80,81 +85,112 @@ class Link:
     """One hop of a session and the stream to its server.
 
     Attributes:
-        shares: whether the server also knows the beginnings of other peers' sessions.
-        attached: KV entries that its session began with; None where it was not asked.
+        opened: what the server said of itself.
+        replied: set when `reply` is there, the answer to a request that is no step; None where there is no such request.
     """
 
     hop: Hop
     stream: Stream
-    shares: bool = False
-    attached: int | None = None
+    opened: SessionOpened
+    replied: trio.Event | None = None
+    reply: Message | None = None
 
 
-@dataclass
-class _Progress:
-    """How far a step has come, so that one that met a full server goes on from there.
+@dataclass(frozen=True)
+class Counts:
+    """What went through the client since the chain was opened: outputs that it carried from one server to the next, and outputs that it
+    asked for once more because they may have been lost on the way."""
 
-    Attributes:
-        given: the hidden states of the whole step, as given; by them a repetition is recognised.
-        position: where it begins after what was attached.
-        hidden: what the next link gets.
-        outputs: of the links that are done.
-        refused: whether the link that is next was full.
-    """
-
-    given: Blob
-    position: int
-    hidden: Blob
-    outputs: list[Blob] = field(default_factory=list)
-    refused: bool = False
+    relayed_steps: int
+    replays: int
 
 
 class Chain:
-    """The links of one session, first block to last; `open` makes one."""
+    """The links of one session, first block to last; `open` makes one.
 
-    def __init__(self, target: Target, links: list[Link]) -> None:
+    Attributes:
+        links: as opened.
+        promised_rows: rows for which all servers have set aside room.
+        failure: what broke the chain, None while it can be used.
+        trace_sink: is told of each step that is complete.
+    """
+
+    def __init__(self, target: Target, links: list[Link], pushes: Sequence[bool], promised_rows: int = 0) -> None:
+        """
+        Args:
+            pushes: for each link whether its server was told to send outputs on to the next one.
+            promised_rows: that the sessions were opened with.
+        """
         self.target = target
         self.links = links
-        self._steps = 0
+        self.promised_rows = promised_rows
+        self.failure: Exception | None = None
+        self.trace_sink: Callable[[StepTimes], None] | None = None
+        self._last = len(links) - 1
+        self._codecs = frozenset.intersection(*(frozenset(link.opened.codecs) for link in links))
+        self._pipeline = Pipeline([link.hop for link in links], pushes)
+        self._number = 0  # of the last step
         self._is_new = True  # no server has had a step
-        self._progress: _Progress | None = None
+        self._has_backlog = False  # whether answers of a step that was given up may be on their way
+        self._error: Exception | None = None  # what the step under way met
+        self._waiting: trio.CancelScope | None = None  # of the step or request under way
+        self._reading = trio.CancelScope()
+        self._proofs: dict[int, trio.Event] | None = None  # while servers are asked whether they have done a step that is late
+        self._network_s: deque[float] = deque(maxlen=REMEMBERED_STEPS)
 
     @classmethod
-    async def open(cls, target: Target, max_length: int) -> Chain:
-        """Find a route and open a stream with a session of `max_length` KV entries a row on each of its servers.
+    async def open(cls, target: Target, max_length: int, promise_rows: int = 0, full: Full | None = None) -> Chain:
+        """Find a route and open a session of `max_length` KV entries a row on each of its servers, with room for `promise_rows` rows.
 
+        Args:
+            promise_rows: 0 to ask for room with the first step.
+            full: servers that have no room, as far as that is known.
         Raises: as `retrying`.
         """
 
-        async def attempt(full: frozenset[str]) -> Chain:
-            return await cls.open_once(target, max_length, full)
+        async def attempt(peers: frozenset[str]) -> Chain:
+            return await cls.open_once(target, max_length, promise_rows, peers)
 
-        return await retrying(target, attempt)
+        return await retrying(target, attempt, full)
 
     @classmethod
-    async def open_once(cls, target: Target, max_length: int, full: frozenset[str]) -> Chain:
+    async def open_once(cls, target: Target, max_length: int, promise_rows: int, full: frozenset[str]) -> Chain:
         """`open`, without the servers in `full`, and without another try. Raises Busy, CallerError, MissingBlocksError, ServerError."""
         hops = await find_hops(target, full)
-        links: list[Link] = []
+        session = secrets.token_hex(16)
+        pushes = [target.settings.direct_chains and hop is not hops[-1] for hop in hops]
+        links: dict[int, Link] = {}
         failures: list[BaseException] = []
 
-        async def open_link(hop: Hop) -> None:
+        async def open_link(index: int) -> None:
+            hop = hops[index]
+            request = OpenSession(
+                session=session,
+                model=target.model,
+                first=hop.first,
+                end=hop.end,
+                max_length=max_length,
+                promise_rows=promise_rows,
+                takes_from=hops[index - 1].peer_id if index and pushes[index - 1] else "",
+                pushes_to=hops[index + 1].peer_id if pushes[index] else "",
+            )
             try:
-                links.append(await _open_link(target, hop, max_length))
+                links[index] = await _open_link(target, hop, request)
             except (ServerError, Busy, CallerError) as error:
                 failures.append(error)
 
         try:
             async with trio.open_nursery() as nursery:
-                for hop in hops:
-                    nursery.start_soon(open_link, hop)
+                for index in range(len(hops)):
+                    nursery.start_soon(open_link, index)
         except BaseException:
-            await _close(links)
+            await _close(links.values())
             raise
-        chain = cls(target, sorted(links, key=lambda link: link.hop.first))
         if failures:
-            await chain.close()
+            await _close(links.values())
             raise min(failures, key=_gravity)
+        chain = cls(target, [links[index] for index in range(len(hops))], pushes, promise_rows)
+        target.swarm.membership.start(chain._read_all)
         if target.settings.show_route:
             logger.info("route: %s", describe_route(hops))
         return chain
@@ -163,10 +199,19 @@ class Chain:
     def hops(self) -> list[Hop]:
         return [link.hop for link in self.links]
 
+    @property
+    def counts(self) -> Counts:
+        return Counts(sum(self._pipeline.relayed_steps), self._pipeline.replays)
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Expected seconds that a step of one token spends on the network, through the whole chain and back; None before the first one."""
+        return min(self._network_s, default=None)
+
+    # ---- steps
+
     async def step(self, hidden: Blob, position: int, order: Blob | None, inputs: Inputs) -> list[Blob]:
         """Run new tokens through all blocks, from KV entry `position` on.
-
-        A step that met a full server may be given again, the very same objects: it goes on there.
 
         Returns:
             the output of the last `inputs.keep` tokens (0: all); with `inputs.all_hidden` each hop's, [blocks, rows, new, hidden].
@@ -174,98 +219,310 @@ class Chain:
             CallerError, Busy: a server refused; the chain goes on, and servers before it roll back with the next step.
             ServerError: the chain is broken; `close` it.
         """
-        progress = self._progress
-        self._steps += 1
-        if progress is None or progress.given is not hidden:
-            progress = self._progress = _Progress(hidden, position, hidden)
-            if self._is_new and position == 0:
-                progress.position = await self._attach(hidden, inputs)
-                progress.hidden = _without_beginning(hidden, progress.position)
+        self._require_whole()
+        rows, new, _ = hidden.shape
+        began = time.perf_counter()
+        named = inputs.names
+        if self._is_new:
             self._is_new = False
-        names: Blob | None = None
-        if inputs.names is not None:
-            attached = (progress.position - position) // UNIT_TOKENS
-            names = _encode_names(tuple(row[attached:] for row in inputs.names)) if attached < len(inputs.names[0]) else None
-        for link in self.links[len(progress.outputs) :]:
-            keep = inputs.keep if link is self.links[-1] else 0
-            request = Step(
-                step=self._steps,
-                position=progress.position,
-                hidden=progress.hidden,
-                mask=inputs.mask,
-                position_ids=inputs.position_ids,
-                prompts=prompts_of(inputs.prompts, self.target, link.hop),
-                order=order,
-                all_hidden=inputs.all_hidden,
-                keep=keep,
-                promise_rows=inputs.promise_rows,
-                names=names,
-            )
-            asks_first, progress.refused = progress.refused, True
-            async with blaming(self.target, link.hop):
-                if asks_first and position == 0 and len(progress.hidden.data) >= LEAST_BYTES_TO_ASK:
-                    await ask(link.stream, _without_tokens(request), StepDone)
-                answer = await ask(link.stream, request, StepDone)
-                if answer.step != self._steps:
-                    raise ProtocolError(f"answered step {answer.step} instead of {self._steps}", link.hop.peer_id)
-                progress.hidden = checked(answer.output, progress.hidden, link.hop, inputs.all_hidden, keep)
-            progress.outputs.append(answer.output)
-            progress.refused = False
-            for row in inputs.names or ():
-                self.target.swarm.membership.sent_names.note(link.hop.peer_id, row)
-        self._progress = None
-        return progress.outputs if inputs.all_hidden else progress.outputs[-1:]
+            if position == 0 and named is not None and (attached := await self._attach(hidden, inputs, named)):
+                position, hidden = attached, columns(hidden, attached, new)
+                rest = tuple(row[attached // UNIT_TOKENS :] for row in named)
+                inputs = replace(inputs, names=rest if rest[0] else None)
+        requests = steps_of(hidden, position, order, inputs, number=self._number + 1, ends=self._ends(hidden, position, inputs))
+        self._number = requests[-1].step
+        finished = await self._run(requests)
+        self.promised_rows = max(self.promised_rows, rows, inputs.promise_rows)
+        membership = self.target.swarm.membership
+        for link in self.links:
+            membership.mark_ok(link.hop.peer_id)
+            for row in named or ():
+                membership.sent_names.note(link.hop.peer_id, row)
+        self._note_times(finished, hidden.shape[1], time.perf_counter() - began)
+        if len(finished) == 1:
+            return [output for _, output in sorted(finished[0].answers.items())]
+        return [_joined([pending.answers[hop] for pending in finished]) for hop in sorted(finished[0].answers)]
 
-    async def _attach(self, hidden: Blob, inputs: Inputs) -> int:
-        """Have the servers begin the session with what they know of the rows; the KV entries that all of them have then.
+    def _ends(self, hidden: Blob, position: int, inputs: Inputs) -> list[int]:
+        """Where to cut a step into chunks: one past the last token of each."""
+        rows, new, size = hidden.shape
+        if new <= UNIT_TOKENS:
+            return [new]
+        host = self.target.swarm.membership.host
+        token_bytes = blob_size(hidden.dtype, (size,), hidden.codec)
+        stages = stages_of(self.hops, [host.round_trip_s(link.hop.peer_id) for link in self.links], token_bytes)
+        prompt_length = 0 if inputs.prompts is None else inputs.prompts.shape[2]
+        return chunk_ends(new, rows, stages, token_bytes=token_bytes, position=position, first=prompt_length)
+
+    async def _run(self, requests: list[Step]) -> list[Pending]:
+        """Have steps computed; what they came to, in their order. Raises as `step`."""
+        pipeline = self._pipeline
+        self._error = None
+        sends = pipeline.begin(requests)
+        scope = trio.CancelScope(deadline=trio.current_time() + self.target.settings.request_timeout)
+        if len(sends) == 1 and not self._has_backlog:
+            with scope as self._waiting:
+                await self._send(*sends[0])
+                await self._receive_all()
+        else:
+            # Answers are read while chunks are sent, else the last server could wait for the client and the client for the first.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_all, sends)
+                with scope as self._waiting:
+                    await self._receive_all()
+                if scope.cancelled_caught and (self.failure is not None or self._error is None):
+                    nursery.cancel_scope.cancel()  # otherwise the message under way is finished: a part of one would break the stream
+        self._waiting = None
+        if pipeline.is_complete:
+            return pipeline.finished
+        if self._error is None:
+            await self._blame_for_silence()
+        self._has_backlog = True
+        pipeline.abandon()
+        assert self._error is not None
+        raise self._error
+
+    async def _receive_all(self) -> None:
+        """Read the last server's stream until the steps under way are done, or have failed."""
+        while not self._pipeline.is_complete and self._error is None:
+            await self._receive(self._last)
+
+    async def _send_all(self, sends: list[Send]) -> None:
+        for send in sends:
+            if self._error is None:
+                await self._send(*send)
+
+    async def _send(self, index: int, message: Message) -> None:
+        """Send to a hop. A failure breaks the chain."""
+        try:
+            await self.links[index].stream.send(self._on_the_wire(index, message) if type(message) is Step else message)
+        except ValueError as error:  # CallerError is not among what `send` raises: the message is too long
+            self._stop(CallerError(str(error)))
+        except PetalnetError as error:
+            self._fail(index, error)
+
+    def _on_the_wire(self, index: int, step: Step) -> Step:
+        """A step with its hidden states in the form in which a hop gets them."""
+        precision, opened = self.target.settings.wire_precision, self.links[index].opened
+        if precision != "auto":
+            return step_on_the_wire(step, precision, opened.dtype, self._codecs)
+        hops = self.hops
+        bytes_s = self.target.swarm.membership.host.bytes_s(hops[index].peer_id)
+        return step_on_the_wire(step, precision, opened.dtype, self._codecs, bytes_s, max(hop.prefill_s for hop in hops))
+
+    async def _receive(self, index: int) -> None:
+        """Take the next message of a hop, and send what follows from it. A failure breaks the chain."""
+        link = self.links[index]
+        try:
+            message = await link.stream.receive()
+            sends = self._take_answer(index, message) if type(message) is StepDone else self._take_other(index, message)
+        except PetalnetError as error:
+            self._fail(index, error)
+        else:
+            for send in sends:
+                await self._send(*send)
+
+    def _take_answer(self, index: int, done: StepDone) -> list[Send]:
+        """A hop has answered a step. Raises ProtocolError where that makes no sense."""
+        pipeline = self._pipeline
+        if self._proofs is not None:
+            if done.step == pipeline.oldest.request.step and index in self._proofs:
+                self._proofs[index].set()
+            return []
+        sends = pipeline.answered(index, done)
+        if self._waiting is not None and not pipeline.is_complete:
+            # Something moves: a long prompt may take longer in all.
+            self._waiting.deadline = trio.current_time() + self.target.settings.request_timeout
+        return sends
+
+    def _take_other(self, index: int, message: Message | None) -> list[Send]:
+        """A hop has sent something else, or ended its stream. Raises ServerError where it must not."""
+        link, pipeline = self.links[index], self._pipeline
+        peer_id = link.hop.peer_id
+        if message is None:
+            raise PeerLost("the server closed the stream", peer_id)
+        if isinstance(message, LinkDown):
+            if index < self._last:
+                reason, next_id = " ".join(message.reason.split()), self.links[index + 1].hop.peer_id
+                logger.info("server %s does not reach %s; this client carries between them: %s", peer_id, next_id, reason)
+            return pipeline.link_down(index, message.pushed)
+        if isinstance(message, Error) and message.step:
+            if self._proofs is None and pipeline.is_pending(message.step):
+                error = message.exception(peer_id)
+                if pipeline.was_replayed(message.step, index):
+                    self._break(PeerLost(f"an output of server {peer_id} was lost on its way, and it does not have it any more: {error}"))
+                elif isinstance(error, ServerError):
+                    raise error
+                else:
+                    self._stop(blamed(self.target, link.hop, error))
+            return []
+        if link.replied is not None and not link.replied.is_set():
+            link.reply = message
+            link.replied.set()
+            return []
+        if not isinstance(message, Error):
+            raise ProtocolError(f"sent {message.name} unasked", peer_id)
+        # The server has closed the session, and says why; nobody is to blame.
+        raise message.exception(peer_id)
+
+    def _stop(self, error: Exception) -> None:
+        """What is under way has failed."""
+        if self._error is None:
+            self._error = error
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _fail(self, index: int, error: PetalnetError) -> None:
+        """A hop's stream has failed, or its server closed the session and said why. What follows from an earlier failure blames nobody."""
+        if self.failure is None:
+            self._break(blamed(self.target, self.links[index].hop, error))
+
+    def _break(self, error: Exception) -> None:
+        """Nobody can go on with this chain."""
+        if self.failure is None:
+            self.failure = error
+        self._stop(error)
+
+    def _require_whole(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    async def _read_all(self) -> None:
+        """Read all streams but the last one's until the chain is closed."""
+        with self._reading:
+            async with trio.open_nursery() as nursery:
+                for index in range(self._last):
+                    nursery.start_soon(self._read, index)
+
+    async def _read(self, index: int) -> None:
+        while self.failure is None:
+            await self._receive(index)
+
+    async def _blame_for_silence(self) -> None:
+        """The steps under way are late: break the chain, and blame the first server that has done nothing.
+
+        Of those that may be that one, all but the last keep what they sent: whoever has done the step can show a piece of it.
+        """
+        pending = self._pipeline.oldest
+        suspects = range(pending.reached + 1, self._last + 1)
+        keeping = [index for index in suspects if self._pipeline.is_up(index)] if pending.request.hidden.shape[1] else []
+        self._proofs = {index: trio.Event() for index in keeping}
+        with trio.CancelScope(deadline=trio.current_time() + PROBE_WITHIN_S) as self._waiting:
+            for index in keeping:
+                await self._send(index, Replay(pending.request.step, pending.request.position, 1))
+            for proof in self._proofs.values():
+                await proof.wait()
+        proven = {index for index, proof in self._proofs.items() if proof.is_set()}
+        self._waiting = self._proofs = None
+        late = next(index for index in suspects if index not in proven)  # the last one keeps nothing
+        self._fail(late, silent(self.target, self.links[late].hop))
+
+    def _note_times(self, finished: list[Pending], new: int, wall_s: float) -> None:
+        spent = [pending.spent[self._last] for pending in finished]
+        if len(spent) == 1 and new <= FEW_TOKENS:
+            self._network_s.append(max(wall_s - sum(spent[0][2::3]), 0.0))
+        if self.trace_sink is None:
+            return
+        sums = spent[0] if len(spent) == 1 else [sum(times) for times in zip(*spent, strict=True)]
+        hops = []
+        for index, link in enumerate(self.links):
+            direct = self._pipeline.is_up(index) and not any(index in pending.carried for pending in finished)
+            queue_s, compute_s, held_s = sums[3 * index : 3 * index + 3]
+            hops.append(HopTimes(link.hop.peer_id, link.hop.first, link.hop.end, queue_s, compute_s, held_s, direct))
+        self.trace_sink(StepTimes(new, len(finished), wall_s, tuple(hops)))
+
+    # ---- other requests
+
+    async def reserve(self, rows: int) -> None:
+        """Have all servers set aside room for so many rows, where they have not yet; before a step with more rows than ever.
+
+        Raises:
+            CallerError, Busy: a server has no room; the chain goes on.
+            ServerError: the chain is broken.
+        """
+        self._require_whole()
+        if rows > self.promised_rows:
+            await self._ask_all(Reserve(rows), Reserved)
+            self.promised_rows = rows
+
+    async def _attach(self, hidden: Blob, inputs: Inputs, named: Names) -> int:
+        """Have the servers begin the session with what they know of the named rows; the KV entries that all of them have then.
 
         Asks only where every server may know something, and never for tokens whose outputs are wanted.
         """
         units = (hidden.shape[1] - inputs.keep) // UNIT_TOKENS
-        if inputs.names is None or not inputs.keep or units < LEAST_UNITS_TO_ATTACH:
+        if not inputs.keep or units < LEAST_UNITS_TO_ATTACH:
             return 0
-        rows = [row[:units] for row in inputs.names]
+        rows = [row[:units] for row in named]
         sent = self.target.swarm.membership.sent_names
         for link in self.links:
-            if not link.shares:
+            if not link.opened.shares_prefixes:
                 units = min(units, *(sent.known(link.hop.peer_id, row) for row in rows))
         if units < LEAST_UNITS_TO_ATTACH:
             return 0
         rows = [row[:units] for row in rows]
-        request = Attach(_encode_names(tuple(rows)))
-        failures: list[BaseException] = []
+        replies = await self._ask_all(Attach(encode_names(tuple(rows))), Attached)
+        for index, (link, reply) in enumerate(zip(self.links, replies, strict=True)):
+            if reply.position % UNIT_TOKENS or reply.position > units * UNIT_TOKENS:
+                self._fail(index, ProtocolError(f"attached {reply.position} tokens where {units} units were named", link.hop.peer_id))
+                self._require_whole()
+            for row in rows:
+                sent.forget(link.hop.peer_id, row[reply.position // UNIT_TOKENS :])
+        return min(reply.position for reply in replies)
 
-        async def attach(link: Link) -> None:
-            try:
-                async with blaming(self.target, link.hop):
-                    position = (await ask(link.stream, request, Attached)).position
-                    if position % UNIT_TOKENS or position > units * UNIT_TOKENS:
-                        raise ProtocolError(f"attached {position} tokens where {units} units were named", link.hop.peer_id)
-                link.attached = position
-                for row in rows:
-                    sent.forget(link.hop.peer_id, row[position // UNIT_TOKENS :])
-            except (ServerError, Busy, CallerError) as error:
-                failures.append(error)
+    async def _ask_all(self, request: Message, expected: type[Answer]) -> list[Answer]:
+        """Send all servers a request that is no step, and wait for their answers, which are of the expected type.
 
-        async with trio.open_nursery() as nursery:
-            for link in self.links:
-                if link.attached is None:
-                    nursery.start_soon(attach, link)
-        if failures:
-            self._progress = None
-            raise min(failures, key=_gravity)
-        return min(link.attached or 0 for link in self.links)
+        Raises: as `reserve`.
+        """
+        self._error = None
+        for link in self.links:
+            link.replied, link.reply = trio.Event(), None
+        with trio.CancelScope(deadline=trio.current_time() + self.target.settings.request_timeout) as self._waiting:
+            async with trio.open_nursery() as nursery:
+                for index in range(len(self.links)):
+                    nursery.start_soon(self._ask, index, request)
+        self._waiting = None
+        errors: list[Exception] = [] if self._error is None else [self._error]
+        replies: list[Answer] = []
+        for link in self.links:
+            reply, link.replied = link.reply, None
+            if reply is None:
+                if not errors:
+                    errors.append(blamed(self.target, link.hop, silent(self.target, link.hop)))
+            elif type(reply) is expected:
+                self.target.swarm.membership.mark_ok(link.hop.peer_id)
+                replies.append(reply)
+            elif isinstance(reply, Error):
+                errors.append(blamed(self.target, link.hop, reply.exception(link.hop.peer_id)))
+            else:
+                wrong = ProtocolError(f"answered {reply.name} instead of {expected.name}", link.hop.peer_id)
+                errors.append(blamed(self.target, link.hop, wrong))
+        if not errors:
+            return replies
+        error = min(errors, key=_gravity)
+        if isinstance(error, ServerError):
+            self._break(error)
+        raise error
+
+    async def _ask(self, index: int, request: Message) -> None:
+        replied = self.links[index].replied
+        assert replied is not None
+        await self._send(index, request)
+        while index == self._last and not replied.is_set() and self._error is None:
+            await self._receive(index)
+        await replied.wait()
 
     async def close(self) -> None:
         """Say goodbye to every server, which frees the KV there. Bounded; never raises for a dead server."""
-        links, self.links = self.links, []
-        await _close(links)
+        self._break(PeerLost("the chain was closed"))
+        self._reading.cancel()
+        await _close(self.links)
 
 
-async def _open_link(target: Target, hop: Hop, max_length: int) -> Link:
+async def _open_link(target: Target, hop: Hop, request: OpenSession) -> Link:
     from petalnet.p2p.protocols import INFERENCE
 
-    request = OpenSession(session=secrets.token_hex(8), model=target.model, first=hop.first, end=hop.end, max_length=max_length)
     async with blaming(target, hop):
         stream = await open_stream(target, hop, INFERENCE)
         try:
@@ -274,10 +531,10 @@ async def _open_link(target: Target, hop: Hop, max_length: int) -> Link:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_WITHIN_S):
                 await stream.reset()
             raise
-        return Link(hop, stream, opened.shares_prefixes)
+        return Link(hop, stream, opened)
 
 
-async def _close(links: list[Link]) -> None:
+async def _close(links: Iterable[Link]) -> None:
     async def close(link: Link) -> None:
         try:
             await link.stream.close()
@@ -295,35 +552,6 @@ def _gravity(error: BaseException) -> int:
     return 0 if isinstance(error, CallerError) else 1 if isinstance(error, ServerError) else 2
 
 
-def checked(output: Blob, given: Blob, hop: Hop, all_hidden: bool, keep: int = 0) -> Blob:
-    """What the next hop gets, from an answer that was checked to have the shape and dtype of what was sent."""
-    rows, new, hidden = given.shape
-    shape: tuple[int, ...] = (rows, keep or new, hidden)
-    if all_hidden:
-        shape = (hop.end - hop.first, *shape)
-    if output.shape != shape or output.dtype != given.dtype:
-        raise ProtocolError(f"answered {output.dtype} {list(output.shape)} instead of {given.dtype} {list(shape)}", hop.peer_id)
-    return last_of(output) if all_hidden else output
-
-
-def _without_tokens(request: Step) -> Step:
-    """A step that only asks for room. Where there is none, hardly anything was sent for it."""
-    rows, _, size = request.hidden.shape
-    nothing = replace(request.hidden, shape=(rows, 0, size), data=b"")
-    return replace(request, hidden=nothing, mask=None, position_ids=None, prompts=None, keep=0, names=None)
-
-
-def _encode_names(names: Names) -> Blob:
-    """uint8 [rows, units, NAME_BYTES]."""
-    return Blob("uint8", (len(names), len(names[0]), NAME_BYTES), "raw", b"".join(name for row in names for name in row))
-
-
-def _without_beginning(hidden: Blob, tokens: int) -> Blob:
-    """[rows, new, hidden] without the first tokens of each row."""
-    if not tokens:
-        return hidden
-    rows, new, size = hidden.shape
-    token_bytes = size * ITEM_SIZES[hidden.dtype]
-    data = memoryview(hidden.data)
-    parts = [data[(row * new + tokens) * token_bytes : (row + 1) * new * token_bytes] for row in range(rows)]
-    return replace(hidden, shape=(rows, new - tokens, size), data=parts[0] if rows == 1 else b"".join(parts))
+def _joined(outputs: list[Blob]) -> Blob:
+    """[…, tokens, hidden] one after another along the tokens."""
+    return encode_tensor(torch.cat([decode_tensor(output) for output in outputs], dim=-2))

@@ -100,7 +100,7 @@ class DistributedGeneration:
                     f"{session.position}; to give only new ones, pass session="
                 )
             return self._generate_in(session, plan, generation_config, args, kwargs, has_all=has_all)
-        session = blocks.inference_session(max_length=max(plan.total_length(0) - 1, 1))
+        session = InferenceSession(blocks, max(plan.total_length(0) - 1, 1), promise_rows=plan.rows * plan.copies)
         try:
             return self._generate_in(session, plan, generation_config, args, kwargs)
         finally:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from petalnet.client.chain import Inputs, checked
+from petalnet.client.inputs import Inputs
+from petalnet.client.precision import as_entered, pass_on_the_wire
 from petalnet.client.requests import (
     Answer,
     Target,
     ask,
     blaming,
+    checked,
     find_hops,
     joined,
     last_of,
@@ -23,9 +25,11 @@ from petalnet.p2p.messages import Backward, BackwardDone, Blob, Forward, Forward
 from petalnet.routing.routes import Hop
 
 
-async def forward(target: Target, hidden: Blob, inputs: Inputs) -> tuple[list[Hop], list[Blob]]:
+async def forward(target: Target, hidden: Blob, inputs: Inputs, *, for_gradients: bool = False) -> tuple[list[Hop], list[Blob]]:
     """A stateless forward pass through the target's blocks, each hop retried on another route when its server fails.
 
+    Args:
+        for_gradients: whether gradients of it will be wanted; then a slow link is no reason to round anything.
     Returns:
         the hops that did it and the output of each ([blocks, rows, length, hidden] each with `inputs.all_hidden`).
     """
@@ -46,6 +50,9 @@ async def forward(target: Target, hidden: Blob, inputs: Inputs) -> tuple[list[Ho
                 prompts=prompts_of(inputs.prompts, target, hop),
                 all_hidden=inputs.all_hidden,
             )
+            precision = target.settings.wire_precision
+            bytes_s = target.swarm.membership.host.bytes_s(hop.peer_id) if precision == "auto" and not for_gradients else None
+            request = pass_on_the_wire(request, precision, hop.dtype, bytes_s, hop.prefill_s)
             async with blaming(target, hop):
                 answer = await _ask_once(target, hop, request, ForwardDone)
                 checked(answer.output, hidden, hop, inputs.all_hidden)
@@ -70,7 +77,8 @@ async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inpu
         entering = [hidden]
         for hop in hops[:-1]:
             part = replace(target, first=hop.first, end=hop.end)
-            _, outputs = await forward(part, entering[-1], replace(inputs, prompts=prompts_of(inputs.prompts, target, hop)))
+            prompts = prompts_of(inputs.prompts, target, hop)
+            _, outputs = await forward(part, entering[-1], replace(inputs, prompts=prompts), for_gradients=True)
             entering.append(outputs[-1])
         gradient, prompt_gradients = grad_output, []
         for hop, entered in zip(reversed(hops), reversed(entering), strict=True):
@@ -78,7 +86,7 @@ async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inpu
                 model=target.model,
                 first=hop.first,
                 end=hop.end,
-                hidden=entered,
+                hidden=as_entered(entered, target.settings.wire_precision, hop.dtype),
                 grad_output=gradient,
                 mask=inputs.mask,
                 position_ids=inputs.position_ids,

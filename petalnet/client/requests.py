@@ -115,8 +115,11 @@ class Patience:
         await trio.sleep(pause)
 
 
-async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable[T]]) -> T:
+async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable[T]], full: Full | None = None) -> T:
     """`attempt(servers to do without)` until it succeeds, within the bounds of the target's settings.
+
+    Args:
+        full: servers that are known to have no room, and how long they have been waited for; others that are met are added.
 
     A server's fault is tried again elsewhere (the server is out of the routes by then), a full server is left out of the next tries until
     nobody else holds its blocks, then waited for; one that is too small is not.
@@ -126,7 +129,7 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
         ServerError: when the retries are used up.
         BusyError: when patience is.
     """
-    full = Full(target.settings)
+    full = full or Full(target.settings)
     retries = 0
     while True:
         try:
@@ -203,23 +206,44 @@ async def blaming(target: Target, hop: Hop) -> AsyncIterator[None]:
 
     A BusyError or TooLargeError becomes `Busy`.
     """
-    timeout_s = target.settings.request_timeout
     try:
-        with trio.fail_after(timeout_s):
+        with trio.fail_after(target.settings.request_timeout):
             yield
     except trio.TooSlowError:
-        target.swarm.membership.mark_failed(hop.peer_id)
-        raise PeerLost(f"{_describe(hop)} did not answer within {timeout_s:g} s", hop.peer_id) from None
-    except ServerError as error:
-        target.swarm.membership.mark_failed(hop.peer_id)
-        raise type(error)(f"{_describe(hop)}: {error}", hop.peer_id) from error
-    except (BusyError, TooLargeError) as error:
-        raise Busy(error, hop.peer_id) from error
+        raise blamed(target, hop, silent(target, hop)) from None
+    except (ServerError, BusyError, TooLargeError) as error:
+        raise blamed(target, hop, error) from error
     target.swarm.membership.mark_ok(hop.peer_id)
+
+
+def blamed(target: Target, hop: Hop, error: Exception) -> Exception:
+    """What an error that came of a request to a hop's server is for whoever made the request.
+
+    A server's fault takes the server out of the routes and names it; BusyError and TooLargeError become `Busy`; others are as they are.
+    """
+    if isinstance(error, ServerError):
+        target.swarm.membership.mark_failed(hop.peer_id)
+        return type(error)(f"{_describe(hop)}: {error}", hop.peer_id)
+    if isinstance(error, (BusyError, TooLargeError)):
+        return Busy(error, hop.peer_id)
+    return error
+
+
+def silent(target: Target, hop: Hop) -> PeerLost:
+    """What there is to say of a server that did not answer in time."""
+    return PeerLost(f"no answer within {target.settings.request_timeout:g} s", hop.peer_id)
 
 
 def _describe(hop: Hop) -> str:
     return f"server {hop.peer_id} ({describe_blocks(range(hop.first, hop.end))})"
+
+
+def checked(output: Blob, given: Blob, hop: Hop, all_hidden: bool) -> Blob:
+    """What the next hop gets, from an answer that was checked to have the shape and dtype of what was sent."""
+    shape = (hop.end - hop.first, *given.shape) if all_hidden else given.shape
+    if output.shape != shape or output.dtype != given.dtype:
+        raise ProtocolError(f"answered {output.dtype} {list(output.shape)} instead of {given.dtype} {list(shape)}", hop.peer_id)
+    return last_of(output) if all_hidden else output
 
 
 def last_of(blob: Blob) -> Blob:
@@ -228,12 +252,12 @@ def last_of(blob: Blob) -> Blob:
 
 
 def part_of(blob: Blob, start: int, stop: int, *, drop_dimension: bool = False) -> Blob:
-    """Entries [start, stop) along the first dimension of a raw array, without a copy."""
-    if blob.codec != "raw":
+    """Entries [start, stop) along the first dimension, without a copy. Not for codec int8."""
+    if blob.codec == "int8":
         raise ProtocolError(f"an array of codec {blob.codec} cannot be cut")
-    size = blob_size(blob.dtype, blob.shape[1:], "raw")
+    size = blob_size(blob.dtype, blob.shape[1:], blob.codec)
     shape = blob.shape[1:] if drop_dimension else (stop - start, *blob.shape[1:])
-    return Blob(blob.dtype, shape, "raw", memoryview(blob.data)[start * size : stop * size])
+    return Blob(blob.dtype, shape, blob.codec, memoryview(blob.data)[start * size : stop * size])
 
 
 def joined(blobs: list[Blob]) -> Blob:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from typing import Any
 
 import trio
 
-from petalnet.client.chain import Chain, Inputs
+from petalnet.client.chain import Chain
+from petalnet.client.inputs import Inputs
 from petalnet.client.requests import Busy, Full, Target
-from petalnet.client.trace import Trace
-from petalnet.errors import CallerError, MissingBlocksError, PetalnetError, ServerError, SessionClosed
+from petalnet.client.trace import StepTimes, Trace
+from petalnet.errors import CallerError, PetalnetError, ServerError, SessionClosed
 from petalnet.p2p.messages import Blob
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,16 @@ logger = logging.getLogger(__name__)
 class ServerSide:
     """Opens the chain ahead of the first step, and another one where a server fails, or is full, before there is anything to lose."""
 
-    def __init__(self, target: Target, max_length: int) -> None:
+    def __init__(self, target: Target, max_length: int, promise_rows: int = 0) -> None:
+        """
+        Args:
+            promise_rows: rows for which servers set aside room as the chain is opened; 0 where they are not known before the first step.
+        """
         self.chain: Chain | None = None
         self.trace = Trace(time.perf_counter())  # of the answer under way; of the last one until another step comes
         self._target = target
         self._max_length = max_length
+        self._promise_rows = promise_rows
         self._lock = trio.Lock()
         self._opening = trio.CancelScope()
         self._error: PetalnetError | None = None  # what `prepare` met; the first step raises it
@@ -40,20 +45,21 @@ class ServerSide:
                 except PetalnetError as error:
                     self._error = error
 
-    async def _open(self) -> Chain:
+    async def _open(self, full: Full | None = None) -> Chain:
         self._check_open()
         if self.chain is None:
-            self.chain = await self._unless_ended(await Chain.open(self._target, self._max_length))
+            chain = await Chain.open(self._target, self._max_length, self._promise_rows, full)
+            try:
+                self._check_open()
+            except SessionClosed:
+                await chain.close()
+                raise
+            chain.trace_sink = self._note
+            self.chain = chain
         return self.chain
 
-    async def _unless_ended(self, chain: Chain) -> Chain:
-        """The chain that was just opened; closed where the session was meanwhile."""
-        try:
-            self._check_open()
-        except SessionClosed:
-            await chain.close()
-            raise
-        return chain
+    def _note(self, times: StepTimes) -> None:
+        self.trace.add(times)
 
     def _check_open(self) -> None:
         if self._ended is not None:
@@ -79,17 +85,23 @@ class ServerSide:
                 error, self._error = self._error, None
                 raise error
             full = Full(self._target.settings)
+            rows = max(hidden.shape[0], inputs.promise_rows)
             retries = 0
             while True:
-                chain = await self._open()
+                chain = await self._open(full)
                 try:
+                    if position > 0 and rows > chain.promised_rows:
+                        await chain.reserve(rows)
                     return await chain.step(hidden, position, order, inputs)
                 except Busy as busy:
                     full.add(busy)
-                    if position > 0 or not await self._go_round(full.peers):
-                        await full.wait()
-                        if full.peers and position == 0:  # too small for this step, as the present chain's server may be
-                            await self._go_round(full.peers)
+                    if position > 0:
+                        if order is not None and rows <= chain.promised_rows:
+                            raise busy.error from None  # the servers before that one have reordered their rows: not a second time
+                        await full.wait()  # what was computed is there, and nowhere else
+                    else:
+                        self._promise_rows = rows
+                        await self._drop()
                 except CallerError:
                     raise
                 except ServerError as failure:
@@ -106,15 +118,6 @@ class ServerSide:
                     await self._drop()
                     self._ended = "a step was interrupted"
                     raise
-
-    async def _go_round(self, full: frozenset[str]) -> bool:
-        """Take another chain, without the servers in `full`. False where there is none, or it does not open: then all is as before."""
-        with suppress(Busy, CallerError, MissingBlocksError, ServerError):
-            chain = await self._unless_ended(await Chain.open_once(self._target, self._max_length, full))
-            await self._drop()
-            self.chain = chain
-            return True
-        return False
 
     async def _drop(self) -> None:
         chain, self.chain = self.chain, None

@@ -43,7 +43,11 @@ class InferenceSession:
         drafted, accepted: tokens that were guessed and computed along with others so far, and those of them that were right.
     """
 
-    def __init__(self, blocks: RemoteSequential, max_length: int) -> None:
+    def __init__(self, blocks: RemoteSequential, max_length: int, promise_rows: int = 0) -> None:
+        """
+        Args:
+            promise_rows: rows that it will have, where that is known: servers set aside room for them as it is opened.
+        """
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"max_length needs a number of tokens above 0; got {max_length!r}")
         self.max_length = max_length
@@ -61,7 +65,7 @@ class InferenceSession:
         self._closed: str | None = None
         self._lock = threading.RLock()
         self._portal = blocks.target.swarm.portal
-        self._server_side = ServerSide(blocks.target, max_length)
+        self._server_side = ServerSide(blocks.target, max_length, promise_rows)
         self._portal.start(self._server_side.prepare)
         # Not at exit: then the portal winds down as a whole.
         self._finalizer = weakref.finalize(self, self._portal.start, self._server_side.close)

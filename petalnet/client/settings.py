@@ -27,10 +27,12 @@ class ClientSettings:
             all servers are full, each retry stands for half a minute of waiting.
         show_route: whether each session's route is logged (on standard error, where the program has set up no logging); "inference" and
             True mean the same.
-        wire_precision: what hidden states of prompts and of passes without a session may be rounded to on their way: "exact", "bfloat16",
-            "float16", "int8", or "auto", by the speed of the link (docs/wire-precision.md).
         speculation: whether answers of one row may bring guesses of further tokens along, where that saves time; the tokens are the same
             (docs/speculation.md).
+        direct_chains: whether servers of a session send their outputs on to the next server themselves, wherever they reach it; otherwise
+            everything goes through this client.
+        wire_precision: what hidden states of prompts and of passes without a session may be rounded to on their way: "exact", "bfloat16",
+            "float16", "int8", or "auto", by the speed of the link (docs/wire-precision.md).
         active_adapter: name of a LoRA adapter that servers apply, or None.
         tuning_mode, pre_seq_len: of trainable prompts.
         swarm_key: a private swarm's key: the path of its file, the file's text or a `SwarmKey`; "none" for an open swarm whatever the
@@ -45,6 +47,7 @@ class ClientSettings:
     max_retries: int | None = 3
     show_route: str | bool = "inference"
     speculation: bool = True
+    direct_chains: bool = False
     wire_precision: str = "exact"
     active_adapter: str | None = None
     tuning_mode: str | None = None
@@ -61,10 +64,12 @@ class ClientSettings:
                 raise UsageError(f"{name} needs a number of seconds above 0; got {value!r}")
         if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
             raise UsageError(f"max_retries needs a number from 0, or None; got {self.max_retries!r}")
-        if self.wire_precision not in PRECISIONS:
-            raise UsageError(f"wire_precision needs one of {', '.join(PRECISIONS)}; got {self.wire_precision!r}")
         if not isinstance(self.speculation, bool):
             raise UsageError(f"speculation needs True or False; got {self.speculation!r}")
+        if not isinstance(self.direct_chains, bool):
+            raise UsageError(f"direct_chains needs True or False; got {self.direct_chains!r}")
+        if self.wire_precision not in PRECISIONS:
+            raise UsageError(f"wire_precision needs one of {', '.join(PRECISIONS)}; got {self.wire_precision!r}")
         if self.swarm_key not in (None, "none"):  # read now: from here on nothing shows a key that was given as text
             object.__setattr__(self, "swarm_key", SwarmKey.of(self.swarm_key))
         for name in ("active_adapter", "tuning_mode"):

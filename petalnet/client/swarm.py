@@ -14,7 +14,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,10 @@ class Membership:
                 if look:
                     raise
             looked = True
+
+    def start(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run `function()` beside everything else for as long as this is a member of the swarm; it has to deal with its own errors."""
+        self._nursery.start_soon(function)
 
     def mark_failed(self, peer_id: str) -> None:
         """Take a server out of all routes at once."""

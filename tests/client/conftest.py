@@ -20,7 +20,9 @@ from petalnet.blocks.span import Span
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import model_key
 from petalnet.p2p.identity import Identity
+from petalnet.p2p.messages import Message, Step, StepDone
 from petalnet.p2p.protocols import FORWARD, INFERENCE
+from petalnet.p2p.streams import Stream
 from petalnet.peering import open_peering
 from petalnet.routing.records import ServerRecord
 
@@ -213,6 +215,54 @@ class Pair:
             for hook in hooks:
                 hook.remove()
         return outputs[0]
+
+
+class Wire:
+    """What the client's sessions sent and received, in order.
+
+    Attributes:
+        sent, received: messages.
+    """
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self.received: list[Message] = []
+
+    def clear(self) -> None:
+        self.sent.clear()
+        self.received.clear()
+
+    @property
+    def steps(self) -> list[Step]:
+        """Of each step what the first server got."""
+        return list({message.step: message for message in reversed(self.sent) if isinstance(message, Step)}.values())[::-1]
+
+    @property
+    def answers(self) -> list[StepDone]:
+        """The last answer to each step: the last server's."""
+        return sorted({m.step: m for m in self.received if isinstance(m, StepDone)}.values(), key=lambda done: done.step)
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
+    """Listens to the client's end of all sessions."""
+    wire = Wire()
+    send, receive = Stream.send, Stream.receive
+
+    async def listening_send(stream: Stream, message: Message) -> None:
+        if not stream.served and stream.protocol is INFERENCE:
+            wire.sent.append(message)
+        await send(stream, message)
+
+    async def listening_receive(stream: Stream, **options: object) -> Message | None:
+        message = await receive(stream, **options)
+        if message is not None and not stream.served and stream.protocol is INFERENCE:
+            wire.received.append(message)
+        return message
+
+    monkeypatch.setattr(Stream, "send", listening_send)
+    monkeypatch.setattr(Stream, "receive", listening_receive)
+    return wire
 
 
 @pytest.fixture(scope="session", params=["bloom", "llama"])

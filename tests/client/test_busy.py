@@ -15,11 +15,10 @@ import trio
 from transformers import AutoModelForCausalLM
 from trio.testing import MockClock
 
-from petalnet.client import chain
 from petalnet.client.requests import Busy, Patience, retrying
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
-from petalnet.p2p.messages import Step
+from petalnet.p2p.messages import OpenSession, Step
 
 GREEDY = {"do_sample": False}
 IDS = torch.tensor([[5, 6, 7]])
@@ -98,37 +97,28 @@ def test_rows_that_a_later_server_has_no_room_for_are_reordered_once(
             assert torch.allclose(answer, expected, atol=1e-4)
 
 
-def test_a_long_prompt_is_sent_again_only_when_there_is_room(
-    bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("own_session", [True, False])
+def test_a_prompt_is_sent_again_only_when_there_is_room(
+    bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any], wire: Any, own_session: bool
 ) -> None:
-    monkeypatch.setattr(chain, "LEAST_BYTES_TO_ASK", 1024)
-    asked: list[tuple[int, bool]] = []
-    ask = chain.ask
-
-    async def spy(stream: Any, request: Any, expected: Any) -> Any:
-        try:
-            answer = await ask(stream, request, expected)
-        except BusyError:
-            asked.append((request.hidden.shape[1], False))
-            raise
-        if isinstance(request, Step):
-            asked.append((request.hidden.shape[1], True))
-        return answer
-
+    """`generate` knows its rows and asks for room before it sends anything; a session does so once it was refused."""
     ids = torch.randint(4, 250, (1, 20), generator=torch.Generator().manual_seed(0))
     with serving(bloom_path, []) as servers:
         servers.start(0, 6, pool_tokens=128)
         with connect(bloom_path, servers.peers, request_timeout=20) as model:
             expected = model.generate(ids, max_new_tokens=3, num_beams=2, **GREEDY)
-            with model.inference_session(max_length=64) as holder:
-                model.generate(IDS, max_new_tokens=1, session=holder, **GREEDY)
-                monkeypatch.setattr(chain, "ask", spy)
-                threading.Timer(1.0, holder.close).start()
-                with model.inference_session(max_length=40):
-                    assert torch.equal(model.generate(ids, max_new_tokens=3, num_beams=2, **GREEDY), expected)
-    refused = asked.index((0, True))
-    assert asked[:refused] == [(20, False)] + [(0, False)] * (refused - 1)
-    assert asked[refused + 1 :] == [(20, True), (1, True), (1, True)]
+            holder = model.inference_session(max_length=96)
+            model.generate(IDS, max_new_tokens=1, session=holder, **GREEDY)
+            wire.clear()
+            threading.Timer(1.0, holder.close).start()
+            session = None if own_session else model.inference_session(max_length=22)
+            assert torch.equal(model.generate(ids, max_new_tokens=3, num_beams=2, session=session, **GREEDY), expected)
+            if session is not None:
+                session.close()
+    prompts = [message for message in wire.sent if isinstance(message, Step) and message.hidden.shape[1] == 20]
+    asked = [message for message in wire.sent if isinstance(message, OpenSession) and message.promise_rows == 2]
+    assert len(prompts) == (1 if own_session else 2)
+    assert len(asked) >= 2
 
 
 def test_patience_has_an_end(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:

@@ -3,96 +3,76 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from petalnet.client import chain
-from petalnet.p2p.messages import Message, Step, StepDone
+from petalnet.p2p.messages import StepDone
 
 GREEDY = {"do_sample": False}
-HIDDEN, LAYERS, HOPS = 32, 6, 3
-
-
-@pytest.fixture
-def visits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Step, StepDone]]]:
-    """Every step that a server was sent, with its answer."""
-    seen: list[tuple[Step, StepDone]] = []
-    ask = chain.ask
-
-    async def spy(stream: Any, request: Message, expected: Any) -> Any:
-        answer = await ask(stream, request, expected)
-        if isinstance(request, Step):
-            seen.append((request, answer))
-        return answer
-
-    monkeypatch.setattr(chain, "ask", spy)
-    yield seen
+HIDDEN, LAYERS = 32, 6
 
 
 def random_hidden(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, length, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_prompt_is_sent_once_for_all_its_beams(pair: Any, visits: list[tuple[Step, StepDone]]) -> None:
+def test_a_prompt_is_sent_once_for_all_its_beams(pair: Any, wire: Any) -> None:
     ids = pair.ids(2, 7)
     options = {"max_new_tokens": 20, "num_beams": 5, "num_return_sequences": 2, **GREEDY}
     assert torch.equal(pair.remote.generate(ids, **options), pair.local.generate(ids, **options))
-    for request, _ in visits[:HOPS]:
-        assert request.hidden.shape == (2, 7, HIDDEN)
-        assert request.promise_rows == 10
-    for request, _ in visits[HOPS:]:
+    prompt, *others = wire.steps
+    assert prompt.hidden.shape == (2, 7, HIDDEN)
+    assert prompt.promise_rows == 10
+    for request in others:
         assert request.hidden.shape == (10, 1, HIDDEN)
         assert request.promise_rows == 0
 
 
-def test_padded_rows_are_alike_only_with_equal_masks(pair: Any, visits: list[tuple[Step, StepDone]]) -> None:
+def test_padded_rows_are_alike_only_with_equal_masks(pair: Any, wire: Any) -> None:
     ids, mask = pair.padded("left")
     ids, mask = torch.cat([ids, ids[:1]]), torch.cat([mask, mask[:1]])
     mask[3, 0] = 0  # as the first row otherwise
     options = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": 3, **GREEDY}
     assert torch.equal(pair.remote.generate(ids, **options), pair.local.generate(ids, **options))
-    request, _ = visits[0]
+    request = wire.steps[0]
     assert request.hidden.shape == (4, 9, HIDDEN)
     assert request.mask is not None and request.mask.shape == (4, 9)
 
 
-def test_only_the_outputs_that_are_used_come_back(pair: Any, visits: list[tuple[Step, StepDone]]) -> None:
+def test_only_the_outputs_that_are_used_come_back(pair: Any, wire: Any) -> None:
     ids = pair.ids(1, 12)
     pair.remote.generate(ids, max_new_tokens=2, **GREEDY)
-    assert [answer.output.shape[1] for _, answer in visits[:HOPS]] == [12, 12, 1]  # in between, the next server needs them all
-    assert [answer.output.shape[1] for _, answer in visits[HOPS:]] == [1, 1, 1]
+    assert [answer.output.shape[1] for answer in wire.answers] == [1, 1]
     with torch.inference_mode():
         expected = pair.local(ids)
         for keep in (0, 1, 5, 12, 40):
             answer = pair.remote(ids, use_cache=True, logits_to_keep=keep).logits
             assert torch.allclose(answer, expected.logits[:, -keep:], atol=1e-4)
-        del visits[:]
+        wire.clear()
         states = pair.remote(ids, use_cache=True, logits_to_keep=1, output_hidden_states=True).hidden_states
         whole = pair.remote.base_model(ids, use_cache=True).last_hidden_state
-        assert all(answer.output.shape[-2] == 12 for _, answer in visits)
+        assert all(answer.output.shape[-2] == 12 for answer in wire.received if isinstance(answer, StepDone))
         for ours, theirs in zip(states, pair.local(ids, output_hidden_states=True).hidden_states, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-4)
         assert torch.allclose(whole, states[-1], atol=1e-4)
 
 
-def test_all_logits_of_a_draft_are_kept(pair: Any, visits: list[tuple[Step, StepDone]]) -> None:
+def test_all_logits_of_a_draft_are_kept(pair: Any, wire: Any) -> None:
     """Assisted generation asks for the logits of all candidates at once."""
     ids = pair.ids(1, 6).repeat(1, 3)
     options = {"max_new_tokens": 16, "prompt_lookup_num_tokens": 4, **GREEDY}
     assert torch.equal(pair.remote.generate(ids, **options), pair.local.generate(ids, **options))
-    first = visits[HOPS - 1][1]
-    assert 1 < first.output.shape[1] <= 5
+    assert 1 < wire.answers[0].output.shape[1] <= 5
 
 
-def test_hidden_states_of_rows_that_are_alike(pair: Any, visits: list[tuple[Step, StepDone]]) -> None:
+def test_hidden_states_of_rows_that_are_alike(pair: Any, wire: Any) -> None:
     ids = pair.ids(1, 5).repeat(2, 1)
     with torch.inference_mode():
         ours = pair.remote(ids, use_cache=True, output_hidden_states=True).hidden_states
         theirs = pair.local(ids, output_hidden_states=True).hidden_states
-    assert visits[0][0].hidden.shape[0] == 1
+    assert wire.steps[0].hidden.shape[0] == 1
     assert len(ours) == LAYERS + 1
     for boundary, expected in zip(ours, theirs, strict=True):
         assert torch.allclose(boundary, expected, atol=1e-4)

@@ -1,0 +1,220 @@
+"""The steps of a session that are under way in a chain of servers. Sans-IO: what servers say comes in, what is to be sent comes out.
+
+A step is given to the first server. Each server runs its blocks and sends the output on to the next one as a step of the same number,
+over a **link** of its own, and the last server answers the client. So the client hears of a step once, when it is done.
+
+A link that two servers cannot have is **down**, for the rest of the session: the server before it answers the client, which carries the
+output to the server behind it. Servers take the steps of a session in the order of their numbers and drop one that they have had, so
+nothing is to be carried before everything older has been, and whatever is carried twice does no harm. When a link breaks, outputs that were
+on their way over it may have been lost. The client cannot know, so it asks the server before the link for each of those that is not
+answered yet once more (`Replay`), and carries that.
+
+A step that wants every block's outputs is answered by each server, beside being sent on: there is nothing to ask for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from petalnet.client.inputs import wanted_tokens
+from petalnet.client.requests import last_of, part_of
+from petalnet.errors import ProtocolError
+from petalnet.p2p.messages import Blob, Replay, Step, StepDone
+from petalnet.routing.routes import Hop
+
+
+class Send(NamedTuple):
+    """A message for a hop, by its number in the chain."""
+
+    hop: int
+    message: Step | Replay
+
+
+@dataclass(eq=False, slots=True)
+class Pending:
+    """One step that is under way.
+
+    Attributes:
+        request: as given, with the prompts for all blocks of the chain.
+        answers: what each hop has answered, for whoever gave the step: the last hop's output, and all other hops' where they are wanted.
+        onward: what waits to be carried from a hop to the next one.
+        spent: for each hop what it and those before have taken, as in `Step.spent`.
+        reached: the last hop that has said anything about the step; -1 for none.
+        carried: the hops from which the client carried it on.
+        replayed: the hops that were asked for it once more.
+    """
+
+    request: Step
+    answers: dict[int, Blob] = field(default_factory=dict)
+    onward: dict[int, Blob] = field(default_factory=dict)
+    spent: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    reached: int = -1
+    carried: set[int] = field(default_factory=set)
+    replayed: set[int] = field(default_factory=set)
+
+
+class Pipeline:
+    """The steps under way in one chain.
+
+    Attributes:
+        relayed_steps: for each hop how many of its outputs the client has carried to the next one.
+        replays: outputs that were asked for once more.
+        finished: the steps of the latest `begin` that are done, in their order.
+    """
+
+    def __init__(self, hops: Sequence[Hop], pushes: Sequence[bool]) -> None:
+        """
+        Args:
+            hops: the chain, first block to last.
+            pushes: for each hop whether its server was told to send outputs on to the next one; the last hop's is False.
+        """
+        self._hops = tuple(hops)
+        self._last = len(hops) - 1
+        self._pushes = tuple(pushes)
+        self._is_up = list(pushes)
+        self._pending: dict[int, Pending] = {}
+        self.finished: list[Pending] = []
+        self.relayed_steps = [0] * len(hops)
+        self.replays = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._pending
+
+    def is_up(self, hop: int) -> bool:
+        """Whether a hop's outputs go to the next one without the client."""
+        return self._is_up[hop]
+
+    def is_pending(self, step: int) -> bool:
+        return step in self._pending
+
+    def was_replayed(self, step: int, hop: int) -> bool:
+        """Whether a step is under way that the hop was asked for once more."""
+        return step in self._pending and hop in self._pending[step].replayed
+
+    @property
+    def oldest(self) -> Pending:
+        """The first of the steps under way, of which there are some."""
+        return next(iter(self._pending.values()))
+
+    def begin(self, requests: Iterable[Step]) -> list[Send]:
+        """Steps in the order of their numbers, which are above those of all before; prompts are for all blocks of the chain."""
+        self.finished = []
+        sends = []
+        for request in requests:
+            self._pending[request.step] = Pending(request)
+            sends.append(Send(0, self._request_to(0, request)))
+        return sends
+
+    def abandon(self) -> None:
+        """Forget what is under way: what comes of it is ignored from now on."""
+        self._pending.clear()
+
+    def answered(self, hop: int, done: StepDone) -> list[Send]:
+        """A hop has answered a step; answers of steps that are not under way (any more) are ignored.
+
+        Raises:
+            ProtocolError: the answer is not what was asked for.
+        """
+        pending = self._pending.get(done.step)
+        if pending is None:
+            return []
+        request = pending.request
+        if hop != self._last and self._is_up[hop] and not request.all_hidden:
+            raise ProtocolError(f"answered step {done.step} instead of passing it on", self._hops[hop].peer_id)
+        self._check(hop, request, done.output)
+        if hop in pending.spent:
+            return []
+        before = done.spent if len(done.spent) == 3 * hop else (0.0,) * (3 * hop)
+        pending.spent[hop] = (*before, done.queue_s, done.compute_s, done.held_s)
+        pending.reached = max(pending.reached, hop)
+        if hop == self._last or request.all_hidden:
+            pending.answers[hop] = done.output
+        if len(pending.answers) == (self._last + 1 if request.all_hidden else 1):
+            del self._pending[done.step]
+            self._finish(pending)
+            return []
+        if hop == self._last:
+            return []
+        pending.onward[hop] = last_of(done.output) if request.all_hidden else done.output
+        return self._carry(hop)
+
+    def link_down(self, hop: int, pushed: int) -> list[Send]:
+        """From now on a hop answers the client, since it cannot send outputs to the next hop; those up to `pushed` may have been lost.
+
+        Raises:
+            ProtocolError: the hop was not told to send outputs to anybody.
+        """
+        if not self._pushes[hop]:
+            raise ProtocolError("reported a link that it was not asked for", self._hops[hop].peer_id)
+        if not self._is_up[hop]:
+            return []
+        self._is_up[hop] = False
+        sends = []
+        for number, pending in self._pending.items():
+            request = pending.request
+            if number > pushed:
+                break
+            if pending.reached > hop or hop in pending.onward or request.all_hidden:
+                continue
+            rows, new, size = request.hidden.shape
+            if new:
+                self.replays += 1
+                pending.replayed.add(hop)
+                sends.append(Send(hop, Replay(number, request.position, new)))
+            else:
+                pending.onward[hop] = request.hidden
+                pending.spent[hop] = (0.0,) * (3 * (hop + 1))
+        return sends + self._carry(hop)
+
+    def _carry(self, hop: int) -> list[Send]:
+        """Outputs of a hop that can be carried to the next one now."""
+        sends: list[Send] = []
+        if self._is_up[hop]:
+            return sends
+        for pending in self._pending.values():
+            if pending.reached > hop or hop in pending.carried:
+                continue
+            output = pending.onward.pop(hop, None)
+            if output is None:
+                break  # were a later one carried first, this one would be dropped
+            pending.carried.add(hop)
+            self.relayed_steps[hop] += 1
+            sends.append(Send(hop + 1, self._request_to(hop + 1, pending.request, output, pending.spent[hop])))
+        return sends
+
+    def _request_to(self, hop: int, request: Step, hidden: Blob | None = None, spent: tuple[float, ...] = ()) -> Step:
+        """A step as a hop gets it."""
+        prompts, keep = request.prompts, request.keep
+        if hop != self._last:
+            if prompts is not None or hop:
+                first = self._hops[0].first
+                end = self._hops[-1].end if self._pushes[hop] else self._hops[hop].end
+                prompts = None if prompts is None else part_of(prompts, self._hops[hop].first - first, end - first)
+            if not self._pushes[hop]:
+                keep = 0
+        elif prompts is not None:
+            prompts = part_of(prompts, self._hops[hop].first - self._hops[0].first, prompts.shape[0])
+        if hidden is None and prompts is request.prompts and keep == request.keep:
+            return request
+        return replace(request, hidden=hidden or request.hidden, prompts=prompts, keep=keep, spent=spent)
+
+    def _check(self, hop: int, request: Step, output: Blob) -> None:
+        rows, new, size = request.hidden.shape
+        shape: tuple[int, ...] = (rows, wanted_tokens(request) if hop == self._last else new, size)
+        if request.all_hidden:
+            shape = (self._hops[hop].end - self._hops[hop].first, *shape)
+        if output.shape != shape or output.dtype != request.hidden.dtype:
+            raise ProtocolError(
+                f"answered {output.dtype} {list(output.shape)} instead of {request.hidden.dtype} {list(shape)}", self._hops[hop].peer_id
+            )
+
+    def _finish(self, pending: Pending) -> None:
+        """Steps end in the order in which they began, unless servers do not keep to it."""
+        at = len(self.finished)
+        while at and self.finished[at - 1].request.step > pending.request.step:
+            at -= 1
+        self.finished.insert(at, pending)
