@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 LARGE_SHARE, LEFT_SHARE = 4, 4
 """A peer whose sessions hold more than a quarter of all pages leaves a quarter free when it asks for another session: someone who runs
-twenty at once does not shut out those who want one. So do all peers of one source together, since peer ids cost nothing."""
+twenty at once does not shut out those who want one."""
+LARGE_NETWORK_SHARE, LEFT_NETWORK_SHARE = 2, 8
+"""The same for all peers of a public network together, since peer ids cost nothing: above a half they leave an eighth. Less, since they may
+be many people in one place."""
 FIRST_LIFETIME_S = 10.0
 """How long a session is taken to last before any has ended: about an answer of a hundred tokens."""
 RECENT = 0.25
@@ -41,14 +44,14 @@ class Promise:
 
     Attributes:
         peer_id: whose session it is.
-        source: where that peer's connection comes from (see `p2p.sources`); None where that is not known.
+        network: the public one from which that peer is connected (see `p2p.sources`); "" where that is not known.
         pages: how many.
         since: when the first of them were promised.
         progress: the share of its greatest length that the session has reached.
     """
 
     peer_id: str
-    source: str | None = None
+    network: str = ""
     pages: int = 0
     since: float = 0.0
     progress: float = 0.0
@@ -74,7 +77,7 @@ class Promises:
         self.promised = 0
         self._live: set[Promise] = set()
         self._of_peer: Counter[str] = Counter()
-        self._of_source: Counter[str] = Counter()
+        self._of_network: Counter[str] = Counter()
         self._lifetime_s = FIRST_LIFETIME_S
 
     @property
@@ -84,11 +87,11 @@ class Promises:
 
     def available(self, promise: Promise) -> int:
         """Pages that could be added to a promise now."""
-        others = self._of_peer[promise.peer_id]
-        if promise.source is not None:
-            others = max(others, self._of_source[promise.source])
-        others -= promise.pages
-        left = self.pages // LEFT_SHARE if others * LARGE_SHARE > self.pages else 0
+        left = 0
+        if (self._of_peer[promise.peer_id] - promise.pages) * LARGE_SHARE > self.pages:
+            left = self.pages // LEFT_SHARE
+        elif promise.network and (self._of_network[promise.network] - promise.pages) * LARGE_NETWORK_SHARE > self.pages:
+            left = self.pages // LEFT_NETWORK_SHARE
         return max(self.free - left, 0)
 
     def extend(self, promise: Promise, pages: int, now: float) -> None:
@@ -122,8 +125,8 @@ class Promises:
 
     def _count(self, promise: Promise, pages: int) -> None:
         """So many pages more are held by whoever this promise was given to."""
-        for counter, name in ((self._of_peer, promise.peer_id), (self._of_source, promise.source)):
-            if name is not None:
+        for counter, name in ((self._of_peer, promise.peer_id), (self._of_network, promise.network)):
+            if name:
                 counter[name] += pages
                 if not counter[name]:
                     del counter[name]

@@ -10,7 +10,7 @@ A **round** is one pass through the span, shared by tasks of one key (steps of t
 
 **Turns.** The three are in this order of rank, but work that could not join the rounds of higher rank (another key, rows too wide for the
 budget, a pass) leads a round of its own when as much time has gone to others as its round takes (passes: `PASS_TURN` times as much).
-Within a rank, the source that has had least of it is first, and of its peers the one that has (`shares.Shares`). Within a peer, what is
+Within a rank, the network that has had least of it is first, and of its peers the one that has (`shares.Shares`). Within a peer, what is
 soonest done is first, less the time for which it has been there. What has got nothing for some seconds leads a round now and then, so
 nothing starves.
 
@@ -82,7 +82,7 @@ class Task:
         done: units that are finished.
         weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through,
             three times as much where gradients are taken. Tasks of equal keys have equal weights.
-        source: where the peer's connection comes from, by which it counts as well; None where that is not known.
+        network: from which the peer is connected, by which it counts as well; "" where that is not known.
     """
 
     peer: str
@@ -95,7 +95,7 @@ class Task:
     work: Any
     done: int = 0
     weight: float = 1.0
-    source: str | None = None
+    network: str = ""
 
     @property
     def tokens_left(self) -> int:
@@ -283,16 +283,16 @@ class Scheduler:
 
         # Those within the shortest pass of each other count as equal, so that between them, too, what is soonest done is first.
         shortest = self._costs["step"].seconds(1)
-        least: dict[Level, float] = {}  # times of different sources' peers tell nothing about each other
+        least: dict[Level, float] = {}  # times of different networks' peers tell nothing about each other
         for waiting in queue:
             behind, level = waiting.claim.peer.behind(now), waiting.claim.peers
             least[level] = min(least.get(level, behind), behind)
 
         def order(waiting: _Waiting) -> tuple[int, int, float]:
             claim = waiting.claim
-            source = int(claim.source.behind(now) // shortest)
+            network = int(claim.network.behind(now) // shortest)
             peer = int((claim.peer.behind(now) - least[claim.peers]) // shortest)
-            return source, peer, self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
+            return network, peer, self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
 
         return sorted(queue, key=order)
 
@@ -405,7 +405,7 @@ class Scheduler:
 
     def _enter(self, task: Task, since: float, now: float) -> None:
         rank = task.rank
-        waiting = _Waiting(task, rank, self._shares[rank].enter(task.peer, now, task.source), since, now)
+        waiting = _Waiting(task, rank, self._shares[rank].enter(task.peer, now, task.network), since, now)
         self._waiting[task] = self._queues[rank][task] = waiting
 
     def _remove(self, task: Task, now: float) -> None:

@@ -111,9 +111,12 @@ class SessionManager:
         """Positions that no session has been promised."""
         return self._promises.free * self._pool.page_tokens
 
-    def open(self, peer_id: str, first: int, end: int, max_length: int, *, pushes: bool = False) -> Session:
-        """A new session; nothing is promised to it yet. `pushes`: its outputs go to another server.
+    def open(self, peer_id: str, first: int, end: int, max_length: int, *, pushes: bool = False, network: str = "") -> Session:
+        """A new session; nothing is promised to it yet.
 
+        Args:
+            pushes: whether its outputs go to another server.
+            network: from which the peer is connected, by which it counts as well; "" where that is not known.
         Raises:
             CallerError: the blocks are not served here, or the model knows no sessions of that length.
             TooLargeError: a single row of that length can never fit.
@@ -129,7 +132,7 @@ class SessionManager:
             soon = self._give_up_idle(lambda gone: len(gone) >= 1)
             wait_s = SHORTEST_WAIT_S if soon else self._promises.next_end_s(self._clock())
             raise BusyError(f"all {self.max_sessions} sessions are taken", wait_s, self.free_tokens)
-        session = Session(peer_id, first, end, max_length, Promise(peer_id), Rows(self._pool, max_length), pushes)
+        session = Session(peer_id, first, end, max_length, Promise(peer_id, network), Rows(self._pool, max_length), pushes)
         self._sessions[session] = None
         return session
 

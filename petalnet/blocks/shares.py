@@ -3,8 +3,8 @@
 Each peer has a virtual time that advances by the seconds of computation that it gets. Who comes anew, or was away, starts where the least
 of those present is: what nobody competed for is not held against anybody, and nobody saves up for later. Idle time forgives.
 
-Peer ids cost nothing, so sources (see `p2p.sources`) have shares as well, and these come first: a source with any number of peers gets no
-more than a few of them would. Between the peers of a source their own shares decide.
+Peer ids cost nothing, addresses do. So public networks (see `p2p.sources`) have shares as well, and these come first: one with any number
+of peers gets no more than a few of them would. Between the peers of a network their own shares decide.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-KNOWN_SOURCES, KNOWN_PEERS = 1024, 128
-"""Sources, and peers of each, that are absent and remembered all the same, for what they have had beyond others."""
-PEERS_OF_A_SOURCE = 4
-"""A source whose peers compete gets as much as so many of them at most: several people may share an address."""
+KNOWN_NETWORKS, KNOWN_PEERS = 1024, 128
+"""Networks, and peers of each, that are absent and remembered all the same, for what they have had beyond others."""
+PEERS_OF_A_NETWORK = 4
+"""A network whose peers compete gets as much as so many of them at most: several people may share an address."""
 
 
 @dataclass(eq=False)
 class Share:
-    """One peer's, or one source's.
+    """One peer's, or one network's.
 
     Attributes:
         used: virtual time, seconds.
@@ -43,7 +43,7 @@ class Share:
 
 
 class Level:
-    """The shares of all who compete with each other: of sources, or of one source's peers."""
+    """The shares of all who compete with each other: of networks, or of one network's peers."""
 
     def __init__(self, known: int) -> None:
         """
@@ -104,45 +104,45 @@ class Claim:
     """What decides when a task is served.
 
     Attributes:
-        source, peer: the shares of those who ask.
-        peers: the shares of all peers of the source.
+        network, peer: the shares of those who ask.
+        peers: the shares of all peers of the network.
     """
 
-    source: Share
+    network: Share
     peer: Share
     peers: Level
 
 
 class Shares:
-    """The shares of all sources and peers in one kind of work."""
+    """The shares of all networks and peers in one kind of work."""
 
     def __init__(self) -> None:
-        self._sources = Level(KNOWN_SOURCES)
-        self._peers: dict[str, Level] = {}  # of each source
+        self._networks = Level(KNOWN_NETWORKS)
+        self._peers: dict[str, Level] = {}  # of each network
 
     def __len__(self) -> int:
         """Peers that are remembered."""
         return sum(map(len, self._peers.values()))
 
-    def enter(self, peer: str, now: float, source: str | None = None) -> Claim:
-        """A task of this peer has come, from this source; None: the peer is one by itself."""
-        source = peer if source is None else source
-        its_share = self._sources.enter(source, now)
-        peers = self._peers.get(source)
+    def enter(self, peer: str, now: float, network: str = "") -> Claim:
+        """A task of this peer has come, from this network; "": the peer counts as one by itself."""
+        network = network or peer
+        its_share = self._networks.enter(network, now)
+        peers = self._peers.get(network)
         if peers is None:
-            if len(self._peers) >= 2 * KNOWN_SOURCES:
-                self._peers = {name: level for name, level in self._peers.items() if name in self._sources}
-            peers = self._peers[source] = Level(KNOWN_PEERS)
+            if len(self._peers) >= 2 * KNOWN_NETWORKS:
+                self._peers = {name: level for name, level in self._peers.items() if name in self._networks}
+            peers = self._peers[network] = Level(KNOWN_PEERS)
         return Claim(its_share, peers.enter(peer, now), peers)
 
     def leave(self, claim: Claim, now: float) -> None:
         """One of a peer's tasks is complete or gone."""
-        self._sources.leave(claim.source, now)
+        self._networks.leave(claim.network, now)
         claim.peers.leave(claim.peer, now)
 
     def serve(self, present: Collection[Claim]) -> None:
         """Somebody of those present is served now."""
-        self._sources.serve(claim.source for claim in present)
+        self._networks.serve(claim.network for claim in present)
         levels: dict[Level, list[Share]] = {}
         for claim in present:
             levels.setdefault(claim.peers, []).append(claim.peer)
@@ -153,4 +153,4 @@ class Shares:
     def charge(claim: Claim, seconds: float, now: float) -> None:
         """A peer got so much computation, until now."""
         claim.peer.charge(seconds, now)
-        claim.source.charge(seconds / min(max(claim.peers.competing, 1), PEERS_OF_A_SOURCE), now)
+        claim.network.charge(seconds / min(max(claim.peers.competing, 1), PEERS_OF_A_NETWORK), now)

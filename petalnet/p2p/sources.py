@@ -33,6 +33,8 @@ def source_of(ip: str | None) -> str:
 
 
 def network_of(ip: str) -> str:
-    """The public network that an IP address is in, and "" for one that is not public, or none."""
+    """The public network that an IP address is in, or that is given as such; "" for one that is not public, or none."""
+    if "/" in ip:
+        return ip
     source = source_of(ip)
     return source if "/" in source else ""

@@ -25,7 +25,7 @@ from petalnet.p2p.messages import Error, Message, decode_message, encode_message
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Buffer, Reason
 from petalnet.p2p.mux_stream import TookNothing
 from petalnet.p2p.protocols import Limits, Protocol
-from petalnet.p2p.sources import source_of
+from petalnet.p2p.sources import network_of
 
 _REFUSAL_TIMEOUT_S = 1.0
 
@@ -121,12 +121,9 @@ class Stream:
         return self._served is not None
 
     @property
-    def source(self) -> str | None:
-        """Where a peer that opened the stream comes from (see `sources`), "" through a relay; None where this side opened it."""
-        if self._served is None:
-            return None
-        caller = self._served.caller
-        return caller if ":" in caller else source_of(caller)
+    def network(self) -> str:
+        """The public network from which a peer has opened the stream (see `sources`); "" where it came another way, or this side did."""
+        return "" if self._served is None else network_of(self._served.caller)
 
     async def __aenter__(self) -> Stream:
         return self

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from petalnet.blocks.promises import FIRST_LIFETIME_S, LONGEST_WAIT_S, SHORTEST_WAIT_S, NoRoom, Promise, Promises
 
 
-def promised(promises: Promises, peer_id: str, pages: int, now: float = 0.0, source: str | None = None) -> Promise:
-    promise = Promise(peer_id, source)
+def promised(promises: Promises, peer_id: str, pages: int, now: float = 0.0, network: str = "") -> Promise:
+    promise = Promise(peer_id, network)
     promises.extend(promise, pages, now)
     return promise
 
@@ -46,17 +46,18 @@ def test_a_peer_with_much_leaves_a_quarter_to_others() -> None:
     assert promises.free == 0
 
 
-def test_peers_of_one_source_leave_a_quarter_to_others_together() -> None:
+def test_peers_of_one_network_leave_an_eighth_to_others_together() -> None:
     """Twenty sessions of twenty names that cost nothing shut nobody out."""
     promises = Promises(100)
-    held = [promised(promises, f"peer {number}", 15, source="198.51.100.0/24") for number in range(5)]
+    held = [promised(promises, f"peer {number}", 15, network="198.51.100.0/24") for number in range(4)]
     with pytest.raises(NoRoom) as caught:
-        promised(promises, "peer 5", 15, source="198.51.100.0/24")
-    assert caught.value.available == 0
-    promised(promises, "else", 25, source="192.0.2.0/24")
+        promised(promises, "peer 4", 30, network="198.51.100.0/24")
+    assert caught.value.available == 28
+    promised(promises, "peer 4", 28, network="198.51.100.0/24")
+    promised(promises, "else", 12, network="192.0.2.0/24")
     for promise in held:
         promises.end(promise, 1.0)
-    promised(promises, "peer 5", 75, 1.0, source="198.51.100.0/24")
+    promised(promises, "peer 5", 60, 1.0, network="198.51.100.0/24")
     assert promises.free == 0
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from petalnet.blocks.costs import Costs
 from petalnet.blocks.scheduler import DECODE_TOKENS, LEAST_PREFILL, OVERDUE_S, WAIT_SHARE, Part, Scheduler, Task
-from petalnet.blocks.shares import PEERS_OF_A_SOURCE
+from petalnet.blocks.shares import PEERS_OF_A_NETWORK
 
 MANY = 1 << 30
 
@@ -307,17 +307,17 @@ def test_peers_share_what_they_compete_for(scheduler: Scheduler) -> None:
     assert used["one"] == pytest.approx(used["many"], rel=0.1)
 
 
-def test_peers_of_one_source_get_no_more_than_a_few_would(scheduler: Scheduler) -> None:
+def test_peers_of_one_network_get_no_more_than_a_few_would(scheduler: Scheduler) -> None:
     """One peer beside twenty whose ids somebody at one address has made up."""
     now, used = 0.0, {"honest": 0.0, "crowd": 0.0}
-    for name, source in [("honest", "192.0.2.0/24"), *((f"crowd {i}", "198.51.100.0/24") for i in range(20))]:
-        scheduler.add(dataclasses.replace(step(name, key=name, peer=name), source=source), now)
+    for name, network in [("honest", "192.0.2.0/24"), *((f"crowd {i}", "198.51.100.0/24") for i in range(20))]:
+        scheduler.add(dataclasses.replace(step(name, key=name, peer=name), network=network), now)
     while now < 60.0:
         (part,), ended = run_round(scheduler, now)
         used[part.task.peer.split()[0]] += ended - now
         now = ended
         scheduler.add(dataclasses.replace(part.task, done=0), now)
-    assert used["honest"] == pytest.approx(used["crowd"] / PEERS_OF_A_SOURCE, rel=0.15)
+    assert used["honest"] == pytest.approx(used["crowd"] / PEERS_OF_A_NETWORK, rel=0.15)
 
 
 def test_a_peer_that_comes_anew_neither_catches_up_nor_waits(scheduler: Scheduler) -> None:
@@ -432,7 +432,7 @@ def test_a_chunk_lets_those_in_who_come_in_a_moment(scheduler: Scheduler) -> Non
 # Whatever comes
 
 tasks = st.builds(
-    lambda peer, source, session, key, units, width, kind, most: Task(
+    lambda peer, network, session, key, units, width, kind, most: Task(
         f"p{peer}",
         None if kind == "pass" else session,
         None if kind == "pass" else key,
@@ -441,10 +441,10 @@ tasks = st.builds(
         kind,
         most,
         None,
-        source=source,
+        network=network,
     ),
     peer=st.integers(0, 3),
-    source=st.sampled_from([None, "", "network"]),
+    network=st.sampled_from(["", "network"]),
     session=st.integers(0, 10**9),
     key=st.sampled_from([None, "a", "b"]),
     units=st.one_of(st.integers(0, 3), st.integers(0, 300)),

@@ -1,8 +1,8 @@
-"""Fair shares between sources and their peers: virtual time."""
+"""Fair shares between networks and their peers: virtual time."""
 
 from __future__ import annotations
 
-from petalnet.blocks.shares import KNOWN_PEERS, KNOWN_SOURCES, PEERS_OF_A_SOURCE, Claim, Level, Shares
+from petalnet.blocks.shares import KNOWN_NETWORKS, KNOWN_PEERS, PEERS_OF_A_NETWORK, Claim, Level, Shares
 
 
 def test_who_has_had_least_is_first_and_newcomers_start_where_the_least_is() -> None:
@@ -68,7 +68,7 @@ def served(shares: Shares, claims: list[Claim], rounds: int) -> dict[int, int]:
     counts = dict.fromkeys(range(len(claims)), 0)
     for now in range(rounds):
         shares.serve(claims)
-        first = min(counts, key=lambda number: (claims[number].source.behind(now), claims[number].peer.behind(now)))
+        first = min(counts, key=lambda number: (claims[number].network.behind(now), claims[number].peer.behind(now)))
         counts[first] += 1
         shares.charge(claims[first], 1.0, now + 1.0)
     return counts
@@ -80,7 +80,7 @@ def test_names_that_cost_nothing_get_nobody_more() -> None:
     alone = shares.enter("alone", 0.0, "192.0.2.0/24")
     crowd = [shares.enter(f"peer {number}", 0.0, "198.51.100.0/24") for number in range(40)]
     counts = served(shares, [alone, *crowd], 1000)
-    assert counts[0] >= 1000 // (1 + PEERS_OF_A_SOURCE) - 10
+    assert counts[0] >= 1000 // (1 + PEERS_OF_A_NETWORK) - 10
     assert max(list(counts.values())[1:]) - min(list(counts.values())[1:]) <= 2, "between them the crowd is served alike"
 
 
@@ -101,8 +101,8 @@ def test_peers_of_unknown_origin_count_by_themselves() -> None:
 def test_what_is_remembered_of_strangers_is_bounded() -> None:
     shares = Shares()
     for number in range(3 * KNOWN_PEERS):
-        shares.leave(shares.enter(f"peer {number}", 0.0, "one source"), 0.0)
+        shares.leave(shares.enter(f"peer {number}", 0.0, "192.0.2.0/24"), 0.0)
     assert len(shares) <= KNOWN_PEERS
-    for number in range(4 * KNOWN_SOURCES):
-        shares.leave(shares.enter("peer", 0.0, f"source {number}"), 0.0)
-    assert len(shares._peers) <= 2 * KNOWN_SOURCES
+    for number in range(4 * KNOWN_NETWORKS):
+        shares.leave(shares.enter("peer", 0.0, f"network {number}"), 0.0)
+    assert len(shares._peers) <= 2 * KNOWN_NETWORKS

@@ -23,3 +23,8 @@ def test_public_addresses_are_grouped_by_network_and_private_ones_are_machines(i
     assert source_of(ip) == source
     if ip is not None:
         assert network_of(ip) == (source if "/" in source else "")
+
+
+def test_a_network_is_its_own_network() -> None:
+    """Callers with an IPv6 address are told by their network."""
+    assert network_of("2606:4700:4700::/48") == "2606:4700:4700::/48"
