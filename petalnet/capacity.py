@@ -117,22 +117,30 @@ def too_large(source: ModelSource, first: int, end: int, *, dtype: torch.dtype, 
 
 
 def kv_tokens(span: Span, source: ModelSource, *, device: str, max_memory: int | None, wanted: int | None) -> int:
-    """Positions of KV cache to make room for beside a loaded span: `wanted`, or as many as fit.
+    """Positions of KV cache to make room for beside a loaded span: `wanted`, or as many as fit. Each has an output beside it that the
+    machine's memory keeps, whatever the device.
 
     Raises:
         UsageError: there is no room for them; the message says what would fit.
     """
-    bytes_per_token = max(span.kv_bytes_per_token, 1)
+    kept_bytes = span.hidden_size * span.dtype.itemsize
+    own_memory = device.startswith("cuda")  # apart from the machine's
+    bytes_per_token = span.kv_bytes_per_token + (0 if own_memory else kept_bytes)
     memory = usable_memory(device, max_memory) if wanted is None or max_memory is not None else _free_memory(device)
     if max_memory is not None:  # what is free on the device was counted with the weights in it, a ceiling was not
         memory -= sum(block_sizes(source, span.dtype)[span.first : span.end])
-    fit = max(memory // bytes_per_token, 0)
+    fit, where = max(memory // max(bytes_per_token, 1), 0), f"on {device}"
+    fewer = "raise --max-memory or serve fewer blocks" if max_memory is not None else "serve fewer blocks"
+    if own_memory:
+        kept = int(_free_memory("cpu") * (MACHINE_SHARE if wanted is None else 1)) // kept_bytes
+        if kept < fit:
+            fit, where = kept, "in the machine's memory, which keeps the outputs that sessions push,"
+            fewer = "leave more of the machine's memory free"
     if wanted is None and fit >= FEWEST_KV_TOKENS:
         return min(fit, MOST_KV_TOKENS)
     if wanted is not None and fit >= wanted:
         return wanted
-    beside = f"beside blocks {span.first}:{span.end} on {device} there is memory for {fit} KV tokens"
-    fewer = "raise --max-memory or serve fewer blocks" if max_memory is not None else "serve fewer blocks"
+    beside = f"beside blocks {span.first}:{span.end} {where} there is memory for {fit} KV tokens"
     if wanted is None:
         raise UsageError(f"{beside}, which is too little to serve anybody: {fewer}")
     raise UsageError(f"{beside}, not for {wanted}: give a smaller --attn-cache-tokens, or {fewer}")

@@ -48,7 +48,7 @@ def test_as_many_blocks_as_memory_holds(source: ModelSource) -> None:
 def test_kv_tokens_beside_the_weights(source: ModelSource) -> None:
     span = Span.load(source, 2, 4)
     weights = sum(block_sizes(source, torch.float32)[2:4])
-    per_token = 2 * 2 * source.config.hidden_size * 4  # blocks, keys and values, float32
+    per_token = (2 * 2 + 1) * source.config.hidden_size * 4  # blocks, keys and values, and the output that is kept; float32
 
     def fitting(memory: int | None, wanted: int | None = None) -> int:
         return kv_tokens(span, source, device="cpu", max_memory=memory, wanted=wanted)
@@ -62,6 +62,24 @@ def test_kv_tokens_beside_the_weights(source: ModelSource) -> None:
         fitting(weights + 100 * per_token, 101)
     with pytest.raises(UsageError, match="not for 1000000000000: give a smaller --attn-cache-tokens, or serve fewer blocks"):
         fitting(None, 10**12)
+
+
+def test_the_machine_keeps_outputs_beside_the_kv_tokens_of_a_device(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = Span.load(source, 2, 4)
+    per_token = source.config.hidden_size * 4
+    free = {"cuda:0": 10000 * 4 * per_token, "cpu": 1000 * per_token}
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: free[device])
+
+    def fitting(wanted: int | None = None) -> int:
+        return kv_tokens(span, source, device="cuda:0", max_memory=None, wanted=wanted)
+
+    assert (fitting(), fitting(1000)) == (500, 1000)
+    with pytest.raises(UsageError, match="in the machine's memory, .* there is memory for 1000 KV tokens, not for 1001: give a smaller"):
+        fitting(1001)
+    free["cpu"] = 10**12
+    assert (fitting(), fitting(10000)) == (9000, 10000)
+    with pytest.raises(UsageError, match="on cuda:0 there is memory for 10000 KV tokens, not for 10001"):
+        fitting(10001)
 
 
 def test_blocks_that_do_not_fit(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:

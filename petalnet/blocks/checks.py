@@ -28,6 +28,7 @@ from petalnet.p2p.messages import (
     Blob,
     Forward,
     Message,
+    Replay,
     Step,
     blob_size,
 )
@@ -119,6 +120,17 @@ class Checks:
             raise CallerError(f"{units} units of {UNIT_TOKENS} tokens do not fit a session of max_length {session.max_length}")
         _names(request.names, rows, units)
         return rows
+
+    def replay(self, session: Session, request: Replay) -> None:
+        """Raises CallerError where a session can never have the outputs that are asked for once more."""
+        if not session.pushes:
+            raise CallerError("only a session that pushes keeps its outputs")
+        if request.position + request.tokens > session.max_length:
+            raise CallerError(f"{request.position} + {request.tokens} tokens exceed the session's max_length {session.max_length}")
+
+    def replayed(self, step: Step, payload: int) -> None:
+        """Raises CallerError where the output of such a step, which only tells its form, is too long for one message."""
+        self._answer(step, 1, step.hidden.shape[1], payload)
 
     def stateless(self, request: Message, payload: int) -> Forward | Backward:
         """The request, as a pass that can be run; `payload` and errors as for `step`."""

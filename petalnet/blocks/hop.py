@@ -9,17 +9,33 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
 
 from petalnet.blocks.checks import split_names
 from petalnet.blocks.links import LinkKey, OutgoingLink, Output, without_first
+from petalnet.blocks.outputs import encode_output
 from petalnet.blocks.scheduler import Task
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.work import StepWork
 from petalnet.errors import CallerError, PeerLost, PetalnetError, UnsupportedError
-from petalnet.p2p.messages import Attach, Attached, Error, LinkOpened, Message, OpenLink, OpenSession, Reserve, Reserved, Step, StepDone
+from petalnet.p2p.messages import (
+    Attach,
+    Attached,
+    Blob,
+    Error,
+    LinkOpened,
+    Message,
+    OpenLink,
+    OpenSession,
+    Replay,
+    Reserve,
+    Reserved,
+    Step,
+    StepDone,
+)
 
 if TYPE_CHECKING:
     from petalnet.blocks.service import BlockService
@@ -30,6 +46,8 @@ log = logging.getLogger(__name__)
 WATCHED_TOKENS = 64
 """Where a step has more tokens, its stream is read while it waits and runs: a client that was interrupted in a long prompt wants none of
 it any more, and the next chunk of a prompt is here when this one is done. For a few tokens that would cost more than it saves."""
+MOST_REPLAYS = 16
+"""Replays that a session may wait for at a time."""
 
 
 class Requests:
@@ -93,6 +111,11 @@ class Hop:
             greeting = OpenLink(request.session, session.end)
             self._link = OutgoingLink(service.open_link, request.pushes_to, greeting, client, service.link_counts)
         self._last_step = -1
+        self._dtype = service.dtype  # of the hidden states that come
+        self._steps_done = 0
+        self._step_done = trio.lowlevel.ParkingLot()
+        self._replays = 0
+        self._nursery: trio.Nursery | None = None
         self._turn = trio.Lock()
         self._scope = trio.CancelScope()
         self._link_scope: trio.CancelScope | None = None
@@ -104,7 +127,7 @@ class Hop:
             return
         failure: PetalnetError | None = None
         async with trio.open_nursery() as nursery:
-            self._scope = nursery.cancel_scope
+            self._nursery, self._scope = nursery, nursery.cancel_scope
             if self._link is not None:
                 nursery.start_soon(self._run_link, self._link)
             try:
@@ -156,9 +179,12 @@ class Hop:
                     return
                 continue
             try:
+                if isinstance(request, Replay):
+                    self._start_replay(request, requests.arrived)
+                    continue
                 answer = await self._answer(request)
             except PetalnetError as error:
-                answer = Error.of(error)
+                answer = Error.of(error, request.step if isinstance(request, Replay) else 0)
             await self._client.send(answer)
 
     async def _next(self, requests: Requests) -> Message | None:
@@ -195,6 +221,47 @@ class Hop:
             if position:
                 service.sessions.reached(session, len(names), position)
             return Attached(position)
+
+    def _start_replay(self, request: Replay, arrived: float) -> None:
+        """Answer a replay when it can be, and other requests meanwhile."""
+        self._service.checks.replay(self.session, request)
+        if self._nursery is None or self._replays >= MOST_REPLAYS:
+            raise CallerError(f"a session answers {MOST_REPLAYS} replays at a time")
+        self._replays += 1
+        self._nursery.start_soon(self._replay, request, arrived)
+
+    async def _replay(self, request: Replay, arrived: float) -> None:
+        try:
+            output = await self._outputs(request)
+            held_s = trio.current_time() - arrived
+            await self._client.send(StepDone(request.step, request.position + request.tokens, output, held_s=held_s))
+        except PeerLost:  # the client's stream has ended
+            self._scope.cancel()
+        except PetalnetError as error:
+            with suppress(PeerLost):
+                await self._client.send(Error.of(error, request.step))
+        finally:
+            self._replays -= 1
+
+    async def _outputs(self, request: Replay) -> Blob:
+        """The outputs that are asked for once more, once the session has come so far."""
+        service, session, end = self._service, self.session, request.position + request.tokens
+
+        def encoded(step: Step) -> Blob | None:
+            found = service.runner.outputs(session, request.position, end)
+            return None if found is None or len(found) != step.hidden.shape[0] else encode_output(step, found)
+
+        while True:
+            done = self._steps_done
+            if session.position >= end:
+                shape = (session.rows, request.tokens, service.span.hidden_size)
+                step = Step(request.step, request.position, Blob(self._dtype, shape, "raw", b""), codec=request.codec)
+                service.checks.replayed(step, self._client.protocol.limits.payload)
+                output = await service.engine.ask(encoded, step)
+                if output is not None:
+                    return output
+            while self._steps_done == done:
+                await self._step_done.park()
 
     async def _take(self, step: Step, requests: Requests, *, needs_more: bool) -> bool:
         """Run a step and send its output on; False where the session is over.
@@ -266,6 +333,7 @@ class Hop:
             max_units=service.checks.tokens_at_once(rows, position),
             work=work,
             weight=service.weight(session.first, session.end),
+            network=session.promise.network,
         )
         try:
             result = await service.engine.submit(task)
@@ -273,10 +341,14 @@ class Hop:
             await self._client.send(Error.of(error, step.step))
             return False
         service.sessions.reached(session, rows, position)
+        if self._replays:
+            self._steps_done += 1
+            self._step_done.unpark_all()
         if self._link is None or step.all_hidden:
             held_s = trio.current_time() - arrived
             await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
         if self._link is not None:
+            self._dtype = step.hidden.dtype
             prompts = None if step.prompts is None else without_first(step.prompts, session.end - session.first)
             hidden = result.value if work.passed_on is None else work.passed_on
             await self._link.put(Output(step, position, hidden, prompts, result.queue_s, result.compute_s, arrived, step.all_hidden))

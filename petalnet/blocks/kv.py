@@ -70,7 +70,7 @@ class KVStore:
         sizes = [(shape.heads, size) for shape in shapes for size in (shape.key_size, shape.value_size)]
         self.bytes_per_token = sum(shape.bytes(dtype) for shape in shapes)
         # One piece for all, so that memory that does not suffice is found out now and not in the middle of an answer.
-        memory = _allocate(self.slots * self.bytes_per_token // dtype.itemsize, dtype, self.device)
+        memory = allocate(self.slots * self.bytes_per_token // dtype.itemsize, dtype, self.device, "KV entries")
         parts = memory.split([self.slots * heads * size for heads, size in sizes])
         tensors = [
             part.view(self.slots, heads, size) if heads_together else part.view(heads, self.slots, size).transpose(0, 1)
@@ -131,11 +131,20 @@ class KVStore:
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
 
-def _allocate(numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate(numbers: int, dtype: torch.dtype, device: torch.device, purpose: str, beside: int = 0) -> Tensor:
+    """Memory for so many numbers, uninitialised; a CPU's is taken as it is first written.
+
+    Args:
+        purpose: what it is for, for a person.
+        beside: bytes of a CPU's memory that others will take.
+    Raises:
+        MemoryError: a CPU has less.
+        torch.OutOfMemoryError: an accelerator has.
+    """
     if device.type == "cpu":
-        available = psutil.virtual_memory().available
-        if numbers * dtype.itemsize > available:  # the system would promise it, and end the process when it is used
-            raise MemoryError(f"{numbers * dtype.itemsize / 1e9:.2f} GB are needed for KV entries, {available / 1e9:.2f} GB are free")
+        size, available = numbers * dtype.itemsize, psutil.virtual_memory().available - beside
+        if size > available:  # the system would promise it, and end the process when it is used
+            raise MemoryError(f"{size / 1e9:.2f} GB are needed for {purpose}, {max(available, 0) / 1e9:.2f} GB are free")
     try:
         return torch.empty(numbers, dtype=dtype, device=device)
     except torch.OutOfMemoryError:

@@ -14,6 +14,7 @@ from typing import Any
 import outcome
 import torch
 
+from petalnet.blocks.kept import KeptOutputs
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
@@ -31,16 +32,27 @@ Outcome = outcome.Outcome[Any]
 class Runner:
     """Runs the rounds of one span. Everything here is for the compute thread."""
 
-    def __init__(self, span: Span, store: KVStore, pool: PagePool, prefixes: PrefixCache, *, share_prefixes: bool = False) -> None:
+    def __init__(
+        self,
+        span: Span,
+        store: KVStore,
+        pool: PagePool,
+        prefixes: PrefixCache,
+        *,
+        kept: KeptOutputs | None = None,
+        share_prefixes: bool = False,
+    ) -> None:
         """
         Args:
             store: what the span was attached to.
+            kept: where the outputs of sessions that push are kept.
             share_prefixes: whether peers are given what other peers' sessions have named.
         """
         self._span = span
         self._store = store
         self._pool = pool
         self._prefixes = prefixes
+        self._kept = kept
         self._share_prefixes = share_prefixes
 
     def run(self, parts: Sequence[Part]) -> list[Outcome | None]:
@@ -83,6 +95,13 @@ class Runner:
         session.names = [list(row[: kv.length // UNIT_TOKENS]) for row in names]
         return kv.length
 
+    def outputs(self, session: Session, start: int, end: int) -> torch.Tensor | None:
+        """The outputs of a session that pushes once more, for positions [start, end): [rows, end - start, hidden]; None where it has not
+        come that far, or went back."""
+        if self._kept is None or session.kv.length < end:
+            return None
+        return self._kept.read(session.kv, start, end)
+
     def release(self, session: Session) -> None:
         """Give a session's pages back; what is named of them is kept for later, as long as nobody needs the room."""
         try:
@@ -114,6 +133,8 @@ class Runner:
         if copies:
             try:
                 self._store.copy_pages(copies, session.first - self._span.first, session.end - self._span.first)
+                if session.pushes and self._kept is not None:
+                    self._kept.copy_pages(copies)
             except Exception:
                 # Nobody may find the pages that the rows have now: they do not hold what was to be copied.
                 session.names = [[] for _ in session.names]
@@ -155,6 +176,8 @@ class Runner:
         """Account for a part that has run; the answer where it was the last of its task, else None."""
         work: StepWork = part.task.work
         session = work.session
+        if session.pushes and self._kept is not None and piece is not None:
+            self._kept.write(session.kv, session.kv.length, piece[-1] if work.request.all_hidden else piece)
         session.kv.advance(part.end - part.start)
         work.take(piece)
         if part.end < part.task.units:
@@ -184,8 +207,9 @@ class Runner:
                 self._prefixes.keep(owner, names, table[: len(names) * UNIT_TOKENS // self._pool.page_tokens])
 
     def _owner(self, session: Session) -> str:
-        """Who may find what the session names. A page has entries in those blocks only that its session goes through."""
-        return f"{'' if self._share_prefixes else session.peer_id} {session.first}:{session.end}"
+        """Who may find what the session names. A page has entries in those blocks only that its session goes through, and outputs only if
+        that pushes."""
+        return f"{'' if self._share_prefixes else session.peer_id} {session.first}:{session.end}{' pushed' * session.pushes}"
 
 
 def _on_host(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

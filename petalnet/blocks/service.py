@@ -17,6 +17,7 @@ from petalnet.blocks.checks import Checks, Limits
 from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.engine import Engine, Result
 from petalnet.blocks.hop import WATCHED_TOKENS, Hop
+from petalnet.blocks.kept import KeptOutputs
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.links import LINK_TIMEOUT_S, IncomingLinks, LinkCounts, LinkKey, OpenStream
 from petalnet.blocks.pages import PagePool
@@ -58,6 +59,7 @@ class BlockService:
 
     Attributes:
         span, model, limits: what is served, under which key, and within which limits.
+        dtype: what it computes in, by its name on the wire.
         checks: decides what makes sense.
         runner: what the compute thread runs.
         engine: the compute thread.
@@ -97,13 +99,15 @@ class BlockService:
         store = KVStore(span.kv_shapes, pages=pages, page_tokens=page_tokens, dtype=span.dtype, device=span.device)
         span.attach(store)
         pool = PagePool(pages, page_tokens)
-        self.runner = Runner(span, store, pool, PrefixCache(pool), share_prefixes=share_prefixes)
+        promised = 0 if span.device.type != "cpu" else store.slots * store.bytes_per_token
+        self._kept = KeptOutputs(pages=pages, page_tokens=page_tokens, hidden_size=span.hidden_size, dtype=span.dtype, beside=promised)
+        self.runner = Runner(span, store, pool, PrefixCache(pool), kept=self._kept, share_prefixes=share_prefixes)
         self._scheduler = Scheduler(_costs(rates))
         self.engine = Engine(self.runner.run, self._scheduler)
         self.sessions = SessionManager(span, pool, compute=self.engine, release=self._release, idle_s=self.limits.idle_when_full_s)
         self._share_prefixes = share_prefixes
         self.checks = Checks(span, self.limits)
-        self._dtype = str(span.dtype).removeprefix("torch.")
+        self.dtype = str(span.dtype).removeprefix("torch.")
         self.open_link = open_link
         self.link_counts = LinkCounts()
         self._links = IncomingLinks()
@@ -137,6 +141,7 @@ class BlockService:
                 "kept": self.runner.kept_tokens,
             },
             "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
+            "kept_outputs_bytes": self._kept.bytes,
             "links": asdict(self.link_counts),
             "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
         }
@@ -202,7 +207,7 @@ class BlockService:
         session = hop.session
         log.debug("session of %s on blocks %d:%d opened", stream.peer_id, session.first, session.end)
         try:
-            await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes, self._dtype, CODECS))
+            await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes, self.dtype, CODECS))
             await hop.serve()
         finally:
             self._links.remove(hop)
@@ -214,7 +219,9 @@ class BlockService:
         self._check_model(request.model)
         if request.promise_rows:
             self.checks.rows(request.promise_rows)
-        session = self.sessions.open(stream.peer_id, request.first, request.end, request.max_length, pushes=bool(request.pushes_to))
+        session = self.sessions.open(
+            stream.peer_id, request.first, request.end, request.max_length, pushes=bool(request.pushes_to), network=stream.network
+        )
         try:
             if request.promise_rows:
                 self.sessions.admit(session, request.promise_rows)
@@ -260,6 +267,7 @@ class BlockService:
                 max_units=self.checks.rows_at_once(length),
                 work=ForwardWork(self.span, checked) if isinstance(checked, Forward) else BackwardWork(self.span, checked),
                 weight=self.weight(checked.first, checked.end) * (1.0 if forward else BACKWARD_WEIGHT),
+                network=stream.network,
             ),
         )
         if result is None:

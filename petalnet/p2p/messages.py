@@ -353,11 +353,12 @@ class Reserved(Message):
 @dataclass(frozen=True)
 class Replay(Message):
     """The outputs for KV entries [position, position + tokens) of all rows once more, of a session that pushes; answered by a `StepDone`
-    of the same number as soon as the session has come that far."""
+    of the same number as soon as the session has come that far. `codec`: as of a step."""
 
     step: int = _is(integer(0, 2**53))
     position: int = _is(integer(0, MAX_TOKENS))
     tokens: int = _is(integer(1, MAX_TOKENS))
+    codec: str = _is(text(20), "raw")
 
 
 @_message("attach")

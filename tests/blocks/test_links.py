@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from petalnet.p2p.messages import KEEP_NONE, LinkDown
+from petalnet.blocks.hop import MOST_REPLAYS
+from petalnet.p2p.messages import KEEP_NONE, LinkDown, Replay, StepDone
 from petalnet.p2p.tensors import decode_tensor
 from tests.blocks.chained import HIDDEN, Chain, chain_of, receive
 
@@ -112,3 +113,40 @@ async def test_a_link_that_cannot_be_opened(three: Chain) -> None:
         first, second, _ = (server.links for server in three.servers)
         assert (first["failed"], first["pushed_steps"], first["relayed_steps"]) == (1, 0, 3)
         assert (second["failed"], second["pushed_steps"], second["relayed_steps"]) == (0, 3, 0)
+
+
+async def test_outputs_that_were_pushed_can_be_had_once_more(three: Chain) -> None:
+    expected = three.whole(X)
+    order = torch.tensor([2, 0, 2, 1])
+    async with three.session() as session:
+        first = session.streams[0]
+        await first.send(Replay(7, 60, 30))  # before the session has come so far
+        await session.run(X[:, :70], 0, keep=KEEP_NONE)
+        await session.run(X[:, 70:90], 70)
+        again = await receive(first)
+        assert isinstance(again, StepDone) and (again.step, again.position) == (7, 90)
+        close(decode_tensor(again.output), expected[0, :, 60:90])
+        await session.run(X[order, 80:], 80, order=order)
+        await session.streams[1].send(Replay(8, 0, 100))
+        again = await receive(session.streams[1])
+        assert isinstance(again, StepDone)
+        close(decode_tensor(again.output), expected[2][order])
+
+
+async def test_replays_that_are_refused(two: Chain) -> None:
+    async with two.session() as session:
+        first, last = session.streams
+        await session.run(X, 0)
+        await last.send(Replay(3, 0, 1))
+        await session.refused(1, 3, "caller", "only a session that pushes keeps its outputs")
+        await first.send(Replay(4, 190, 11))
+        await session.refused(0, 4, "caller", "190 + 11 tokens exceed the session's max_length 200")
+        await first.send(Replay(5, 0, 1, codec="zip"))
+        await session.refused(0, 5, "caller", "codec 'zip'")
+        for number in range(MOST_REPLAYS + 1):
+            await first.send(Replay(number, 100, 10))
+        await session.refused(0, MOST_REPLAYS, "caller", "replays at a time")
+        await session.run(X[:, :5], 100)
+        await session.run(X[:, 5:10], 105)
+        for _ in range(MOST_REPLAYS):
+            assert isinstance(await receive(first), StepDone)
