@@ -229,7 +229,12 @@ class Trace:
     @property
     def hops(self) -> list[HopTotals]:
         """The servers of the answer: those of its last step in their order, then those that it went on without."""
-        return [*self._route, *(totals for totals in self._hops.values() if totals not in self._route)]
+        if len(self._route) == len(self._hops):
+            return list(self._route)
+        return [*self._route, *(totals for totals in self._hops.values() if not self._is_in_use(totals))]
+
+    def _is_in_use(self, totals: HopTotals) -> bool:
+        return any(totals is hop for hop in self._route)
 
     @property
     def wall_s(self) -> float:
@@ -378,7 +383,7 @@ class Trace:
         return share, describe_seconds(seconds), "" if steps is None else describe_seconds(seconds / steps)
 
     def _destination(self, hop: HopTotals) -> str:
-        if not any(hop is totals for totals in self._route):
+        if not self._is_in_use(hop):
             return "not used any more"
         if hop is self._route[-1]:
             return "to this machine"
