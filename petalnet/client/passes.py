@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from petalnet.client.requests import (
     ask,
     blaming,
     checked,
+    describe_route,
     find_hops,
     joined,
     last_of,
@@ -23,6 +25,8 @@ from petalnet.client.requests import (
 from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError
 from petalnet.p2p.messages import Backward, BackwardDone, Blob, Forward, ForwardDone, Message
 from petalnet.routing.routes import Hop
+
+logger = logging.getLogger(__name__)
 
 
 async def forward(target: Target, hidden: Blob, inputs: Inputs, *, for_gradients: bool = False) -> tuple[list[Hop], list[Blob]]:
@@ -63,6 +67,8 @@ async def forward(target: Target, hidden: Blob, inputs: Inputs, *, for_gradients
         outputs.append(output)
         hidden = last_of(output) if inputs.all_hidden else output
         rest = replace(rest, first=hop.end)
+    if target.settings.show_route is True:
+        logger.info("route of a pass: %s", describe_route(hops))
     return hops, outputs if inputs.all_hidden else outputs
 
 

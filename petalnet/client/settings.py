@@ -25,8 +25,8 @@ class ClientSettings:
         connect_timeout: seconds that a connection to a server may take.
         max_retries: how often a failed request is tried again on another route before its error is raised; None for without end. Where
             all servers are full, each retry stands for half a minute of waiting.
-        show_route: whether each session's route is logged (on standard error, where the program has set up no logging); "inference" and
-            True mean the same.
+        show_route: which routes are logged (on standard error, where the program has set up no logging): "inference" for those of sessions
+            and answers, True for those of passes without a session as well, False for none.
         speculation: whether answers of one row may bring guesses of further tokens along, where that saves time; the tokens are the same
             (docs/speculation.md).
         direct_chains: whether servers of a session send their outputs on to the next server themselves, wherever they reach it; otherwise
@@ -64,6 +64,8 @@ class ClientSettings:
                 raise UsageError(f"{name} needs a number of seconds above 0; got {value!r}")
         if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
             raise UsageError(f"max_retries needs a number from 0, or None; got {self.max_retries!r}")
+        if self.show_route not in ("inference", True, False, None):
+            raise UsageError(f'show_route needs "inference", True or False; got {self.show_route!r}')
         if not isinstance(self.speculation, bool):
             raise UsageError(f"speculation needs True or False; got {self.speculation!r}")
         if not isinstance(self.direct_chains, bool):

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from petalnet.client import tracing
+from petalnet.client.settings import ClientSettings
 from petalnet.client.trace import Trace
-from petalnet.errors import MissingBlocksError
+from petalnet.errors import MissingBlocksError, UsageError
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 LOGGER = "petalnet.client.tracing"
@@ -133,6 +134,20 @@ def test_a_slow_answer_is_told_of_and_its_route_where_that_is_wanted(
             assert line.levelno == level
             assert line.getMessage().startswith("2 tokens in ") and model.last_trace.slowest in line.getMessage()
             assert ("; route: 0:2 at …" in line.getMessage()) == bool(show_route)
+
+
+@pytest.mark.parametrize("show_route, lines", [("inference", 0), (True, 1), (False, 0), (None, 0)])
+def test_routes_of_passes_are_shown_on_demand(pair, caplog: pytest.LogCaptureFixture, show_route: Any, lines: int) -> None:
+    caplog.set_level(logging.INFO, "petalnet")
+    options = {"initial_peers": pair.servers.peers, "dtype": torch.float32, "show_route": show_route}
+    with type(pair.remote).from_pretrained(str(pair.path), **options) as model:
+        model(pair.ids(1, 8), use_cache=False)
+    assert caplog.text.count("route of a pass: 0:2 at …") == lines
+
+
+def test_a_wish_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UsageError, match="show_route needs \"inference\", True or False; got 'training'"):
+        ClientSettings(show_route="training")
 
 
 def test_a_trace_does_not_keep_its_model() -> None:
