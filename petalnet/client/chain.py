@@ -17,7 +17,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -115,10 +115,9 @@ class Chain:
         trace_sink: is told of each step that is complete.
     """
 
-    def __init__(self, target: Target, links: list[Link], pushes: Sequence[bool], promised_rows: int = 0) -> None:
+    def __init__(self, target: Target, links: list[Link], promised_rows: int = 0) -> None:
         """
         Args:
-            pushes: for each link whether its server was told to send outputs on to the next one.
             promised_rows: that the sessions were opened with.
         """
         self.target = target
@@ -128,7 +127,7 @@ class Chain:
         self.trace_sink: Callable[[StepTimes], None] | None = None
         self._last = len(links) - 1
         self._codecs = frozenset.intersection(*(frozenset(link.opened.codecs) for link in links))
-        self._pipeline = Pipeline([link.hop for link in links], pushes)
+        self._pipeline = Pipeline([link.hop for link in links], target.settings.direct_chains)
         self._number = 0  # of the last step
         self._is_new = True  # no server has had a step
         self._has_backlog = False  # whether answers of a step that was given up may be on their way
@@ -158,7 +157,7 @@ class Chain:
         """`open`, without the servers in `full`, and without another try. Raises Busy, CallerError, MissingBlocksError, ServerError."""
         hops = await find_hops(target, full)
         session = secrets.token_hex(16)
-        pushes = [target.settings.direct_chains and hop is not hops[-1] for hop in hops]
+        peers = ["", *(hop.peer_id for hop in hops), ""] if target.settings.direct_chains else [""] * (len(hops) + 2)
         links: dict[int, Link] = {}
         failures: list[BaseException] = []
 
@@ -171,8 +170,8 @@ class Chain:
                 end=hop.end,
                 max_length=max_length,
                 promise_rows=promise_rows,
-                takes_from=hops[index - 1].peer_id if index and pushes[index - 1] else "",
-                pushes_to=hops[index + 1].peer_id if pushes[index] else "",
+                takes_from=peers[index],
+                pushes_to=peers[index + 2],
             )
             try:
                 links[index] = await _open_link(target, hop, request)
@@ -189,7 +188,7 @@ class Chain:
         if failures:
             await _close(links.values())
             raise min(failures, key=_gravity)
-        chain = cls(target, [links[index] for index in range(len(hops))], pushes, promise_rows)
+        chain = cls(target, [links[index] for index in range(len(hops))], promise_rows)
         target.swarm.membership.start(chain._read_all)
         if target.settings.show_route:
             logger.info("route: %s", describe_route(hops))

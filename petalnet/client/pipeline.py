@@ -64,16 +64,16 @@ class Pipeline:
         finished: the steps of the latest `begin` that are done, in their order.
     """
 
-    def __init__(self, hops: Sequence[Hop], pushes: Sequence[bool]) -> None:
+    def __init__(self, hops: Sequence[Hop], direct: bool) -> None:
         """
         Args:
             hops: the chain, first block to last.
-            pushes: for each hop whether its server was told to send outputs on to the next one; the last hop's is False.
+            direct: whether servers were told to send outputs on to the next one; otherwise all of them answer the client.
         """
         self._hops = tuple(hops)
         self._last = len(hops) - 1
-        self._pushes = tuple(pushes)
-        self._is_up = list(pushes)
+        self._direct = direct
+        self._is_up = [direct and index < self._last for index in range(len(hops))]
         self._pending: dict[int, Pending] = {}
         self.finished: list[Pending] = []
         self.relayed_steps = [0] * len(hops)
@@ -148,7 +148,7 @@ class Pipeline:
         Raises:
             ProtocolError: the hop was not told to send outputs to anybody.
         """
-        if not self._pushes[hop]:
+        if not self._direct or hop == self._last:
             raise ProtocolError("reported a link that it was not asked for", self._hops[hop].peer_id)
         if not self._is_up[hop]:
             return []
@@ -188,17 +188,12 @@ class Pipeline:
 
     def _request_to(self, hop: int, request: Step, hidden: Blob | None = None, spent: tuple[float, ...] = ()) -> Step:
         """A step as a hop gets it."""
-        prompts, keep = request.prompts, request.keep
-        if hop != self._last:
-            if prompts is not None or hop:
-                first = self._hops[0].first
-                end = self._hops[-1].end if self._pushes[hop] else self._hops[hop].end
-                prompts = None if prompts is None else part_of(prompts, self._hops[hop].first - first, end - first)
-            if not self._pushes[hop]:
-                keep = 0
-        elif prompts is not None:
-            prompts = part_of(prompts, self._hops[hop].first - self._hops[0].first, prompts.shape[0])
-        if hidden is None and prompts is request.prompts and keep == request.keep:
+        prompts = request.prompts
+        if prompts is not None:
+            start, end = self._hops[0].first, self._hops[-1 if self._direct else hop].end
+            prompts = part_of(prompts, self._hops[hop].first - start, end - start)
+        keep = request.keep if self._direct or hop == self._last else 0  # the next server needs all of them
+        if hidden is None and prompts is None and keep == request.keep:
             return request
         return replace(request, hidden=hidden or request.hidden, prompts=prompts, keep=keep, spent=spent)
 
