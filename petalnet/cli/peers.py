@@ -17,7 +17,7 @@ WIDTH_OF_FILES = 160
 @click.option("as_json", "--json", is_flag=True, help="as JSON")
 def command(as_json: bool) -> int:
     """Who this machine's nodes are connected to: from where or to where, round trip, bytes in and out, streams, since when. And what those
-    that are servers compute: sessions, KV memory, rounds of the last minute.
+    that are servers compute: sessions, KV memory, rounds of the last minute, and what they sent straight to the next server of a chain.
 
     Asks the nodes that you run on this machine; nothing is sent over the network.
     """
@@ -50,6 +50,8 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
         click.echo(f"{node['role']}{name} {node['peer_id']}, pid {node['pid']}{swarm}: {count}")
         if node.get("engine"):
             click.echo(describe_engine(node["engine"]))
+            if links := describe_links(node["engine"]):
+                click.echo(links)
         if not peers:
             continue
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -85,6 +87,23 @@ def describe_engine(engine: dict[str, Any]) -> str:
             f"network loop late by {delay['median'] * 1000:.1f} ms, {delay['worst'] * 1000:.1f} at most",
         )
     )
+
+
+def describe_links(engine: dict[str, Any]) -> str:
+    """What went from a server straight to the next ones of its users' chains, in a line; "" where nothing ever did."""
+    links: dict[str, int] = engine.get("links") or {}
+    if not any(links.values()):
+        return ""
+    up, failed, relayed = links["open"], links["failed"], links["relayed_steps"]
+    parts = [
+        f"{up} link{'s' * (up != 1)} to next servers",
+        f"{links['pushed_steps']} outputs ({describe_bytes(links['pushed_bytes'])}) went there directly, {relayed} through clients",
+    ]
+    if failed:
+        parts.append(f"{failed} link{'s' * (failed != 1)} failed")
+    if engine.get("kept_outputs_bytes"):
+        parts.append(f"{describe_bytes(engine['kept_outputs_bytes'])} for kept outputs")
+    return "; ".join(parts)
 
 
 def describe_path(peer: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from petalnet.cli import run
-from petalnet.cli.peers import describe_age, describe_bytes, describe_engine, describe_path
+from petalnet.cli.peers import describe_age, describe_bytes, describe_engine, describe_links, describe_path
 from petalnet.inspection import serve_inspection
 
 PEER = {
@@ -99,6 +99,19 @@ def test_a_server_and_what_it_computes(node, capsys: pytest.CaptureFixture[str])
     ]
     idle = engine | {"sessions": 1, "last_minute": dict.fromkeys(("rounds", "seconds", "tokens", "tasks"), 0)}
     assert describe_engine(idle).startswith("1 session, 2 waiting") and "0 rounds of 0.0 tokens and 0 ms" in describe_engine(idle)
+
+
+def test_what_a_server_sent_to_the_next_ones() -> None:
+    """One that never did says nothing of it."""
+    links = {"open": 2, "pushed_steps": 41, "relayed_steps": 3, "pushed_bytes": 12_345_678, "failed": 1}
+    said = describe_links({"links": links, "kept_outputs_bytes": 4_200_000})
+    assert said == (
+        "2 links to next servers; 41 outputs (12.3 MB) went there directly, 3 through clients; 1 link failed; 4.2 MB for kept outputs"
+    )
+    assert describe_links({"links": links | {"failed": 0, "open": 1}}) == (
+        "1 link to next servers; 41 outputs (12.3 MB) went there directly, 3 through clients"
+    )
+    assert describe_links({"links": dict.fromkeys(links, 0), "kept_outputs_bytes": 4_200_000}) == describe_links({}) == ""
 
 
 def test_words() -> None:
