@@ -112,7 +112,7 @@ class Hop:
             self._link = OutgoingLink(service.open_link, request.pushes_to, greeting, client, service.link_counts)
         self._last_step = -1
         self._dtype = service.dtype  # of the hidden states that come
-        self._steps_done = 0
+        self._done_step = 0  # the number of the last step that was computed, where outputs are kept
         self._step_done = trio.lowlevel.ParkingLot()
         self._replays = 0
         self._nursery: trio.Nursery | None = None
@@ -244,7 +244,7 @@ class Hop:
             self._replays -= 1
 
     async def _outputs(self, request: Replay) -> Blob:
-        """The outputs that are asked for once more, once the session has come so far."""
+        """The outputs that are asked for once more, once the step has been computed and the session has come so far."""
         service, session, end = self._service, self.session, request.position + request.tokens
 
         def encoded(step: Step) -> Blob | None:
@@ -252,15 +252,15 @@ class Hop:
             return None if found is None or len(found) != step.hidden.shape[0] else encode_output(step, found)
 
         while True:
-            done = self._steps_done
-            if session.position >= end:
+            done = self._done_step
+            if done >= request.step and session.position >= end:
                 shape = (session.rows, request.tokens, service.span.hidden_size)
                 step = Step(request.step, request.position, Blob(self._dtype, shape, "raw", b""), codec=request.codec)
                 service.checks.replayed(step, self._client.protocol.limits.payload)
                 output = await service.engine.ask(encoded, step)
                 if output is not None:
                     return output
-            while self._steps_done == done:
+            while self._done_step == done:
                 await self._step_done.park()
 
     async def _take(self, step: Step, requests: Requests, *, needs_more: bool) -> bool:
@@ -341,14 +341,12 @@ class Hop:
             await self._client.send(Error.of(error, step.step))
             return False
         service.sessions.reached(session, rows, position)
-        if self._replays:
-            self._steps_done += 1
-            self._step_done.unpark_all()
         if self._link is None or step.all_hidden:
             held_s = trio.current_time() - arrived
             await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
         if self._link is not None:
-            self._dtype = step.hidden.dtype
+            self._dtype, self._done_step = step.hidden.dtype, step.step
+            self._step_done.unpark_all()
             prompts = None if step.prompts is None else without_first(step.prompts, session.end - session.first)
             hidden = result.value if work.passed_on is None else work.passed_on
             await self._link.put(Output(step, position, hidden, prompts, result.queue_s, result.compute_s, arrived, step.all_hidden))

@@ -254,6 +254,11 @@ class IncomingLinks:
         self._waiting: dict[LinkKey, trio.Event] = {}
         self._per_peer: Counter[str] = Counter()
 
+    @property
+    def waiting(self) -> int:
+        """Links that wait for their session."""
+        return len(self._waiting)
+
     def add(self, hop: Hop) -> None:
         """A session that may take steps from another server is found from now on. Raises CallerError where there is such a one."""
         if hop.key is None:

@@ -65,6 +65,7 @@ class BlockService:
         engine: the compute thread.
         sessions: the open sessions.
         open_link, link_counts: how streams to other servers are opened, and what went over them.
+        incoming_links: finds the sessions that other servers bring steps for.
         draining: set by `drain`: open sessions go on, new work is refused as *busy*.
     """
 
@@ -110,7 +111,7 @@ class BlockService:
         self.dtype = str(span.dtype).removeprefix("torch.")
         self.open_link = open_link
         self.link_counts = LinkCounts()
-        self._links = IncomingLinks()
+        self.incoming_links = IncomingLinks()
         self._scopes: dict[str, set[trio.CancelScope]] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -172,7 +173,7 @@ class BlockService:
             request = await stream.receive()
         if not isinstance(request, OpenLink):
             raise UnsupportedError("a link begins with open_link")
-        hop = await self._links.find(LinkKey(request.session, request.first, stream.peer_id))
+        hop = await self.incoming_links.find(LinkKey(request.session, request.first, stream.peer_id))
         await hop.serve_link(stream)
 
     async def handle_forward(self, stream: Stream) -> None:
@@ -210,7 +211,7 @@ class BlockService:
             await stream.send(SessionOpened(self.sessions.free_tokens, self._share_prefixes, self.dtype, CODECS))
             await hop.serve()
         finally:
-            self._links.remove(hop)
+            self.incoming_links.remove(hop)
             self.sessions.close(session)
             log.debug("session of %s on blocks %d:%d closed at position %d", stream.peer_id, session.first, session.end, session.position)
 
@@ -226,7 +227,7 @@ class BlockService:
             if request.promise_rows:
                 self.sessions.admit(session, request.promise_rows)
             hop = Hop(self, session, request, stream)
-            self._links.add(hop)
+            self.incoming_links.add(hop)
         except PetalnetError:
             self.sessions.close(session)
             raise

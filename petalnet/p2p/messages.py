@@ -353,7 +353,7 @@ class Reserved(Message):
 @dataclass(frozen=True)
 class Replay(Message):
     """The outputs for KV entries [position, position + tokens) of all rows once more, of a session that pushes; answered by a `StepDone`
-    of the same number as soon as the session has come that far. `codec`: as of a step."""
+    of the same number as soon as that step has been computed there and the session has come that far. `codec`: as of a step."""
 
     step: int = _is(integer(0, 2**53))
     position: int = _is(integer(0, MAX_TOKENS))

@@ -7,11 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
+import trio
 
+from petalnet.blocks import links, service
 from petalnet.blocks.hop import MOST_REPLAYS
-from petalnet.p2p.messages import KEEP_NONE, LinkDown, Replay, StepDone
-from petalnet.p2p.tensors import decode_tensor
-from tests.blocks.chained import HIDDEN, Chain, chain_of, receive
+from petalnet.p2p.host import Host, Stream, open_host
+from petalnet.p2p.identity import Identity
+from petalnet.p2p.messages import (
+    KEEP_NONE,
+    NAME_BYTES,
+    Attach,
+    Attached,
+    Error,
+    LinkDown,
+    LinkOpened,
+    Message,
+    OpenLink,
+    OpenSession,
+    Replay,
+    Reserve,
+    Reserved,
+    SessionOpened,
+    Step,
+    StepDone,
+)
+from petalnet.p2p.protocols import INFERENCE, PUSH
+from petalnet.p2p.tensors import decode_tensor, encode_tensor
+from tests.blocks.chained import HIDDEN, LOOPBACK, MODEL, Chain, chain_of, eventually, receive
 
 X = torch.randn(3, 100, HIDDEN, generator=torch.Generator().manual_seed(3))
 
@@ -120,14 +142,18 @@ async def test_outputs_that_were_pushed_can_be_had_once_more(three: Chain) -> No
     order = torch.tensor([2, 0, 2, 1])
     async with three.session() as session:
         first = session.streams[0]
-        await first.send(Replay(7, 60, 30))  # before the session has come so far
+        await first.send(Replay(2, 60, 30))  # before the session has come so far
         await session.run(X[:, :70], 0, keep=KEEP_NONE)
         await session.run(X[:, 70:90], 70)
         again = await receive(first)
-        assert isinstance(again, StepDone) and (again.step, again.position) == (7, 90)
+        assert isinstance(again, StepDone) and (again.step, again.position) == (2, 90)
         close(decode_tensor(again.output), expected[0, :, 60:90])
+        await session.streams[1].send(Replay(3, 80, 10))  # there was something at these positions before, which is not what is meant
         await session.run(X[order, 80:], 80, order=order)
-        await session.streams[1].send(Replay(8, 0, 100))
+        again = await receive(session.streams[1])
+        assert isinstance(again, StepDone)
+        close(decode_tensor(again.output), expected[2][order, 80:90])
+        await session.streams[1].send(Replay(0, 0, 100))
         again = await receive(session.streams[1])
         assert isinstance(again, StepDone)
         close(decode_tensor(again.output), expected[2][order])
@@ -141,12 +167,278 @@ async def test_replays_that_are_refused(two: Chain) -> None:
         await session.refused(1, 3, "caller", "only a session that pushes keeps its outputs")
         await first.send(Replay(4, 190, 11))
         await session.refused(0, 4, "caller", "190 + 11 tokens exceed the session's max_length 200")
-        await first.send(Replay(5, 0, 1, codec="zip"))
-        await session.refused(0, 5, "caller", "codec 'zip'")
-        for number in range(MOST_REPLAYS + 1):
-            await first.send(Replay(number, 100, 10))
-        await session.refused(0, MOST_REPLAYS, "caller", "replays at a time")
+        await first.send(Replay(1, 0, 1, codec="zip"))
+        await session.refused(0, 1, "caller", "codec 'zip'")
+        for _ in range(MOST_REPLAYS):
+            await first.send(Replay(1, 100, 10))
+        await first.send(Replay(6, 100, 10))
+        await session.refused(0, 6, "caller", "replays at a time")
         await session.run(X[:, :5], 100)
         await session.run(X[:, 5:10], 105)
         for _ in range(MOST_REPLAYS):
             assert isinstance(await receive(first), StepDone)
+
+
+async def test_a_link_that_breaks_in_mid_session(three: Chain) -> None:
+    expected = three.whole(X)[-1]
+    async with three.session() as session:
+        close(await session.run(X[:, :60], 0), expected[:, :60])
+        await three.servers[1].host.disconnect(three.servers[0].peer_id)
+        down = await receive(session.streams[0])  # noticed though nothing was sent
+        assert isinstance(down, LinkDown) and down.pushed == 1
+        await session.streams[0].send(Replay(1, 0, 60))
+        again = await receive(session.streams[0])
+        assert isinstance(again, StepDone)
+        await session.streams[1].send(session.step(decode_tensor(again.output), 0, step=1))  # it has come before, and is dropped
+        request = session.step(X[:, 60:], 60, step=2)
+        await session.streams[0].send(request)
+        relayed = await session.answer(request, 0)
+        await session.streams[1].send(session.step(decode_tensor(relayed.output), 60, step=2))
+        close(decode_tensor((await session.answer(request)).output), expected[:, 60:])
+        assert three.servers[0].links["open"] == 0 and three.servers[1].links["pushed_steps"] == 2
+
+
+async def test_a_step_that_comes_both_ways_is_run_once(two: Chain) -> None:
+    expected = two.whole(X)[-1]
+    async with two.session() as session:
+        await session.run(X[:, :60], 0)
+        for number in (0, 1):
+            await session.streams[1].send(session.step(torch.zeros(3, 60, HIDDEN), 0, step=number))
+        session.steps = 1
+        close(await session.run(X[:, 60:], 60), expected[:, 60:])
+        assert two.servers[1].service.engine.jobs == 2
+
+
+async def test_a_wrong_step_is_told_to_the_client_whoever_brought_it(two: Chain) -> None:
+    async with two.session() as session:
+        await session.run(X[:, :60], 0)
+        await session.streams[0].send(session.step(X, 70))
+        await session.refused(0, 2, "caller", "at position 70, but the session holds only 60")
+        await session.streams[0].send(session.step(X[:, :20], 30, keep=21))
+        await session.refused(0, 3, "caller", "outputs of 21 tokens")
+        await session.streams[0].send(session.step(X[:, :20], 50))  # a follower of what was refused must not find what was there before
+        await session.refused(0, 4, "caller", "at position 50, but the session holds only 30")
+        await session.streams[0].send(session.step(X[:, 30:60], 30, promise_rows=6))
+        await session.refused(0, 5, "too_large", "6 rows of max_length 200 exceed")
+        two.servers[1].service.sessions.reached(next(iter(two.servers[1].service.sessions)), 3, 10)
+        await session.streams[0].send(session.step(X[:, 30:60], 30))
+        await session.refused(1, 6, "caller", "at position 30, but the session holds only 10")
+        close(await session.run(X, 0), two.whole(X)[-1])
+
+
+async def test_a_failed_computation_ends_the_session_and_its_links(two: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two.session() as session:
+        await session.run(X[:, :60], 0)
+        with monkeypatch.context() as broken:
+            broken.setattr(two.servers[1].service.span, "step", lambda *args, **kwargs: 1 // 0)
+            await session.streams[0].send(session.step(X[:, 60:], 60))
+            await session.refused(1, 2, "server", "computation failed: ZeroDivisionError")
+            assert await session.streams[1].receive() is None
+        down = await receive(session.streams[0])
+        assert isinstance(down, LinkDown) and down.pushed == 2
+
+
+async def test_room_at_the_opening_and_ahead_of_a_step(two: Chain) -> None:
+    async with two.session(promise_rows=2) as session:
+        last = two.servers[1].service
+        assert last.sessions.free_tokens <= 1024 - 2 * 200
+        await session.streams[1].send(Reserve(4))
+        reserved = await receive(session.streams[1])
+        assert isinstance(reserved, Reserved) and reserved.free_kv_tokens == last.sessions.free_tokens <= 1024 - 4 * 200
+        await session.streams[1].send(Reserve(6))
+        refused = await receive(session.streams[1])
+        assert isinstance(refused, Error) and refused.code == "too_large"
+        for rows, code in ((2, "busy"), (6, "too_large"), (1025, "caller")):
+            async with await two.client.open_stream(two.servers[1].peer_id, INFERENCE) as other:
+                await other.send(OpenSession("t", MODEL, 2, 4, 200, rows))
+                refused = await receive(other)
+                assert isinstance(refused, Error) and refused.code == code, refused
+                assert await other.receive() is None
+                assert len(last.sessions) == 1
+        await session.run(X[:1], 0)
+        await session.run(X[[0, 0, 0, 0], :2], 100, order=torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for a link or its session."""
+    for module in (links, service):
+        monkeypatch.setattr(module, "LINK_TIMEOUT_S", 0.3)
+
+
+async def ask_for_link(chain: Chain, opening: OpenLink, host: Host | None = None, server: int = 1) -> Message:
+    """What a server answers somebody who would bring it steps."""
+    to = chain.servers[server]
+    async with await (host or chain.client).open_stream(to.peer_id, PUSH, addrs=to.host.addrs) as stream:
+        await stream.send(opening)
+        return await receive(stream)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_nobody_else_brings_steps(three: Chain) -> None:
+    first, second, third = three.servers
+    async with three.session() as session:
+        await session.run(X[:, :60], 0)
+        for host in (three.client, third.host):
+            answer = await ask_for_link(three, OpenLink(session.id, 1), host)
+            assert isinstance(answer, Error) and "no session here takes steps from this peer" in answer.message
+        for opening in (OpenLink(session.id, 2), OpenLink("other", 1)):
+            answer = await ask_for_link(three, opening, first.host)
+            assert isinstance(answer, Error) and "no session here takes steps from this peer" in answer.message
+        answer = await ask_for_link(three, OpenLink(session.id, 1), first.host)
+        assert isinstance(answer, Error) and "has had its link" in answer.message
+        async with await three.client.open_stream(second.peer_id, PUSH) as stream:
+            await stream.send(session.step(X, 0))
+            answer = await receive(stream)
+            assert isinstance(answer, Error) and "a link begins with open_link" in answer.message
+        session.steps = 1
+        close(await session.run(X[:, 60:], 60), three.whole(X)[-1][:, 60:])
+
+
+async def test_who_brings_something_else_than_steps_brings_nothing_any_more(two: Chain) -> None:
+    first, second = two.servers
+    async with await two.client.open_stream(second.peer_id, INFERENCE, addrs=second.host.addrs) as client:
+        await client.send(OpenSession("s", MODEL, 2, 4, 200, takes_from=first.peer_id))
+        assert isinstance(await receive(client), SessionOpened)
+        async with await first.host.open_stream(second.peer_id, PUSH, addrs=second.host.addrs) as stream:
+            await stream.send(OpenLink("s", 2))
+            assert await receive(stream) == LinkOpened()
+            await stream.send(Step(1, 0, encode_tensor(X[:, :60])))
+            assert isinstance(await receive(client), StepDone)
+            await stream.send(Reserve(3))
+            answer = await receive(stream)
+            assert isinstance(answer, Error) and "a link takes step, not reserve" in answer.message
+        await client.send(Step(2, 60, encode_tensor(X[:, 60:])))
+        assert isinstance(await receive(client), StepDone)
+        async with await two.client.open_stream(second.peer_id, INFERENCE) as other:
+            await other.send(OpenSession("s", MODEL, 2, 4, 200, takes_from=first.peer_id))
+            answer = await receive(other)
+            assert isinstance(answer, Error) and "a session of this id is open" in answer.message
+
+
+async def test_a_link_may_come_before_its_session(two: Chain) -> None:
+    first, second = two.servers
+    opened = OpenSession("s", MODEL, 0, 2, 200, pushes_to=second.peer_id)
+    async with (
+        await two.client.open_stream(first.peer_id, INFERENCE, addrs=first.host.addrs) as one,
+        await two.client.open_stream(second.peer_id, INFERENCE, addrs=second.host.addrs) as other,
+    ):
+        await one.send(opened)
+        assert isinstance(await receive(one), SessionOpened)
+        await one.send(Step(1, 0, encode_tensor(X)))
+        await eventually(lambda: second.service.incoming_links.waiting == 1 and first.service.engine.jobs == 1)
+        await other.send(OpenSession("s", MODEL, 2, 4, 200, takes_from=first.peer_id))
+        assert isinstance(await receive(other), SessionOpened)
+        answer = await receive(other)
+        assert isinstance(answer, StepDone)
+        close(decode_tensor(answer.output), two.whole(X)[-1])
+        assert second.service.incoming_links.waiting == 0
+
+
+@pytest.mark.usefixtures("soon")
+async def test_links_wait_for_their_sessions_in_bounded_numbers(two: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "LINK_TIMEOUT_S", 5)
+    monkeypatch.setattr(links, "MOST_WAITING_PER_PEER", 2)
+    incoming = two.servers[1].service.incoming_links
+    async with trio.open_nursery() as nursery:
+        for number in range(2):
+            nursery.start_soon(ask_for_link, two, OpenLink(str(number), 2))
+        await eventually(lambda: incoming.waiting == 2)
+        answer = await ask_for_link(two, OpenLink("2", 2))
+        assert isinstance(answer, Error) and answer.code == "busy"
+        monkeypatch.setattr(links, "MOST_WAITING", 2)
+        answer = await ask_for_link(two, OpenLink("3", 2), two.servers[0].host)
+        assert isinstance(answer, Error) and answer.code == "busy"
+        monkeypatch.setattr(links, "MOST_WAITING", 3)
+        answer = await ask_for_link(two, OpenLink("0", 2), two.servers[0].host, server=1)
+        assert isinstance(answer, Error)
+        nursery.cancel_scope.cancel()
+    await eventually(lambda: incoming.waiting == 0)
+
+
+async def test_computing_stops_while_nobody_reads(saved: Callable[..., Path]) -> None:
+    """Outputs of 200 KB each: one fits the window of a new stream, the next is being sent, and one more waits."""
+    wide = X[:1].expand(16, 100, HIDDEN)
+    async with chain_of(saved("llama"), pool=8192) as chain, open_host(Identity.generate(), listen=LOOPBACK) as deaf:
+        first, reading, steps = chain.servers[0], trio.Event(), []
+
+        async def read_late(stream: Stream) -> None:
+            assert isinstance(await stream.receive(), OpenLink)
+            await stream.send(LinkOpened())
+            await reading.wait()
+            while (step := await stream.receive()) is not None:
+                steps.append(step)
+
+        deaf.serve(PUSH, read_late)
+        first.knows[deaf.peer_id] = deaf.addrs
+        async with await chain.client.open_stream(first.peer_id, INFERENCE, addrs=first.host.addrs) as stream:
+            await stream.send(OpenSession("s", MODEL, 0, 2, 200, 16, pushes_to=deaf.peer_id))
+            assert isinstance(await receive(stream), SessionOpened)
+            await eventually(lambda: first.links["open"] == 1)
+            async with trio.open_nursery() as nursery:
+
+                async def send_all() -> None:
+                    for number in range(1, 9):
+                        await stream.send(Step(number, 0, encode_tensor(wide)))
+
+                nursery.start_soon(send_all)
+                await eventually(lambda: first.service.engine.jobs == 3)
+                await trio.sleep(0.1)  # in which another would be computed, were it allowed to
+                assert first.service.engine.jobs == 3 and first.links["pushed_steps"] == 1
+                reading.set()
+                await eventually(lambda: len(steps) == 8)
+            assert [step.step for step in steps] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("soon")
+async def test_outputs_that_waited_for_a_link_that_never_opened_go_to_the_client(saved: Callable[..., Path]) -> None:
+    async def say_nothing(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with chain_of(saved("llama")) as chain, open_host(Identity.generate(), listen=LOOPBACK) as mute:
+        mute.serve(PUSH, say_nothing)
+        first = chain.servers[0]
+        first.knows[mute.peer_id] = mute.addrs
+        async with await chain.client.open_stream(first.peer_id, INFERENCE, addrs=first.host.addrs) as stream:
+            await stream.send(OpenSession("s", MODEL, 0, 2, 200, pushes_to=mute.peer_id))
+            assert isinstance(await receive(stream), SessionOpened)
+            for number in range(4):
+                await stream.send(Step(number + 1, 20 * number, encode_tensor(X[:, 20 * number : 20 * number + 20])))
+            down = await receive(stream)
+            assert isinstance(down, LinkDown) and down.pushed == 0 and "was not open within" in down.reason
+            for number in range(4):
+                answer = await receive(stream)
+                assert isinstance(answer, StepDone) and answer.step == number + 1
+                close(decode_tensor(answer.output), chain.whole(X)[1, :, 20 * number : 20 * number + 20])
+                assert answer.held_s >= answer.compute_s
+
+
+async def test_a_beginning_is_shared_between_sessions_that_push(two: Chain) -> None:
+    """And never with one that does not, which keeps no outputs."""
+    first = two.servers[0]
+    units = encode_tensor(torch.arange(NAME_BYTES).view(1, 1, NAME_BYTES).to(torch.uint8))
+    async with two.session() as session:
+        await session.run(X[:1], 0, names=decode_tensor(units))
+    async with two.session() as session:
+        for stream in session.streams:
+            await stream.send(Attach(units))
+            assert await receive(stream) == Attached(64)
+        await session.streams[0].send(Replay(0, 0, 64))
+        again = await receive(session.streams[0])
+        assert isinstance(again, StepDone)
+        close(decode_tensor(again.output), two.whole(X[:1])[1, :, :64])
+        close(await session.run(X[:1, 64:], 64), two.whole(X[:1])[-1, :, 64:])
+    async with await two.client.open_stream(first.peer_id, INFERENCE) as stream:
+        await stream.send(OpenSession("s", MODEL, 0, 2, 200))
+        assert isinstance(await receive(stream), SessionOpened)
+        await stream.send(Attach(units))
+        assert await receive(stream) == Attached(0)
+
+
+async def test_a_client_that_vanishes_leaves_nothing(three: Chain) -> None:
+    async with three.session() as session:
+        await session.run(X[:, :60], 0)
+        await session.streams[0].send(session.step(X[:, 60:], 60))
+        for server in three.servers:
+            await server.host.disconnect(three.client.peer_id)
+        await three.nothing_is_left()
