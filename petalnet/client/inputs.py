@@ -95,7 +95,7 @@ def columns(blob: Blob, start: int, end: int) -> Blob:
     size = blob_size(blob.dtype, blob.shape[2:], blob.codec)
     data = memoryview(blob.data)
     parts = [data[(row * length + start) * size : (row * length + end) * size] for row in range(rows)]
-    return replace(blob, shape=(rows, end - start, *blob.shape[2:]), data=parts[0] if rows == 1 else b"".join(parts))
+    return replace(blob, shape=(rows, end - start, *blob.shape[2:]), data=parts[0] if rows == 1 else bytearray().join(parts))
 
 
 def encode_names(names: Names) -> Blob:
