@@ -279,21 +279,30 @@ class Trace:
 
     @property
     def slowest(self) -> str:
-        """What most of the time went to, in a sentence."""
-        steps = max(self.steps, 1)
-        parts = {"network": self.network_s, "this machine, between steps": self.local_s, "waiting for servers with room": self.waiting_s}
-        for hop in self.hops:
-            parts[f"server {hop.name} computes"] = hop.compute_s
-            parts[f"queue at {hop.name}"] = hop.queue_s
-            parts[f"server {hop.name} outside of computation"] = hop.overhead_s
-        name, seconds = max(parts.items(), key=lambda part: part[1])
+        """What most of the time went to, in a sentence; a server is named where most of that is its."""
+        parts = [
+            (self.network_s, "network", self.network_s),
+            (self.local_s, "this machine, between steps", self.local_s),
+            (self.waiting_s, "waiting for servers with room", self.waiting_s),
+            self._of_servers([hop.compute_s for hop in self.hops], "server {} computes", "servers compute"),
+            self._of_servers([hop.queue_s for hop in self.hops], "queue at {}", "queues of servers"),
+            self._of_servers([hop.overhead_s for hop in self.hops], "server {}, beside computation", "servers, beside computation"),
+        ]
+        _, name, seconds = max(parts)
         if seconds <= 0:
             return "nothing was asked of servers"
-        details = describe_seconds(seconds) if name.startswith("waiting") else f"{describe_seconds(seconds / steps)} a step"
+        details = describe_seconds(seconds) if name.startswith("waiting") else f"{describe_seconds(seconds / max(self.steps, 1))} a step"
         if name == "network":
             relayed = sum(hop.relayed for hop in self._route)
             details = f"{_count(len(self._route), 'hop')}, {f'{relayed} of them through this machine, ' if relayed else ''}{details}"
         return f"{name}: {seconds / self.wall_s * 100:.0f} % ({details})"
+
+    def _of_servers(self, seconds: list[float], one: str, several: str) -> tuple[float, str, float]:
+        """What servers took in all, and what is said of it: of the server that took more than half of it, or of all."""
+        total, most = sum(seconds), max(seconds, default=0.0)
+        if most > total / 2:
+            return total, one.format(self.hops[seconds.index(most)].name), most
+        return total, several, total
 
     @property
     def summary(self) -> str:
@@ -373,7 +382,7 @@ class Trace:
         rows.append(("network", *self._share(self.network_s, steps), "", "", "", ""))
         if self.complete:
             rows.append(("this machine", *self._share(self.local_s, steps), "", "", "", ""))
-        if self.waiting_s:
+        if self.waiting_s * 200 > self.wall_s:
             rows.append(("waiting for servers", *self._share(self.waiting_s, None), "", "", "", ""))
         yield from _columns(rows)
         yield f"most of it: {self.slowest}"

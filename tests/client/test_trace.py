@@ -32,6 +32,15 @@ def step(
     return StepTimes(tokens, chunks, wall_s, tuple(hops))
 
 
+def one_slow(*, queue_s: float = 0.0, compute_s: float = 0.0) -> StepTimes:
+    """A step of 100 ms that is at the second of three servers for 80 ms."""
+    hops = [
+        HopTimes(peer_id, *span, queue_s * (span[0] == 4), compute_s * (span[0] == 4), 0.08 if span[0] == 4 else 0.001, span[0] < 8)
+        for peer_id, span in zip(IDS, SPANS, strict=True)
+    ]
+    return StepTimes(1, 1, 0.1, tuple(hops))
+
+
 def answer(steps: list[StepTimes], *, between_s: float = 0.0) -> Trace:
     """An answer of a token a step, with so much time of this machine before each step and at the end."""
     now = 100.0
@@ -118,9 +127,12 @@ def test_what_a_step_took_beside_its_chain_is_waiting() -> None:
         (answer([step(0.05, compute_s=0.001)] * 4), "network: 94 % (3 hops, 47 ms a step)"),
         (answer([step(0.05, direct=False)] * 4), "network: 100 % (3 hops, 2 of them through this machine, 50 ms a step)"),
         (answer([step(0.01)] * 4, between_s=0.048), "this machine, between steps: 86 % (60 ms a step)"),
-        (answer([step(0.1, compute_s=0.03)]), "server …aaaaa1 computes: 30 % (30 ms a step)"),
-        (answer([step(0.1, queue_s=0.03)]), "queue at …aaaaa1: 30 % (30 ms a step)"),
-        (answer([step(0.1, other_s=0.03)]), "server …aaaaa1 outside of computation: 30 % (30 ms a step)"),
+        (answer([step(0.1, compute_s=0.03)]), "servers compute: 90 % (90 ms a step)"),
+        (answer([step(0.1, queue_s=0.03)]), "queues of servers: 90 % (90 ms a step)"),
+        (answer([step(0.1, other_s=0.03)]), "servers, beside computation: 90 % (90 ms a step)"),
+        (answer([one_slow(compute_s=0.08)] * 2), "server …bbbbb2 computes: 80 % (80 ms a step)"),
+        (answer([one_slow(queue_s=0.08)] * 2), "queue at …bbbbb2: 80 % (80 ms a step)"),
+        (answer([one_slow()] * 2), "server …bbbbb2, beside computation: 80 % (80 ms a step)"),
         (answer([]), "nothing was asked of servers"),
     ],
 )
