@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from petalnet.client.trace_text import counted, describe_seconds, lines_of
 
 MOST_PAUSES = 16384
 """Tokens whose times are remembered, the latest of an answer: enough for any, and a bound for a session that is stepped without end."""
@@ -110,6 +111,7 @@ class Trace:
         drafted, accepted: tokens that were guessed and computed along with others, and those of them that were right.
         waiting_s: until there were servers with room, other tries included.
         network_s: on the way between this machine and servers and from server to server.
+        chain: the servers of the last step, first block to last.
         error: what cut the answer short; None where nothing did.
     """
 
@@ -123,6 +125,7 @@ class Trace:
         self.accepted = 0
         self.waiting_s = 0.0
         self.network_s = 0.0
+        self.chain: tuple[HopTotals, ...] = ()
         self.error: str | None = None
         self._started = self._last = started
         self._ended: float | None = None
@@ -136,7 +139,6 @@ class Trace:
         self._pauses: deque[float] = deque(maxlen=MOST_PAUSES)  # from token to token
         self._began = False  # whether a token is being computed
         self._hops: dict[tuple[str, int, int], HopTotals] = {}
-        self._route: tuple[HopTotals, ...] = ()
 
     # ---- what happens
 
@@ -175,7 +177,7 @@ class Trace:
             totals.relayed = not hop.direct and hop is not step.hops[-1]
             totals.relayed_steps += totals.relayed
             route.append(totals)
-        self._route = tuple(route)
+        self.chain = tuple(route)
 
     def visit_begins(self, now: float) -> None:
         """A step is asked for, which may have to wait for servers first."""
@@ -229,12 +231,10 @@ class Trace:
     @property
     def hops(self) -> list[HopTotals]:
         """The servers of the answer: those of its last step in their order, then those that it went on without."""
-        if len(self._route) == len(self._hops):
-            return list(self._route)
-        return [*self._route, *(totals for totals in self._hops.values() if not self._is_in_use(totals))]
-
-    def _is_in_use(self, totals: HopTotals) -> bool:
-        return any(totals is hop for hop in self._route)
+        if len(self.chain) == len(self._hops):
+            return list(self.chain)
+        in_use = set(map(id, self.chain))
+        return [*self.chain, *(totals for totals in self._hops.values() if id(totals) not in in_use)]
 
     @property
     def wall_s(self) -> float:
@@ -272,9 +272,9 @@ class Trace:
     def route(self) -> str:
         """The chain of the last step; `→` where outputs went from server to server, `⇢` where they came through this machine."""
         parts = []
-        for totals in self._route:
+        for totals in self.chain:
             arrow = " ⇢ " if totals.relayed else " → "
-            parts.append(f"{totals.first}:{totals.end} at {totals.name}{arrow if totals is not self._route[-1] else ''}")
+            parts.append(f"{totals.first}:{totals.end} at {totals.name}{arrow if totals is not self.chain[-1] else ''}")
         return "".join(parts)
 
     @property
@@ -293,8 +293,8 @@ class Trace:
             return "nothing was asked of servers"
         details = describe_seconds(seconds) if name.startswith("waiting") else f"{describe_seconds(seconds / max(self.steps, 1))} a step"
         if name == "network":
-            relayed = sum(hop.relayed for hop in self._route)
-            details = f"{_count(len(self._route), 'hop')}, {f'{relayed} of them through this machine, ' if relayed else ''}{details}"
+            relayed = sum(hop.relayed for hop in self.chain)
+            details = f"{counted(len(self.chain), 'hop')}, {f'{relayed} of them through this machine, ' if relayed else ''}{details}"
         return f"{name}: {seconds / self.wall_s * 100:.0f} % ({details})"
 
     def _of_servers(self, seconds: list[float], one: str, several: str) -> tuple[float, str, float]:
@@ -307,7 +307,7 @@ class Trace:
     @property
     def summary(self) -> str:
         """How long the answer took, in a line."""
-        what = _count(self.tokens, "token") if self.complete else _count(self.steps, "step")
+        what = counted(self.tokens, "token") if self.complete else counted(self.steps, "step")
         parts = [f"{what} in {describe_seconds(self.wall_s)}"]
         if self._first_token_s is not None and self.tokens:
             parts.append(f"the first after {describe_seconds(self._first_token_s)}")
@@ -353,74 +353,7 @@ class Trace:
         }
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(lines_of(self))
 
     def __repr__(self) -> str:
         return f"<Trace: {self.summary}; {self.slowest}>"
-
-    def _lines(self) -> Iterator[str]:
-        yield self.summary
-        if self.median_token_s is not None and self.worst_token_s is not None:
-            yield f"from token to token: median {describe_seconds(self.median_token_s)}, worst {describe_seconds(self.worst_token_s)}"
-        prompt = f"first step: {_count(self.prompt_tokens, 'token')}"
-        if self.prompt_chunks > 1:
-            prompt += f" in {self.prompt_chunks} chunks"
-        yield f"{_count(self.steps, 'step')}; {prompt}" if self.steps else "no step was completed"
-        if self.drafted:
-            yield f"{_count(self.drafted, 'token')} guessed ahead, {self.accepted} of them right"
-        steps = max(self.steps, 1)
-        rows: list[tuple[str, ...]] = [("", "share", "total", "a step", "queue", "compute", "other", "output goes")]
-        for hop in self.hops:
-            rows.append(
-                (
-                    f"{hop.name} {hop.first}:{hop.end}",
-                    *self._share(hop.held_s, max(hop.steps, 1)),
-                    *(describe_seconds(seconds) for seconds in (hop.queue_s, hop.compute_s, hop.overhead_s)),
-                    self._destination(hop),
-                )
-            )
-        rows.append(("network", *self._share(self.network_s, steps), "", "", "", ""))
-        if self.complete:
-            rows.append(("this machine", *self._share(self.local_s, steps), "", "", "", ""))
-        if self.waiting_s * 200 > self.wall_s:
-            rows.append(("waiting for servers", *self._share(self.waiting_s, None), "", "", "", ""))
-        yield from _columns(rows)
-        yield f"most of it: {self.slowest}"
-
-    def _share(self, seconds: float, steps: int | None) -> tuple[str, str, str]:
-        share = f"{seconds / self.wall_s * 100:.0f} %" if self.wall_s else ""
-        return share, describe_seconds(seconds), "" if steps is None else describe_seconds(seconds / steps)
-
-    def _destination(self, hop: HopTotals) -> str:
-        if not self._is_in_use(hop):
-            return "not used any more"
-        if hop is self._route[-1]:
-            return "to this machine"
-        if not hop.relayed_steps:
-            return "to the next server"
-        return "through this machine" + (f" ({hop.relayed_steps} of {hop.steps} steps)" if hop.relayed_steps < hop.steps else "")
-
-
-def describe_seconds(seconds: float) -> str:
-    """`1.23 s`, `41 ms`, `0.4 ms`, `80 µs`."""
-    if seconds >= 100:
-        return f"{seconds:.0f} s"
-    if seconds >= 0.9995:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    if seconds >= 0.00095:
-        return f"{seconds * 1e3:.0f} ms" if seconds >= 0.00995 else f"{seconds * 1e3:.1f} ms"
-    return f"{seconds * 1e6:.0f} µs"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def _columns(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Rows as lines of aligned columns, numbers to the right."""
-    table = list(rows)
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    last = len(widths) - 1
-    for row in table:
-        cells = zip(row, widths, strict=True)
-        yield "  ".join(cell.ljust(size) if column in (0, last) else cell.rjust(size) for column, (cell, size) in enumerate(cells)).rstrip()

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from petalnet.client.trace import HopTimes, StepTimes, Trace, describe_seconds
+from petalnet.client.trace import HopTimes, StepTimes, Trace
+from petalnet.client.trace_text import describe_seconds
 
 IDS = ("12D3KooWaaaaa1", "12D3KooWbbbbb2", "12D3KooWccccc3")
 SPANS = ((0, 4), (4, 8), (8, 12))
