@@ -111,8 +111,12 @@ def _generate(swarm: LocalSwarm, prompt: str, max_new_tokens: int, seed: int) ->
         model.generate(inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=40, streamer=writer)
         click.echo(f"\n{writer.tokens} tokens, {writer.rate():.0f} tokens/s")
         names = {server.ready["peer_id"]: f"server {number}" for number, server in enumerate(swarm.servers, 1)}
-        hops = [f"{names[hop.peer_id]} (blocks {hop.first}-{hop.end - 1})" for hop in model.transformer.h.route()]
-        click.echo(f"route of each token: embeddings here → {' → '.join(hops)} → head here")
+        trace = model.last_trace
+        hops = [f"{names[hop.peer_id]} (blocks {hop.first}-{hop.end - 1}){' ⇢' if hop.relayed else ' →'}" for hop in trace.chain]
+        click.echo(f"route of each token: embeddings here → {' '.join(hops)} head here")
+        if any(hop.relayed for hop in trace.chain):
+            click.echo("(⇢: the output came back here on its way to the next server)")
+        click.echo(f"most of the time: {trace.slowest}")
     finally:
         model.close()
 
