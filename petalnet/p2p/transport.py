@@ -13,7 +13,7 @@ import errno
 import logging
 import socket
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 
@@ -44,6 +44,8 @@ _DELIVERY = struct.Struct("=7xB112xQ32xQ")
 """`tcpi_delivery_rate_app_limited` (lowest bit), `tcpi_bytes_acked` and `tcpi_delivery_rate` (bytes/s) there, since Linux 4.9."""
 _SLOW_START_BYTES = 512 * 1024
 """A connection that has carried less has not found out yet how quick its link is."""
+_REMEMBERED_RATES = 8
+"""Rates of which the highest counts: one falls behind for a moment where something is lost or other traffic is on the link."""
 _NO_RTT = 2**31
 
 Handler = Callable[["TcpStream"], Awaitable[None]]
@@ -94,6 +96,7 @@ class TcpStream(ReadWriteCloser):
         self._on_close = on_close
         self._on_established = on_established
         self._closed = False
+        self._rates: deque[float] = deque(maxlen=_REMEMBERED_RATES)
 
     def established(self) -> None:
         """Say that the connection is through with its handshakes."""
@@ -113,18 +116,24 @@ class TcpStream(ReadWriteCloser):
         return microseconds / 1e6 if 0 < microseconds < _NO_RTT else None
 
     def bytes_s(self) -> float | None:
-        """Bytes a second that the link has been seen to carry away from here; None where the kernel does not say, or never had enough to
-        send to know."""
+        """Bytes a second that the link has carried away from here when there was more to send than it took; None where that has not been
+        seen, or the kernel does not say."""
+        self._note_rate()
+        return max(self._rates, default=None)
+
+    def _note_rate(self) -> None:
         if not hasattr(socket, "TCP_INFO") or self._closed:
-            return None
+            return
         try:
             info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DELIVERY.size)
         except OSError:
-            return None
+            return
         if len(info) < _DELIVERY.size:
-            return None
+            return
         flags, acked, rate = _DELIVERY.unpack(info)
-        return float(rate) if rate and not flags & 1 and acked >= _SLOW_START_BYTES else None
+        # Where the sender had nothing more to send, the rate says nothing about the link.
+        if rate and not flags & 1 and acked >= _SLOW_START_BYTES:
+            self._rates.append(rate)
 
     def try_send(self, data: bytes | bytearray | memoryview) -> int:
         """How many bytes the kernel took at once, maybe 0. Raises ConnectionClosedError."""
@@ -139,6 +148,7 @@ class TcpStream(ReadWriteCloser):
         """Send at least one byte and return how many were sent. Raises ConnectionClosedError."""
         while True:
             await self._wait(trio.lowlevel.wait_writable)
+            self._note_rate()
             if sent := self.try_send(data):
                 return sent
 

@@ -93,6 +93,28 @@ async def test_sockets_are_set_up_for_short_messages() -> None:
     assert a.round_trip_s() is None
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel tells no rates")
+async def test_what_a_link_carries_is_known_once_there_was_more_than_it_took(nursery: trio.Nursery) -> None:
+    a, b = await pair()
+
+    async def read() -> None:
+        while await b.read(1 << 20):
+            pass
+        await b.close()
+
+    nursery.start_soon(read)
+    for _ in range(3):
+        await a.write(b"x" * 1000)
+    assert a.bytes_s() is None  # that was no measure of it
+    for _ in range(32):
+        await a.write(bytes(1 << 20))
+    assert (a.bytes_s() or 0) > 10e6
+    await a.write(b"x")
+    assert (a.bytes_s() or 0) > 10e6  # what comes later takes nothing away
+    await a.close()
+    assert a.bytes_s() is not None
+
+
 async def test_who_holds_up_handshakes_makes_room_for_who_comes_later() -> None:
     callers = Callers(Limits(max_connections_per_address=5, max_handshakes_per_address=2, max_handshakes=3))
     streams = [end for _ in range(5) for end in await pair()]
