@@ -24,6 +24,9 @@ from petalnet.errors import ProtocolError
 from petalnet.p2p.messages import Blob, Replay, Step, StepDone
 from petalnet.routing.routes import Hop
 
+REPLAYS_AT_ONCE = 4
+"""Outputs that a server is asked for once more at a time: it needs the line for the newer ones, too, and refuses too many."""
+
 
 class Send(NamedTuple):
     """A message for a hop, by its number in the chain."""
@@ -73,6 +76,7 @@ class Pipeline:
         self._hops = tuple(hops)
         self._last = len(hops) - 1
         self._direct = direct
+        self._pushed = [0] * len(hops)  # of links that broke, the last step that may have been lost
         self._is_up = [direct and index < self._last for index in range(len(hops))]
         self._pending: dict[int, Pending] = {}
         self.finished: list[Pending] = []
@@ -136,11 +140,9 @@ class Pipeline:
         if len(pending.answers) == (self._last + 1 if request.all_hidden else 1):
             del self._pending[done.step]
             self._finish(pending)
-            return []
-        if hop == self._last:
-            return []
-        pending.onward[hop] = last_of(done.output) if request.all_hidden else done.output
-        return self._carry(hop)
+        elif hop != self._last:
+            pending.onward[hop] = last_of(done.output) if request.all_hidden else done.output
+        return self._advance()
 
     def link_down(self, hop: int, pushed: int) -> list[Send]:
         """From now on a hop answers the client, since it cannot send outputs to the next hop; those up to `pushed` may have been lost.
@@ -153,28 +155,44 @@ class Pipeline:
         if not self._is_up[hop]:
             return []
         self._is_up[hop] = False
-        sends = []
         for number, pending in self._pending.items():
-            request = pending.request
             if number > pushed:
                 break
-            if pending.reached > hop or hop in pending.onward or request.all_hidden:
-                continue
-            rows, new, size = request.hidden.shape
-            if new:
-                self.replays += 1
-                pending.replayed.add(hop)
-                sends.append(Send(hop, Replay(number, request.position, new)))
-            else:
-                pending.onward[hop] = request.hidden
+            if not pending.request.hidden.shape[1] and not pending.request.all_hidden:  # nothing in it that could be lost
+                pending.onward[hop] = pending.request.hidden
                 pending.spent[hop] = (0.0,) * (3 * (hop + 1))
-        return sends + self._carry(hop)
+        self._pushed[hop] = pushed
+        return self._advance()
+
+    def _advance(self) -> list[Send]:
+        """What can be done for links that are down."""
+        sends: list[Send] = []
+        if self._pending:
+            for hop in range(self._last):
+                if not self._is_up[hop]:
+                    sends += self._ask_again(hop) + self._carry(hop)
+        return sends
+
+    def _ask_again(self, hop: int) -> list[Send]:
+        """The oldest outputs of a hop that may have been lost, a few at a time."""
+        sends: list[Send] = []
+        under_way = 0
+        for number, pending in self._pending.items():
+            request = pending.request
+            if number > self._pushed[hop] or under_way == REPLAYS_AT_ONCE:
+                break
+            if pending.reached > hop or hop in pending.spent or request.all_hidden:
+                continue
+            under_way += 1
+            if hop not in pending.replayed:
+                pending.replayed.add(hop)
+                self.replays += 1
+                sends.append(Send(hop, Replay(number, request.position, request.hidden.shape[1])))
+        return sends
 
     def _carry(self, hop: int) -> list[Send]:
         """Outputs of a hop that can be carried to the next one now."""
         sends: list[Send] = []
-        if self._is_up[hop]:
-            return sends
         for pending in self._pending.values():
             if pending.reached > hop or hop in pending.carried:
                 continue

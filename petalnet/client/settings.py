@@ -47,7 +47,7 @@ class ClientSettings:
     max_retries: int | None = 3
     show_route: str | bool = "inference"
     speculation: bool = True
-    direct_chains: bool = False
+    direct_chains: bool = True
     wire_precision: str = "exact"
     active_adapter: str | None = None
     tuning_mode: str | None = None

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Ll
 import petalnet
 from petalnet.blocks.service import BlockService
 from petalnet.blocks.span import Span
+from petalnet.linking import Linking
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import model_key
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Message, Step, StepDone
-from petalnet.p2p.protocols import FORWARD, INFERENCE
+from petalnet.p2p.protocols import FORWARD, INFERENCE, PUSH
 from petalnet.p2p.streams import Stream
 from petalnet.peering import open_peering
 from petalnet.routing.records import ServerRecord
@@ -131,12 +132,14 @@ class Servers:
                 open_peering(Identity.generate(), initial_peers=peers, listen=listen, server=True) as peering,
                 trio.open_nursery() as nursery,
             ):
-                server.service = BlockService(span, model=self.key, kv_tokens=pool_tokens)
+                linking = Linking(peering, self.key, server.span[1])
+                server.service = BlockService(span, model=self.key, kv_tokens=pool_tokens, open_link=linking.open)
                 await nursery.start(server.service.run)
                 server.peer_id, server.addrs = peering.host.peer_id, peering.host.addrs
                 peering.host.on_peer_lost(server.service.peer_lost)
                 peering.host.serve(INFERENCE, server.service.handle_inference)
                 peering.host.serve(FORWARD, server.service.handle_forward)
+                peering.host.serve(PUSH, server.service.handle_push)
                 now = time.time()
                 addrs = tuple(addr.rpartition("/p2p/")[0] for addr in server.addrs)
                 record = ServerRecord(

@@ -140,7 +140,7 @@ def test_every_step_is_answered_whatever_links_do(data: st.DataObject) -> None:
     number = position = 0
     for _ in range(data.draw(st.integers(1, 3), "rounds")):
         position = data.draw(st.integers(0, position), "position")
-        lengths = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=5), "chunks")
+        lengths = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=7), "chunks")
         ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
         values = list(range(100, 100 + ends[-1]))
         all_hidden = data.draw(st.booleans(), "all hidden")
