@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def decode(options: argparse.Namespace, running: Bench) -> bool:
         with place(options, path, running, rtt_ms) as here:
             here.open({"local": None, **{name: {"speculation": False, **settings} for name, settings in ways.items()}})
             steps: dict[str, list[float]] = {name: [] for name in ("local", *ways)}
-            visits: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+            visits: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
             for number in range(-1, options.rounds):  # the first one warms up
                 ids = prompt(options, options.prefix, number + 1)
                 expected = None
@@ -135,7 +136,8 @@ def decode(options: argparse.Namespace, running: Bench) -> bool:
         for name in ways:
             step = statistics.median(steps[name]) * 1e3
             late = statistics.quantiles(steps[name], n=10)[-1] * 1e3
-            wall, held, computed = (statistics.median(visit[key] for visit in visits[name]) * 1e3 for key in ("wall", "held", "computed"))
+            wall = statistics.median(visit["wall"] for visit in visits[name]) * 1e3
+            held, computed = (statistics.median(sum(visit[key]) for visit in visits[name]) * 1e3 for key in ("held", "computed"))
             distance = trips[name] * rtt_ms
             bound = distance + computed + step - wall
             found[name].append((rtt_ms, step, step - bound))
@@ -159,20 +161,20 @@ def decode(options: argparse.Namespace, running: Bench) -> bool:
 def prefill(options: argparse.Namespace, running: Bench) -> bool:
     """Time to the first token of a long prompt, in chunks that are under way at once, and whole.
 
-    Its bound: a round trip that opens the session, one way × 4, every stage's time for one chunk, and the longest stage's for all others.
-    Stages are the uplinks (the prompt's bytes over their rate) and the servers (what they say they computed for the whole prompt).
+    The bound: a round trip that opens the session, one way × 4 (through the client × 6), what the client does itself, every stage's time
+    for one chunk, and for all other chunks the longest stage's. Stages are the uplinks, with the time that TCP alone takes for the prompt's
+    bytes, and the servers, with what they say they computed in that very run. It is no less than all servers' computation over the
+    processors of this machine, which they share.
     """
     path = make_model(running.folder, options)
     ways: dict[str, int | None] = {"whole": 0, "in chunks": None, **{f"in chunks of {tokens}": tokens for tokens in options.chunk}}
     ways["whole, through the client"] = 0
     size = options.prompt * options.hidden * 4
     (rtt_ms,) = options.rtt_ms
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    chunks: dict[str, int] = {}
-    computed: dict[str, list[float]] = {}
-    here_s: list[float] = []
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     agree = True
     with place(options, path, running, rtt_ms, options.mbit, transfer=size, throughput="auto") as here:
+        uplink_s = here.raw.transfer_s - here.raw.median_ms / 1e3
         print(f"{rtt_ms:g} ms, {options.mbit:g} Mbit/s: TCP alone, {here.raw}; {size:,} bytes in {here.raw.transfer_s:.2f} s", flush=True)
         here.open({"local": None, "direct": {"direct_chains": True}, "through the client": {"direct_chains": False}})
         for number in range(-1, options.rounds):
@@ -181,26 +183,24 @@ def prefill(options: argparse.Namespace, running: Bench) -> bool:
                 request = {"ids": ids, "tokens": 1, "options": {"do_sample": False}}
                 answer = here.client.ask("generate", name="through the client" if "client" in name else "direct", chunk=chunk, **request)
                 agree = agree and answer["ids"] == here.client.ask("generate", name="local", **request)["ids"]
-                chunks[name] = answer["trace"]["prompt_chunks"]
-                if number < 0:
-                    continue
-                times[name].append(answer["first_s"])
-                if name == "whole":
-                    here_s.append(answer["trace"]["local_s"])
-                    for hop in answer["trace"]["hops"]:
-                        computed.setdefault(hop["peer_id"], []).append(hop["compute_s"])
-    stages = [size / options.mbit / 125_000] * len(SERVERS) + [statistics.median(seconds) for seconds in computed.values()]
-    print(f"stages: uplinks {stages[0] * 1e3:.0f} ms each, servers {', '.join(f'{seconds * 1e3:.0f}' for seconds in stages[3:])} ms")
+                if number >= 0:
+                    runs[name].append(answer)
     rows: list[list[object]] = []
-    whole = statistics.median(times["whole"])
-    for name, seconds in times.items():
-        count, first = chunks[name], statistics.median(seconds)
-        transfers = 2 * len(SERVERS) - 1 if "client" in name else len(SERVERS)
-        of_one = sum(stages) + (transfers - len(SERVERS)) * stages[0]
-        ways_ms = rtt_ms + (rtt_ms * len(SERVERS) if "client" in name else rtt_ms * (len(SERVERS) + 1) / 2)
-        bound = ways_ms / 1e3 + statistics.median(here_s) + (of_one + (count - 1) * max(stages)) / count
-        rows.append([name, count, first, min(seconds), max(seconds), bound, first / bound, whole / first])
-    print_table(["first token, s", "chunks", "median", "best", "worst", "bound", "of bound", "faster than whole"], rows)
+    whole = statistics.median(run["first_s"] for run in runs["whole"])
+    for name, answers in runs.items():
+        through_client = "client" in name
+        chunks = answers[0]["visits"][0]["chunks"]
+        servers = [statistics.median(times) for times in zip(*(run["visits"][0]["computed"] for run in answers), strict=True)]
+        stages = [uplink_s] * (2 * len(SERVERS) - 1 if through_client else len(SERVERS)) + servers
+        trips = len(SERVERS) if through_client else (len(SERVERS) + 1) / 2
+        fixed = (1 + trips) * rtt_ms / 1e3 + statistics.median(run["trace"]["local_s"] for run in answers)
+        bound = fixed + max((sum(stages) + (chunks - 1) * max(stages)) / chunks, sum(servers) / (os.cpu_count() or 1))
+        first = [run["first_s"] for run in answers]
+        middle = statistics.median(first)
+        computed = ", ".join(f"{seconds:.2f}" for seconds in servers)
+        rows.append([name, chunks, middle, min(first), max(first), computed, bound, middle / bound, whole / middle])
+    print(f"seconds, medians of {options.rounds} rounds; an uplink takes {uplink_s:.2f} for the prompt")
+    print_table(["first token", "chunks", "median", "best", "worst", "servers compute", "bound", "of bound", "faster than whole"], rows)
     print(f"tokens equal to local: {'yes' if agree else 'NO'}")
     return agree
 

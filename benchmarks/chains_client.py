@@ -38,13 +38,13 @@ class Dictated(LogitsProcessor):
 
 
 @contextlib.contextmanager
-def noting_steps(steps: list[dict[str, float]]) -> Iterator[None]:
-    """Has the steps of sessions noted, in seconds: until the output was there, at the servers in all, and of that for computation."""
+def noting_steps(steps: list[dict[str, Any]]) -> Iterator[None]:
+    """Has the steps of sessions noted, in seconds: until the output was there, at each server, and of that for computation."""
     add = Trace.add
 
     def noted(trace: Trace, step: StepTimes) -> None:
-        held, computed = sum(hop.held_s for hop in step.hops), sum(hop.compute_s for hop in step.hops)
-        steps.append({"wall": step.wall_s, "held": held, "computed": computed})
+        held, computed = [hop.held_s for hop in step.hops], [hop.compute_s for hop in step.hops]
+        steps.append({"wall": step.wall_s, "held": held, "computed": computed, "chunks": step.chunks})
         add(trace, step)
 
     Trace.add = noted  # type: ignore[method-assign]
@@ -106,7 +106,7 @@ class Client:
         """
         model, clock = self._models[name], Clock()
         processors = LogitsProcessorList([] if answer is None else [Dictated(len(ids[0]), answer)])
-        visits: list[dict[str, float]] = []
+        visits: list[dict[str, Any]] = []
         torch.manual_seed(seed)
         with chunks_of(chunk), noting_steps(visits):
             start = time.perf_counter()
