@@ -180,7 +180,7 @@ class StepSeconds:
             table += [single + extra + slope * step for step in range(1, tokens - known + 1)]
             known, extra = tokens, next_extra
         if known > 1:
-            growth = max(growth / 2, extra / (known - 1))
+            growth = max(2 * growth / known, extra / (known - 1))  # what was measured says more the further it goes
         table += [single + extra + growth * step for step in range(1, MOST_DRAFTED + 2 - known)]
         return table
 
@@ -245,10 +245,12 @@ class Acceptance:
 
 LEAST_GAIN = 0.05
 """Share of the tokens a second that a draft must be expected to add: below this, what is measured is more noise than gain."""
-FIRST_GAP, LONGEST_GAP = 16, 1024
+FIRST_GAP, LONGEST_GAP = 16, 256
 """Tokens until it is tried again whether longer steps have become cheaper."""
 TRIED_AGAIN = 3
 """Tokens of such a try."""
+MUCH_FASTER = 0.8
+"""Of the seconds that a step was expected to take: at most so many make another try worth while soon."""
 CREDIT_A_TOKEN, FIRST_CREDIT, MOST_CREDIT, LEAST_CREDIT = 0.01, 0.5, 16.0, -1.0
 """What drafts may lose, in steps of one token: so much with each token of the answer, and what they have gained before."""
 _LOAD_WEIGHT = 0.2
@@ -291,6 +293,8 @@ class DraftPolicy:
         """
         if not 0 < tokens <= MOST_DRAFTED + 1 or seconds <= 0:
             return
+        if tokens > 1 and self.seconds.most_measured and seconds < MUCH_FASTER * self.seconds.table()[tokens]:
+            self._gap = FIRST_GAP
         self.seconds.note(tokens, seconds, network_s)
         self.load += _LOAD_WEIGHT * (min(max(queue_s / seconds, 0.0), 1.0) - self.load)
         if tokens == 1:
