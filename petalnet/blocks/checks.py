@@ -102,7 +102,7 @@ class Checks:
         if request.names is not None:
             _names(request.names, rows, (position + new) // UNIT_TOKENS - position // UNIT_TOKENS)
         kept = new if session.pushes else 0 if request.keep == KEEP_NONE else request.keep or new
-        self._answer(request, blocks if request.all_hidden else 1, kept, payload)
+        self._answer(request, blocks if request.all_hidden else 1, kept, payload - (_extra_bytes(request) if session.pushes else 0))
         return order
 
     def attach(self, session: Session, request: Attach) -> int:
@@ -219,6 +219,12 @@ def split_names(names: Blob) -> list[list[bytes]]:
     data = bytes(names.data)
     each = [data[start : start + NAME_BYTES] for start in range(0, len(data), NAME_BYTES)]
     return [each[row * units : (row + 1) * units] for row in range(rows)]
+
+
+def _extra_bytes(request: Step) -> int:
+    """Bytes that go on to the next server beside an output."""
+    extras = (request.mask, request.position_ids, request.prompts, request.order, request.names)
+    return sum(len(blob.data) for blob in extras if blob is not None)
 
 
 def _names(names: Blob, rows: int, units: int) -> None:

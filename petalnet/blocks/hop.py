@@ -118,7 +118,8 @@ class Hop:
         self._nursery: trio.Nursery | None = None
         self._turn = trio.Lock()
         self._scope = trio.CancelScope()
-        self._link_scope: trio.CancelScope | None = None
+        self._is_linked = False  # whether a link has come
+        self._link_scope = trio.CancelScope()
 
     async def serve(self) -> None:
         """Serve the session until its client ends the stream, or the session has to end."""
@@ -136,8 +137,7 @@ class Hop:
                 failure = error
             finally:
                 nursery.cancel_scope.cancel()
-                if self._link_scope is not None:
-                    self._link_scope.cancel()
+                self._link_scope.cancel()  # of a link that comes only now as well
         if failure is not None:
             raise failure
 
@@ -149,10 +149,11 @@ class Hop:
             UnsupportedError: something else came than steps.
             PeerLost: of the link.
         """
-        if self._link_scope is not None:
+        if self._is_linked:
             raise CallerError("the session has had its link")
+        self._is_linked = True
         requests = Requests(stream)
-        with trio.CancelScope() as self._link_scope:
+        with self._link_scope:
             await stream.send(LinkOpened())
             while (request := await requests.next()) is not None:
                 if not isinstance(request, Step):
