@@ -15,7 +15,7 @@ from petalnet.cli import cli
 from petalnet.models.checkpoint import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/nodes.md", "docs/reachability.md")
+PAGES = ("README.md", "docs/nodes.md", "docs/reachability.md", "docs/using-the-swarm.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*PAGES, "Makefile")}
 COMMANDS = [line for name in PAGES for line in re.findall(r"^    (petalnet [^#\n]+)", TEXTS[name], re.MULTILINE)]
 
@@ -47,11 +47,23 @@ def test_flags_and_targets_that_are_named_exist() -> None:
             assert (ROOT / name).parent.joinpath(link).exists(), link
 
 
-def test_the_program_of_the_readme_runs(nodes) -> None:
+def test_the_map_of_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", text[text.index("## Where everything is") : text.index("Imports point one way")]))
+    verbs = {"version", *cli.list_commands(None)}  # type: ignore[arg-type]  # "one module a verb"
+    modules = {path.stem for path in (ROOT / "petalnet").rglob("*.py") if not path.stem.startswith("__")}
+    assert modules - verbs <= named
+
+
+def test_the_programs_of_the_pages_run(nodes) -> None:
     server = nodes.start("--serve", "0:12", "--new-swarm", "--throughput", "50")
-    (program,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
-    program = program.replace('"org/model or folder"', repr(str(DEMO_MODEL)))
-    program = re.sub(r'\["/ip4/[^]]*\]', repr(server.addrs), program)
-    done = subprocess.run([sys.executable, "-c", program], env=nodes.environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "A cat sat" in done.stdout and "torch.Size([1, 8, 160])" in done.stdout
+    said = {}
+    for page in ("README.md", "docs/using-the-swarm.md"):
+        (program,) = re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
+        program = program.replace('"org/model or folder"', repr(str(DEMO_MODEL)))
+        program = re.sub(r'\["/ip4/[^]]*\]', repr(server.addrs), program)
+        done = subprocess.run([sys.executable, "-c", program], env=nodes.environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        said[page] = done.stdout
+    assert "A cat sat" in said["README.md"] and "torch.Size([1, 8, 160])" in said["README.md"]
+    assert "20 tokens in " in said["docs/using-the-swarm.md"] and "most of it: " in said["docs/using-the-swarm.md"]
