@@ -96,13 +96,11 @@ def describe_links(engine: dict[str, Any]) -> str:
         return ""
     up, failed, relayed = links["open"], links["failed"], links["relayed_steps"]
     parts = [
-        f"{up} link{'s' * (up != 1)} to next servers",
-        f"{links['pushed_steps']} outputs ({describe_bytes(links['pushed_bytes'])}) went there directly, {relayed} through clients",
+        f"{links['pushed_steps']} outputs ({describe_bytes(links['pushed_bytes'])}) went straight to next servers, {relayed} through clients",
+        f"{up} link{'s' * (up != 1)} open" + (f", {failed} failed so far" if failed else ""),
     ]
-    if failed:
-        parts.append(f"{failed} link{'s' * (failed != 1)} failed")
     if engine.get("kept_outputs_bytes"):
-        parts.append(f"{describe_bytes(engine['kept_outputs_bytes'])} for kept outputs")
+        parts.append(f"room of {describe_bytes(engine['kept_outputs_bytes'])} for outputs that were sent")
     return "; ".join(parts)
 
 

@@ -40,7 +40,7 @@ def tracing(model: Any, session: InferenceSession, *, show_route: bool) -> Itera
     try:
         yield trace
     except BaseException as failure:
-        error = " ".join(str(failure).split()) or type(failure).__name__
+        error = "interrupted" if isinstance(failure, KeyboardInterrupt) else " ".join(str(failure).split()) or type(failure).__name__
         raise
     finally:
         trace.drafted, trace.accepted = session.drafted - drafted, session.accepted - accepted

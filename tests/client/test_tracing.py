@@ -109,6 +109,17 @@ def test_an_answer_that_fails_says_so_in_its_trace_and_in_the_log(pair, caplog: 
     assert "cut short: somebody's processor failed" in caplog.text
 
 
+def test_an_answer_that_was_interrupted(pair, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+
+    def interrupt(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pair.remote.generate(pair.ids(1, 8), max_new_tokens=5, logits_processor=[interrupt], **GREEDY)
+    assert pair.remote.last_trace.error == "interrupted" and "cut short: interrupted" in caplog.text
+
+
 def test_an_answer_that_found_no_servers_waited(pair) -> None:
     blocked = [server.peer_id for server in pair.servers.servers if server.span[0] == 0]
     options = {"initial_peers": pair.servers.peers, "dtype": torch.float32, "blocked_servers": blocked, "show_route": False}
