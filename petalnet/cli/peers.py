@@ -94,9 +94,9 @@ def describe_links(engine: dict[str, Any]) -> str:
     links: dict[str, int] = engine.get("links") or {}
     if not any(links.values()):
         return ""
-    up, failed, relayed = links["open"], links["failed"], links["relayed_steps"]
+    up, failed, size = links["open"], links["failed"], describe_bytes(links["pushed_bytes"])
     parts = [
-        f"{links['pushed_steps']} outputs ({describe_bytes(links['pushed_bytes'])}) went straight to next servers, {relayed} through clients",
+        f"{links['pushed_steps']} outputs ({size}) went straight to next servers, {links['relayed_steps']} through clients",
         f"{up} link{'s' * (up != 1)} open" + (f", {failed} failed so far" if failed else ""),
     ]
     if engine.get("kept_outputs_bytes"):
