@@ -60,7 +60,7 @@ class Drafting:
         self._held: list[int] = []  # the guesses of the last step
         self._outputs: Any = None  # the library's output of that step
         self._accepted = 0
-        self._spent = (0.0, 0.0)  # network and queues, before the step under way
+        self._spent: tuple[float, float] | None = None  # network and queues, before the step under way
         self._began = 0.0
 
     def end(self) -> DraftPolicy:
@@ -126,15 +126,17 @@ class Drafting:
 
     def step_begins(self) -> None:
         """A step of one token, with or without guesses, is about to be computed."""
-        self._spent = self._spending()
+        if self._spent is None:
+            self._spent = self._spending()
         self._began = self._clock()
 
     def step_ends(self, outputs: Any, drafted: list[int], start: int) -> Any:
         """It was computed; returns what the library is to see of its outputs."""
-        seconds, before = self._clock() - self._began, self._spent
-        network, queue = self._spending()
+        seconds, (network_before, queue_before) = self._clock() - self._began, self._spent or (0.0, 0.0)
+        network, queue = self._spent = self._spending()
         if start:  # the first step of a session also waits for its servers
-            self._policy.note_step(1 + len(drafted), seconds, network - before[0] if network > before[0] else None, queue - before[1])
+            network_s = network - network_before if network > network_before else None
+            self._policy.note_step(1 + len(drafted), seconds, network_s, queue - queue_before)
         if not drafted:
             return outputs
         self.session.set_aside(len(drafted))
