@@ -192,9 +192,10 @@ class Checks:
             raise CallerError(f"{total} tokens are more than the {limit} positions that the model knows")
         if prompts is not None:
             size, longest = self._span.hidden_size, min(longest, self._limits.prompt_tokens)
-            expected = (blocks, rows, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
-            others = pushes and len(prompts.shape) == 4 and blocks < prompts.shape[0] <= MAX_BLOCKS
-            if prompts.dtype not in FLOATS or prompts.shape[others:] != expected[others:]:
+            given = prompts.shape[0] if prompts.shape else 0
+            enough = blocks < given <= MAX_BLOCKS if pushes else given == blocks
+            expected = (rows, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
+            if prompts.dtype not in FLOATS or not enough or prompts.shape[1:] != expected:
                 least = f"over {blocks}" if pushes else blocks
                 raise CallerError(f"prompts must be floats [{least}, {rows}, length, {size}], not {_describe(prompts)}")
             if pushes and prompts.codec == "int8" and blocks * math.prod(prompts.shape[1:]) % INT8_BLOCK:

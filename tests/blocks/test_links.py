@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import trio
 
 from petalnet.blocks import links, service
+from petalnet.blocks.checks import Limits
 from petalnet.blocks.hop import MOST_REPLAYS
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
@@ -442,3 +444,37 @@ async def test_a_client_that_vanishes_leaves_nothing(three: Chain) -> None:
         for server in three.servers:
             await server.host.disconnect(three.client.peer_id)
         await three.nothing_is_left()
+
+
+async def test_a_session_that_is_fed_by_a_link_is_not_idle(saved: Callable[..., Path]) -> None:
+    async with chain_of(saved("llama"), limits=Limits(idle_s=1.5)) as chain, chain.session() as session:
+        until = trio.current_time() + 2.5
+        while trio.current_time() < until:
+            await session.run(X[:, :2], 0)
+        answer = await receive(session.streams[1])
+        assert isinstance(answer, Error) and "nothing came for 1.5 s" in answer.message
+
+
+async def test_draining_lets_chains_go_on(two: Chain) -> None:
+    async with two.session() as session:
+        await session.run(X[:, :60], 0)
+        for server in two.servers:
+            server.service.drain()
+        close(await session.run(X[:, 60:], 60), two.whole(X)[-1][:, 60:])
+
+
+@pytest.mark.parametrize("codec", ["raw", "bfloat16", "int8"])
+def test_prompts_are_cut_as_they_came(codec: str) -> None:
+    prompts = torch.randn(5, 2, 3, HIDDEN)
+    whole, rest = encode_tensor(prompts, codec), links.without_first(encode_tensor(prompts, codec), 2)
+    assert (rest.dtype, rest.shape, rest.codec) == ("float32", (3, 2, 3, HIDDEN), codec)
+    assert torch.equal(decode_tensor(rest), decode_tensor(whole)[2:])
+
+
+async def test_prompts_that_no_link_can_carry(two: Chain) -> None:
+    async with two.session() as session:
+        request = session.step(X[:1], 0)
+        await session.streams[0].send(replace(request, prompts=encode_tensor(torch.randn(2, 1, 3, HIDDEN))))
+        await session.refused(0, 1, "caller", "prompts must be floats [over 2, 1, length, 32], not float32 [2, 1, 3, 32]")
+        await session.streams[0].send(replace(session.step(X[:1], 0, step=2), spent=(0.0,) * 3 * 256))
+        await session.refused(0, 2, "caller", "a chain has at most 256 servers")
