@@ -26,11 +26,12 @@ from swarm_processes import add_model_options, bench, local_addrs, machine, make
 
 @dataclass
 class Token:
-    """Where the time of one token went, in seconds; `hops` has (round trip, sending, queue, computation) of each server."""
+    """Where the time of one token went, in seconds; `hops` has (queue, computation, held) of each server, `wall` the time of all."""
 
     session: float = 0.0
     network_thread: float = 0.0
-    hops: list[tuple[float, float, float, float]] = field(default_factory=list)
+    wall: float = 0.0
+    hops: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 class Trace:
@@ -41,28 +42,14 @@ class Trace:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        from petalnet.client import chain, server_side, session
+        from petalnet.client import server_side, session
 
-        ask, step, run = chain.ask, server_side.ServerSide.step, session.InferenceSession.run
-        sends: list[float] = []
+        note, step, run = server_side.ServerSide._note, server_side.ServerSide.step, session.InferenceSession.run
 
-        async def timed_ask(stream: Any, request: Any, expected: Any) -> Any:
-            began = time.perf_counter()
-            send = stream.send
-
-            async def timed_send(message: Any) -> None:
-                await send(message)
-                sends.append(time.perf_counter() - began)
-
-            stream.send = timed_send
-            try:
-                answer = await ask(stream, request, expected)
-            finally:
-                del stream.send
-            taken = time.perf_counter() - began
-            if isinstance(answer, chain.StepDone):
-                self.tokens[-1].hops.append((taken, sends[-1], answer.queue_s, answer.compute_s))
-            return answer
+        def timed_note(server_side: Any, times: Any) -> None:
+            self.tokens[-1].wall = times.wall_s
+            self.tokens[-1].hops = [(hop.queue_s, hop.compute_s, hop.held_s) for hop in times.hops]
+            note(server_side, times)
 
         async def timed_step(server_side: Any, *arguments: Any) -> Any:
             began = time.perf_counter()
@@ -78,7 +65,7 @@ class Trace:
             return outputs
 
         patched: tuple[tuple[Any, str, Any, Any], ...] = (
-            (chain, "ask", timed_ask, ask),
+            (server_side.ServerSide, "_note", timed_note, note),
             (server_side.ServerSide, "step", timed_step, step),
             (session.InferenceSession, "run", timed_run, run),
         )
@@ -137,11 +124,11 @@ def print_trace(
     around = {name: steps[name] - statistics.median(token.session for token in traced[name]) for name in names}
     rows.append(["embeddings, head, generate", *(around[name] * 1e3 for name in names)])
     row("session: checks, codec, to the network thread and back", lambda token: token.session - token.network_thread)
-    row("network thread, beside requests", lambda token: token.network_thread - sum(hop[0] for hop in token.hops))
-    row("requests: sending", lambda token: sum(hop[1] for hop in token.hops))
-    row("requests: wire and both ends' handling", lambda token: sum(hop[0] - hop[1] - hop[2] - hop[3] for hop in token.hops))
-    row("servers: queue", lambda token: sum(hop[2] for hop in token.hops))
-    row("servers: computation", lambda token: sum(hop[3] for hop in token.hops))
+    row("network thread, beside the chain", lambda token: token.network_thread - token.wall)
+    row("chain: wire, and sending and receiving at all ends", lambda token: token.wall - sum(hop[2] for hop in token.hops))
+    row("servers: checks, codec", lambda token: sum(hop[2] - hop[1] - hop[0] for hop in token.hops))
+    row("servers: queue", lambda token: sum(hop[0] for hop in token.hops))
+    row("servers: computation", lambda token: sum(hop[1] for hop in token.hops))
     print_table(["", *names], rows)
     local = steps["local"]
     print(f"local: blocks {blocks * 1e3:.2f}, embeddings, head and generate {(local - blocks) * 1e3:.2f}")
@@ -182,7 +169,9 @@ def main() -> None:
                 _, ready, _ = running.node(path, "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "100", peers=peers)
                 peers = peers or local_addrs(ready)
             name = f"{count} server{'s' if count > 1 else ''}"
-            models[name] = AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=peers, dtype=torch.float32, show_route=False)
+            models[name] = AutoDistributedModelForCausalLM.from_pretrained(
+                path, initial_peers=peers, dtype=torch.float32, show_route=False, speculation=False
+            )
 
         size = f"{options.layers}×{options.hidden}, {options.heads} heads, float32"
         print(f"BLOOM {size}; prefix {options.prefix}, {options.tokens} new tokens, {options.rounds} rounds; {machine()}")

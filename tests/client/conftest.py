@@ -20,6 +20,7 @@ from petalnet.blocks.span import Span
 from petalnet.linking import Linking
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import model_key
+from petalnet.p2p.host import Host
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Message, Step, StepDone
 from petalnet.p2p.protocols import FORWARD, INFERENCE, PUSH
@@ -60,6 +61,7 @@ class Server:
 
     span: tuple[int, int]
     service: BlockService = field(init=False)
+    host: Host = field(init=False)
     peer_id: str = field(init=False)
     addrs: list[str] = field(init=False)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -111,6 +113,10 @@ class Servers:
             trio.from_thread.run_sync(self._nursery.cancel_scope.cancel, trio_token=self._token)
             self._thread.join(20)
 
+    def cut(self, server: Server, other: Server) -> None:
+        """End all connections between two servers at once."""
+        trio.from_thread.run(server.host.disconnect, other.peer_id, trio_token=self._token)
+
     def wait_until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
         """Wait until `condition()` of the servers' state holds."""
         deadline = time.monotonic() + within_s
@@ -135,6 +141,7 @@ class Servers:
                 linking = Linking(peering, self.key, server.span[1])
                 server.service = BlockService(span, model=self.key, kv_tokens=pool_tokens, open_link=linking.open)
                 await nursery.start(server.service.run)
+                server.host = peering.host
                 server.peer_id, server.addrs = peering.host.peer_id, peering.host.addrs
                 peering.host.on_peer_lost(server.service.peer_lost)
                 peering.host.serve(INFERENCE, server.service.handle_inference)
