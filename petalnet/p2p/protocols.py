@@ -169,6 +169,9 @@ INFERENCE = Protocol(
     max_streams=2048,
     # The session manager closes idle sessions first; this one is for streams on which no session was ever opened.
     idle_timeout_s=3600.0,
+    # A server that computes a prompt's chunk, or those of others first, reads no further meanwhile: longer than clients wait for an answer
+    # by themselves (180 s). Who is gone is noticed by its heartbeat.
+    frame_timeout_s=200.0,
 )
 
 PUSH = Protocol(
@@ -180,8 +183,7 @@ PUSH = Protocol(
     max_streams=2048,
     # As of an inference session, whose end ends the link as well.
     idle_timeout_s=3600.0,
-    # A server that has others to compute for reads no further meanwhile; one that is gone is noticed by its heartbeat.
-    frame_timeout_s=120.0,
+    frame_timeout_s=200.0,
 )
 
 FORWARD = Protocol(

@@ -28,6 +28,8 @@ from petalnet.p2p.protocols import Limits, Protocol
 from petalnet.p2p.sources import network_of
 
 _REFUSAL_TIMEOUT_S = 1.0
+_MEMORY_TIMEOUT_S = 30.0
+"""For other messages to give back the memory that the next one needs, before its sender is told that this node is busy."""
 
 
 class ByteStream(Interface):
@@ -261,11 +263,12 @@ class Stream:
         size = self._decoder.size or 0
         if self._served is not None and wanted > self._window:
             # What is read ahead may be waiting for the message in use.
-            with trio.move_on_after(float("inf") if self._is_ahead else self.protocol.frame_timeout_s) as scope:
+            patience = min(self.protocol.frame_timeout_s, _MEMORY_TIMEOUT_S)
+            with trio.move_on_after(float("inf") if self._is_ahead else patience) as scope:
                 await self._served.budget.take_when_free(self.peer_id, size, self._served.caller)
                 self._taken += size
             if scope.cancelled_caught:
-                raise BusyError("this node has no memory for the message now", retry_after_s=self.protocol.frame_timeout_s)
+                raise BusyError("this node has no memory for the message now", retry_after_s=patience)
         self._deadline = trio.current_time() + self.protocol.frame_timeout_s + wanted / self._limits.slowest_rate
         self._raw.allow(max(wanted, self._window))
         await self._await_bytes(wanted, self.protocol.frame_timeout_s, "in the middle of a message")

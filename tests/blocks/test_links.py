@@ -339,7 +339,7 @@ async def test_a_link_may_come_before_its_session(two: Chain) -> None:
 
 @pytest.mark.usefixtures("soon")
 async def test_links_wait_for_their_sessions_in_bounded_numbers(two: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "LINK_TIMEOUT_S", 5)
+    monkeypatch.setattr(links, "LINK_TIMEOUT_S", 1.5)
     monkeypatch.setattr(links, "MOST_WAITING_PER_PEER", 2)
     incoming = two.servers[1].service.incoming_links
     async with trio.open_nursery() as nursery:
