@@ -156,6 +156,24 @@ async def test_a_long_message_is_reserved_and_given_back(hosts, until) -> None:
     await until(lambda: b._budget.held == 0)
 
 
+async def test_a_message_that_is_read_ahead_counts_beside_the_one_in_use(hosts, until) -> None:
+    a, b = await hosts.start(), await hosts.start()
+    held = []
+
+    async def read(stream: Stream) -> None:
+        for ahead in (False, True, True, False):
+            await stream.receive(ahead=ahead)
+            held.append((b._budget.held - b.limits.busy_window) / (8 << 20))
+
+    b.serve(BULK, read)
+    async with await a.open_stream(b.peer_id, BULK, addrs=b.addrs) as stream:
+        for seed in range(4):
+            await stream.send(array(8 << 20, seed))
+        await until(lambda: len(held) == 4)
+    assert [round(messages, 2) for messages in held] == [1, 2, 2, 1]
+    await until(lambda: b._budget.held == 0)
+
+
 async def test_a_message_for_which_there_is_no_memory_is_refused_as_busy(hosts) -> None:
     small = Protocol(BULK.id, limits=BULK.limits, frame_timeout_s=0.2)
     a, b = await hosts.start(), await hosts.start(limits=Limits(max_held_per_peer=1 << 20, max_held=1 << 20))
