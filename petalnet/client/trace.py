@@ -16,6 +16,8 @@ from petalnet.client.trace_text import counted, describe_seconds, lines_of
 
 MOST_PAUSES = 16384
 """Tokens whose times are remembered, the latest of an answer: enough for any, and a bound for a session that is stepped without end."""
+ONE_OF_ALL = 2 / 3
+"""A server that took so much of what all took is the one to name."""
 LEAST_WAIT_S = 0.001
 """What is shorter is no waiting for servers, but this machine's work around a step."""
 
@@ -298,9 +300,9 @@ class Trace:
         return f"{name}: {seconds / self.wall_s * 100:.0f} % ({details})"
 
     def _of_servers(self, seconds: list[float], one: str, several: str) -> tuple[float, str, float]:
-        """What servers took in all, and what is said of it: of the server that took more than half of it, or of all."""
+        """What servers took in all, and what is said of it: of the server that took most of it by far, or of all."""
         total, most = sum(seconds), max(seconds, default=0.0)
-        if most > total / 2:
+        if most > total * ONE_OF_ALL:
             return total, one.format(self.hops[seconds.index(most)].name), most
         return total, several, total
 
