@@ -208,6 +208,7 @@ def prefill(options: argparse.Namespace, running: Bench) -> bool:
 CODE = "textwrap.py"
 """Of the standard library: code that somebody wrote."""
 PROSE = "The old man looked at the sea and"
+REFRAIN = "One for the money, two for the show, three to get ready. " * 2 + "One for the money,"
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
@@ -227,7 +228,8 @@ def speculation(options: argparse.Namespace, running: Bench) -> bool:
     piece = tokenizer.decode(code[half : 2 * half])
     changed = tokenizer(piece.replace("width", "length").replace("self", "this"))["input_ids"]
     texts: dict[str, tuple[list[int], list[int] | None, dict[str, Any]]] = {
-        "the model's own, greedy: repeats itself": (tokenizer(PROSE)["input_ids"], None, {"do_sample": False}),
+        "the model's own, greedy: a loop": (tokenizer(REFRAIN)["input_ids"], None, {"do_sample": False}),
+        "the model's own, greedy: repeats itself with changes": (tokenizer(PROSE)["input_ids"], None, {"do_sample": False}),
         "code again with two names changed, dictated": (code[half : 2 * half], (changed * 2)[:tokens], {"do_sample": False}),
         "code that goes on, dictated": (code[:half], code[half : half + tokens], {"do_sample": False}),
         "prose, sampled at temperature 1": (tokenizer(PROSE)["input_ids"], None, SAMPLED),
@@ -317,7 +319,7 @@ def read_options() -> argparse.Namespace:
     command(decode, layers=12, hidden=256, heads=8, vocabulary=8192, prefix=8, tokens=30, rounds=3, rtt_ms=(10.0, 40.0, 100.0))
     bulky = {"layers": 3, "hidden": 1024, "heads": 16, "vocabulary": 8192}
     command(prefill, **bulky, prompt=1024, rounds=3, rtt_ms=(40.0,), mbit=100.0, chunk=(64, 256))
-    command(speculation, layers=12, hidden=160, prompt=200, tokens=100, rounds=3, rtt_ms=(40.0, 80.0))
+    command(speculation, layers=12, hidden=160, prompt=200, tokens=80, rounds=2, rtt_ms=(40.0, 80.0))
     command(precision, **bulky, prompt=512, rounds=3, rtt_ms=(40.0,), mbit=20.0, codecs=("exact", "bfloat16", "float16", "int8"))
     options = parser.parse_args()
     if options.quick:

@@ -84,7 +84,7 @@ class Place:
         self.server, self.peers = process.pid, local_addrs(ready)
         self.local = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
         self.model = AutoDistributedModelForCausalLM.from_pretrained(
-            self.path, initial_peers=self.peers, dtype=torch.float32, show_route=False
+            self.path, initial_peers=self.peers, dtype=torch.float32, show_route=False, speculation=False
         )
         size = f"{self.sizes.layers}×{self.sizes.hidden}, {self.sizes.heads} heads, vocabulary {self.sizes.vocabulary}, float32"
         print(f"{options.family} {size}; {machine()}", flush=True)
@@ -153,7 +153,7 @@ def client(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        options.path, initial_peers=options.peers, dtype=torch.float32, show_route=False
+        options.path, initial_peers=options.peers, dtype=torch.float32, show_route=False, speculation=False
     )
     for line in sys.stdin:
         request = json.loads(line)

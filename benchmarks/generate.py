@@ -98,7 +98,10 @@ def main() -> None:
                 process, ready, _ = running.node(path, *options_of_node, peers=peers)
                 servers[name].append(psutil.Process(process.pid))
                 peers = peers or local_addrs(ready)
-            models[name] = AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=peers, dtype=torch.float32, show_route=False)
+            # Guesses would save steps, which are what is measured.
+            models[name] = AutoDistributedModelForCausalLM.from_pretrained(
+                path, initial_peers=peers, dtype=torch.float32, show_route=False, speculation=False
+            )
 
         size = f"{options.layers}×{options.hidden}, {options.heads} heads, vocabulary {options.vocabulary}, float32"
         print(f"BLOOM {size}; {options.tokens} new tokens, {options.rounds} rounds; {machine()}")
