@@ -102,9 +102,9 @@ class ServerSide:
                     else:
                         self._promise_rows = rows
                         await self._drop()
-                except CallerError:
-                    raise
-                except ServerError as failure:
+                except (CallerError, ServerError) as failure:
+                    if chain.failure is None:
+                        raise  # the step was refused, and that is all
                     await self._drop()
                     if position > 0:
                         self._ended = str(failure)
