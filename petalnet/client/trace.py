@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from petalnet.client.trace_text import counted, describe_seconds, lines_of
 
@@ -22,8 +22,7 @@ LEAST_WAIT_S = 0.001
 """What is shorter is no waiting for servers, but this machine's work around a step."""
 
 
-@dataclass(frozen=True, slots=True)
-class HopTimes:
+class HopTimes(NamedTuple):
     """What one step took at one server, in seconds, as the server says; of a step in chunks the sums over its chunks.
 
     Attributes:
@@ -44,8 +43,7 @@ class HopTimes:
     direct: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepTimes:
+class StepTimes(NamedTuple):
     """What one step of a session took.
 
     Attributes:
@@ -154,9 +152,10 @@ class Trace:
         self._steps_s += step.wall_s
         chunked = step.chunks > 1
         if chunked:
-            slowest = max((hop.queue_s + hop.compute_s for hop in step.hops), default=0.0)
-            shares = [1.0 if hop.queue_s + hop.compute_s == slowest else 1 / step.chunks for hop in step.hops]
-            held = sum((hop.queue_s + hop.compute_s) * share for hop, share in zip(step.hops, shares, strict=True))
+            taken = [hop.queue_s + hop.compute_s for hop in step.hops]
+            shares = [1 / step.chunks] * len(taken)
+            shares[taken.index(max(taken))] = 1.0
+            held = sum(seconds * share for seconds, share in zip(taken, shares, strict=True))
         else:
             shares = [1.0] * len(step.hops)
             held = sum([max(hop.held_s, hop.queue_s + hop.compute_s) for hop in step.hops])

@@ -95,6 +95,12 @@ def test_chunks_under_way_at_several_servers_at_once_count_as_long_as_the_answer
     assert "1,024 tokens in 8 chunks" in str(trace)
 
 
+def test_of_servers_that_are_alike_one_is_the_slowest() -> None:
+    trace = answer([step(1.0, compute_s=0.4, tokens=1024, chunks=4)])
+    assert [hop.compute_s for hop in trace.hops] == pytest.approx([0.4, 0.1, 0.1])
+    assert trace.network_s == pytest.approx(0.4)
+
+
 def test_a_server_is_believed_only_as_far_as_its_times_fit_into_the_step() -> None:
     """Anybody may claim anything: the parts stay parts of what this machine measured."""
     claims = (HopTimes(IDS[0], 0, 4, 0.0, 9e5, 9e5, True), HopTimes(IDS[1], 4, 12, 0.01, 0.02, 0.0, False))
