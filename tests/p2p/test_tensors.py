@@ -63,7 +63,8 @@ def check_int8(tensor: torch.Tensor) -> None:
     for given_block, block in zip(tensor.double().split(64), back.double().split(64), strict=True):
         most = given_block.abs().max()
         step = torch.clamp(most / 127, min=torch.finfo(torch.float32).tiny)
-        rounding = most * max(torch.finfo(tensor.dtype).eps, 2**-22)
+        dtype = torch.finfo(tensor.dtype)  # what comes back is rounded to it
+        rounding = most * max(dtype.eps, 2**-22) + dtype.smallest_normal * dtype.eps
         assert ((block - given_block).abs() <= step / 2 + rounding).all()
 
 
