@@ -126,18 +126,24 @@ class Hop:
         if self.key is None and self._link is None:
             await self._serve_client()
             return
+        try:
+            with self._scope:
+                await self._serve_all()
+        finally:
+            self._link_scope.cancel()  # of a link that comes only now as well
+
+    async def _serve_all(self) -> None:
+        """Serve the client, and keep up the link to the next server."""
         failure: PetalnetError | None = None
         async with trio.open_nursery() as nursery:
-            self._nursery, self._scope = nursery, nursery.cancel_scope
+            self._nursery = nursery
             if self._link is not None:
                 nursery.start_soon(self._run_link, self._link)
             try:
                 await self._serve_client()
             except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
                 failure = error
-            finally:
-                nursery.cancel_scope.cancel()
-                self._link_scope.cancel()  # of a link that comes only now as well
+            nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
