@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 
 MOST_DRAFTED = 15
 """Guesses in one step, beside the token that is known: servers take steps of up to 16 tokens for parts of an answer."""
-SHORTEST_MATCH = 2
 LONGEST_MATCH = 32
 """Tokens that are compared at most: what matches in so many is taken for the same text."""
 MATCHES_COMPARED = 8
@@ -24,13 +23,15 @@ class Lookup:
     """The ids of one row, and where the text went like its end before.
 
     An index of pairs: each place where a pair of tokens occurred knows the place before it. So a token is added and taken away in constant
-    time.
+    time. Only where the pair at the end is new does its last token count alone.
     """
 
     def __init__(self) -> None:
         self._ids: list[int] = []
         self._after: dict[tuple[int, int], int] = {}  # for each pair the index after its latest occurrence
         self._before: list[int] = []  # for the pair that ends at each index what `_after` said before; 0 where it is new
+        self._after_one: dict[int, int] = {}  # the same of single tokens
+        self._before_one: list[int] = []
         self._match: tuple[int, int] | None = None  # source and length for the present end, once looked for
         self._followed: tuple[int, int] = (0, 0)  # the latest match where the text went on as it had
 
@@ -58,6 +59,8 @@ class Lookup:
             self._after[pair] = len(ids) + 1
         self._before.append(before)
         ids.append(token)
+        self._before_one.append(self._after_one.get(token, 0))
+        self._after_one[token] = len(ids)
 
     def cut(self, length: int) -> None:
         """Go back to the first `length` tokens."""
@@ -68,6 +71,11 @@ class Lookup:
                 self._after[ids[-1], token] = before
             elif ids:
                 del self._after[ids[-1], token]
+            before = self._before_one.pop()
+            if before:
+                self._after_one[token] = before
+            else:
+                del self._after_one[token]
             self._match, self._followed = None, (0, 0)
 
     def set(self, ids: Sequence[int]) -> None:
@@ -110,7 +118,7 @@ class Lookup:
         for _ in range(MATCHES_COMPARED):
             if not source or longest >= LONGEST_MATCH:
                 break
-            length, most = SHORTEST_MATCH, min(LONGEST_MATCH, source)
+            length, most = 2, min(LONGEST_MATCH, source)
             while length < most and ids[source - 1 - length] == ids[-1 - length]:
                 length += 1
             if length > longest:
@@ -118,6 +126,8 @@ class Lookup:
             source = before[source - 1]
         if self._followed[1] > longest and longest < LONGEST_MATCH:
             best, longest = self._followed
+        if not longest and self._before_one and self._before_one[-1]:
+            best, longest = self._before_one[-1], 1
         self._match = best, longest
         return self._match
 
@@ -204,9 +214,9 @@ def _rising(samples: dict[int, deque[float]]) -> list[tuple[int, float]]:
     return [(tokens, median) for members, _, median in groups for tokens in members]
 
 
-_BOUNDS = (2, 3, 4, 6, 10, 16, LONGEST_MATCH)
+_BOUNDS = (1, 2, 3, 4, 6, 10, 16, LONGEST_MATCH)
 """The longest match of each kind of guess."""
-_ASSUMED = (0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
+_ASSUMED = (0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9)
 """How many guesses of each kind are right, as long as nobody knows."""
 _KINDS = tuple(next(kind for kind, bound in enumerate(_BOUNDS) if length <= bound) for length in range(LONGEST_MATCH + 1))
 _ASSUMED_WEIGHT = 2.0
