@@ -77,12 +77,13 @@ class StepWork:
 
     @cached_property
     def position_end(self) -> int:
-        """One past the last position that the step reaches: less than its KV entries where rows are padded."""
+        """One past the last position that the step reaches, or the whole that it is a part of: less than its KV entries where rows are
+        padded."""
         request = self.request
         new = request.hidden.shape[1]
         if request.position_ids is None or not new:
-            return request.position + new
-        return int(decode_tensor(request.position_ids).max()) + 1
+            return max(request.position + new, request.reach)
+        return max(int(decode_tensor(request.position_ids).max()) + 1, request.reach)
 
     def part(self, start: int, end: int) -> SpanStep:
         """New tokens start … end - 1, for `Span.step`."""
@@ -97,7 +98,7 @@ class StepWork:
             position_ids=position_ids if position_ids is None or whole else position_ids[:, start:end],
             prompts=arrays.prompts,
             all_hidden=self.request.all_hidden,
-            position_end=None if whole else self.position_end,
+            position_end=None if whole and not self.request.reach else self.position_end,
         )
 
     def wanted(self, start: int, end: int, outputs: list[torch.Tensor]) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from petalnet.errors import ProtocolError
 from petalnet.p2p.messages import KEEP_NONE, NAME_BYTES, UNIT_TOKENS, Blob, Step, blob_size
+from petalnet.p2p.tensors import decode_tensor
 
 Names = tuple[tuple[bytes, ...], ...]
 """For each row the names of its units, in their order."""
@@ -57,6 +58,8 @@ def steps_of(hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *,
                 names=names,
             )
         ]
+    # The positions of all of them, where they are not the usual ones: less than the KV entries where rows are padded.
+    reach = position + new if inputs.position_ids is None else int(decode_tensor(inputs.position_ids).max()) + 1
     steps: list[Step] = []
     start = 0
     for end in ends:
@@ -74,6 +77,7 @@ def steps_of(hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *,
                 keep=_kept(inputs.keep, start, end, new),
                 promise_rows=inputs.promise_rows if is_first else 0,
                 names=_names_of(inputs.names, position, position + start, position + end),
+                reach=reach,
             )
         )
         start = end

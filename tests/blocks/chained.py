@@ -113,7 +113,7 @@ class ClientSession:
     def step(self, hidden: torch.Tensor, position: int, **extras: Any) -> Step:
         """The next step."""
         self.steps += 1
-        flags = {name: extras.pop(name) for name in ("all_hidden", "keep", "promise_rows", "step", "codec") if name in extras}
+        flags = {name: extras.pop(name) for name in ("all_hidden", "keep", "promise_rows", "step", "codec", "reach") if name in extras}
         blobs = {name: encode_tensor(tensor) for name, tensor in extras.items()}
         return Step(**{"step": self.steps, "position": position, "hidden": encode_tensor(hidden), **flags, **blobs})
 

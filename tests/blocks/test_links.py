@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ async def test_a_prompt_in_chunks_of_which_only_the_last_is_answered(three: Chai
         for answer in answers:
             assert len(answer.spent) == 6 and all(seconds >= 0 for seconds in answer.spent)
             assert all(held >= queue + compute for queue, compute, held in (answer.spent[:3], answer.spent[3:]))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 80}),
+        (
+            "phi3",
+            {
+                "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+                "original_max_position_embeddings": 80,
+                "max_position_embeddings": 400,
+            },
+        ),
+    ],
+)
+async def test_chunks_get_the_angles_of_the_whole_prompt(saved: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
+    async with chain_of(saved(family, **options)) as chain, chain.session() as session:
+        await session.run(X[:, :64], 0, reach=100)
+        close(await session.run(X[:, 64:], 64, reach=100), chain.whole(X)[-1][:, 64:])
 
 
 async def test_rows_in_another_order_and_back_again(two: Chain) -> None:

@@ -122,6 +122,7 @@ def test_chunks_say_the_same_as_the_whole(data: st.DataObject) -> None:
         else:
             assert at // UNIT_TOKENS == step.position // UNIT_TOKENS
     assert at == total and named == stop - begin
+    assert {step.reach for step in steps} == {rows * new if cuts else 0}, "the greatest position of all"
     assert wanted == (keep or new)
     assert all(
         wanted_tokens(later) == later.hidden.shape[1] for earlier, later in zip(steps, steps[1:], strict=False) if wanted_tokens(earlier)
