@@ -2,7 +2,8 @@
 
 Runs on the portal's thread. A chain has one long-lived stream to each server of its route, opened in parallel. What is to be sent when
 something came is decided in `pipeline`; here are the streams. Each but the last has a task that reads it, for as long as the chain
-lasts; the last one is read by whoever waits for a step, so that an answer wakes nobody else on its way.
+lasts; the last one is read by whoever waits for a step, so that an answer wakes nobody else on its way. Whoever reads never waits for a
+server to take something: that may be waiting for its own outputs to be read. What follows from a message is sent by tasks of their own.
 
 The caller's fault and a full server leave the chain as it is, anything else breaks it. When a step is late, the server to blame is the
 first that has not said or sent on anything. Where several may be that one, those that keep what they sent are asked for a piece of it.
@@ -18,7 +19,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,12 +87,16 @@ class Link:
 
     Attributes:
         opened: what the server said of itself.
+        onward: what is to be sent to it because of what others said, in this order.
+        has_onward: where its task waits for more of that.
         replied: set when `reply` is there, the answer to a request that is no step; None where there is no such request.
     """
 
     hop: Hop
     stream: Stream
     opened: SessionOpened
+    onward: deque[Message] = field(default_factory=deque)
+    has_onward: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     replied: trio.Event | None = None
     reply: Message | None = None
 
@@ -239,7 +244,8 @@ class Chain:
                 membership.sent_names.note(link.hop.peer_id, row)
         self._note_times(finished, hidden.shape[1], time.perf_counter() - began)
         if len(finished) == 1:
-            return [output for _, output in sorted(finished[0].answers.items())]
+            answers = finished[0].answers
+            return [answers[hop] for hop in sorted(answers)]
         return [_joined([pending.answers[hop] for pending in finished]) for hop in sorted(finished[0].answers)]
 
     def _ends(self, hidden: Blob, position: int, inputs: Inputs) -> list[int]:
@@ -269,7 +275,7 @@ class Chain:
                 nursery.start_soon(self._send_all, sends)
                 with scope as self._waiting:
                     await self._receive_all()
-                if scope.cancelled_caught and (self.failure is not None or self._error is None):
+                if self.failure is not None or (self._error is None and not pipeline.is_complete):
                     nursery.cancel_scope.cancel()  # otherwise the message under way is finished: a part of one would break the stream
         self._waiting = None
         if pipeline.is_complete:
@@ -303,6 +309,8 @@ class Chain:
     def _on_the_wire(self, index: int, step: Step) -> Step:
         """A step with its hidden states in the form in which a hop gets them."""
         precision, opened = self.target.settings.wire_precision, self.links[index].opened
+        if precision == "exact" and opened.dtype == step.hidden.dtype:
+            return step  # as for most tokens: nothing could be shorter
         if precision != "auto":
             return step_on_the_wire(step, precision, opened.dtype, self._codecs)
         hops = self.hops
@@ -310,7 +318,7 @@ class Chain:
         return step_on_the_wire(step, precision, opened.dtype, self._codecs, bytes_s, max(hop.prefill_s for hop in hops))
 
     async def _receive(self, index: int) -> None:
-        """Take the next message of a hop, and send what follows from it. A failure breaks the chain."""
+        """Take the next message of a hop, and have sent what follows from it. A failure breaks the chain."""
         link = self.links[index]
         try:
             message = await link.stream.receive()
@@ -319,7 +327,8 @@ class Chain:
             self._fail(index, error)
         else:
             for send in sends:
-                await self._send(*send)
+                self.links[send.hop].onward.append(send.message)
+                self.links[send.hop].has_onward.unpark()
 
     def _take_answer(self, index: int, done: StepDone) -> list[Send]:
         """A hop has answered a step. Raises ProtocolError where that makes no sense."""
@@ -328,8 +337,9 @@ class Chain:
             if done.step == pipeline.oldest.request.step and index in self._proofs:
                 self._proofs[index].set()
             return []
+        is_news = pipeline.is_expected(index, done.step)
         sends = pipeline.answered(index, done)
-        if self._waiting is not None and not pipeline.is_complete:
+        if is_news and self._waiting is not None and not pipeline.is_complete:
             # Something moves: a long prompt may take longer in all.
             self._waiting.deadline = trio.current_time() + self.target.settings.request_timeout
         return sends
@@ -392,10 +402,19 @@ class Chain:
             async with trio.open_nursery() as nursery:
                 for index in range(self._last):
                     nursery.start_soon(self._read, index)
+                    nursery.start_soon(self._send_onward, index)
+                nursery.start_soon(self._send_onward, self._last)
 
     async def _read(self, index: int) -> None:
         while self.failure is None:
             await self._receive(index)
+
+    async def _send_onward(self, index: int) -> None:
+        link = self.links[index]
+        while True:
+            while link.onward:
+                await self._send(index, link.onward.popleft())
+            await link.has_onward.park()
 
     async def _blame_for_silence(self) -> None:
         """The steps under way are late: break the chain, and blame the first server that has done nothing.
