@@ -397,8 +397,8 @@ class Step(Message):
         hidden: [rows, new, hidden], a float dtype; new may be 0.
         mask: bool [rows, position + new], False where a token is padding; absent when nothing is.
         position_ids: int32 [rows, new]; absent when they are position … position + new - 1 in every row.
-        reach: where the step is only a part of what belongs together, one past the last position of the whole; 0 where it is all of it. Some
-            models turn keys by angles that depend on it.
+        reach: where the step is only a part of what belongs together, one past the last position of the whole; 0 where it is all of it.
+            Some models turn keys by angles that depend on it.
         prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions; for the session's blocks and,
             where it pushes, all that follow in the chain.
         order: int64 [rows], which of the session's rows each row continues (beams); absent for each its own.
