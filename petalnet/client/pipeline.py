@@ -95,6 +95,10 @@ class Pipeline:
     def is_pending(self, step: int) -> bool:
         return step in self._pending
 
+    def is_expected(self, hop: int, step: int) -> bool:
+        """Whether a step is under way that the hop has not answered yet."""
+        return step in self._pending and hop not in self._pending[step].spent
+
     def was_replayed(self, step: int, hop: int) -> bool:
         """Whether a step is under way that the hop was asked for once more."""
         return step in self._pending and hop in self._pending[step].replayed
