@@ -140,9 +140,12 @@ class SessionManager:
         """Promise a session room for this many rows; what it was promised for fewer counts.
 
         Raises:
+            CallerError: the session has ended, while a step of it came from another server.
             TooLargeError: that many rows can never fit.
             BusyError: they do not fit now.
         """
+        if session not in self._sessions:
+            raise CallerError("the session has ended")
         pages = self._pages(rows, session.max_length)
         try:
             self._promises.extend(session.promise, pages, self._clock())

@@ -66,6 +66,16 @@ def test_a_promise_and_its_end(span: Span) -> None:
     assert (sessions.free_tokens, len(sessions), list(sessions)) == (50, 1, [second])
 
 
+def test_a_session_that_has_ended_is_promised_nothing(span: Span) -> None:
+    """Nobody would take such a promise back."""
+    sessions, _ = managed(span)
+    session = sessions.open("a", 0, 3, 30)
+    sessions.close(session)
+    with pytest.raises(CallerError, match="the session has ended"):
+        sessions.admit(session, 1)
+    assert sessions.free_tokens == sessions.max_tokens
+
+
 def test_promises_are_whole_pages(span: Span) -> None:
     sessions, _ = managed(span)
     sessions.admit(sessions.open("a", 0, 3, 31), 2)
