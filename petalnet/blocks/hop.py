@@ -115,6 +115,7 @@ class Hop:
         self._done_step = 0  # the number of the last step that was computed, where outputs are kept
         self._step_done = trio.lowlevel.ParkingLot()
         self._replays = 0
+        self._replaying = trio.Lock()  # one is made and sent at a time: it may be as long as a message can be
         self._nursery: trio.Nursery | None = None
         self._turn = trio.Lock()
         self._scope = trio.CancelScope()
@@ -239,9 +240,14 @@ class Hop:
 
     async def _replay(self, request: Replay, arrived: float) -> None:
         try:
-            output = await self._outputs(request)
-            held_s = trio.current_time() - arrived
-            await self._client.send(StepDone(request.step, request.position + request.tokens, output, held_s=held_s))
+            while True:
+                done = self._done_step
+                if done >= request.step and self.session.position >= request.position + request.tokens:
+                    async with self._replaying:
+                        if await self._send_outputs(request, arrived):
+                            return
+                while self._done_step == done:
+                    await self._step_done.park()
         except PeerLost:  # the client's stream has ended
             self._scope.cancel()
         except PetalnetError as error:
@@ -250,25 +256,22 @@ class Hop:
         finally:
             self._replays -= 1
 
-    async def _outputs(self, request: Replay) -> Blob:
-        """The outputs that are asked for once more, once the step has been computed and the session has come so far."""
+    async def _send_outputs(self, request: Replay, arrived: float) -> bool:
+        """Send the outputs that are asked for once more; False where the session has gone back meanwhile."""
         service, session, end = self._service, self.session, request.position + request.tokens
 
         def encoded(step: Step) -> Blob | None:
             found = service.runner.outputs(session, request.position, end)
             return None if found is None or len(found) != step.hidden.shape[0] else encode_output(step, found)
 
-        while True:
-            done = self._done_step
-            if done >= request.step and session.position >= end:
-                shape = (session.rows, request.tokens, service.span.hidden_size)
-                step = Step(request.step, request.position, Blob(self._dtype, shape, "raw", b""), codec=request.codec)
-                service.checks.replayed(step, self._client.protocol.limits.payload)
-                output = await service.engine.ask(encoded, step)
-                if output is not None:
-                    return output
-            while self._done_step == done:
-                await self._step_done.park()
+        shape = (session.rows, request.tokens, service.span.hidden_size)
+        step = Step(request.step, request.position, Blob(self._dtype, shape, "raw", b""), codec=request.codec)
+        service.checks.replayed(step, self._client.protocol.limits.payload)
+        output = await service.engine.ask(encoded, step)
+        if output is None:
+            return False
+        await self._client.send(StepDone(request.step, end, output, held_s=trio.current_time() - arrived))
+        return True
 
     async def _take(self, step: Step, requests: Requests, *, needs_more: bool) -> bool:
         """Run a step and send its output on; False where the session is over.

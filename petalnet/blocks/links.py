@@ -211,6 +211,8 @@ class OutgoingLink:
         except PetalnetError as error:
             self._break(str(error))
             return False
+        if self._down is not None:
+            return False  # it went down meanwhile, and the client has been told of those before only
         self._pushed = output.request.step
         self._counts.pushed_steps += 1
         self._counts.pushed_bytes += len(output.hidden.data)

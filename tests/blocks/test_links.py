@@ -182,6 +182,23 @@ async def test_outputs_that_were_pushed_can_be_had_once_more(three: Chain) -> No
         close(decode_tensor(again.output), expected[2][order])
 
 
+async def test_replays_are_made_one_by_one(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 800 KB each: who asks for many and takes none has a server hold one."""
+    wide = X[:1].expand(64, 100, HIDDEN)
+    async with chain_of(saved("llama"), pool=16384) as chain, chain.session() as session:
+        await session.run(wide, 0, keep=KEEP_NONE)
+        runner, made = chain.servers[0].service.runner, []
+        read = runner.outputs
+        monkeypatch.setattr(runner, "outputs", lambda *args: made.append(args) or read(*args))
+        for _ in range(MOST_REPLAYS):
+            await session.streams[0].send(Replay(1, 0, 100))
+        await eventually(lambda: bool(made))
+        await trio.sleep(0.2)  # in which more would be made, were they not to wait
+        assert len(made) == 1
+        for _ in range(MOST_REPLAYS):
+            assert isinstance(await receive(session.streams[0]), StepDone)
+
+
 async def test_replays_that_are_refused(two: Chain) -> None:
     async with two.session() as session:
         first, last = session.streams
