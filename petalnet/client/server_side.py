@@ -95,6 +95,10 @@ class ServerSide:
                     return await chain.step(hidden, position, order, inputs)
                 except Busy as busy:
                     full.add(busy)
+                    if position > 0 and chain.failure is not None:
+                        await self._drop()  # it had no memory for a message, say, and closed the session: there is nothing to wait for
+                        self._ended = str(busy)
+                        raise busy.error from None
                     if position > 0:
                         if order is not None and rows <= chain.promised_rows:
                             raise busy.error from None  # the servers before that one have reordered their rows: not a second time

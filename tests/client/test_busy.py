@@ -15,10 +15,13 @@ import trio
 from transformers import AutoModelForCausalLM
 from trio.testing import MockClock
 
+from petalnet.client.inputs import Inputs
 from petalnet.client.requests import Busy, Patience, retrying
+from petalnet.client.server_side import ServerSide
 from petalnet.client.settings import ClientSettings
-from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
+from petalnet.errors import BusyError, MissingBlocksError, SessionClosed, TooLargeError
 from petalnet.p2p.messages import OpenSession, Step
+from petalnet.p2p.tensors import encode_tensor
 
 GREEDY = {"do_sample": False}
 IDS = torch.tensor([[5, 6, 7]])
@@ -170,6 +173,34 @@ def test_how_long_is_waited(settings: dict[str, Any], seconds: float) -> None:
     assert isinstance(error, BusyError)
     assert end == seconds
     assert [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)][:1] in ([], [4.0])
+
+
+def test_a_session_that_a_full_server_closed_is_not_waited_for() -> None:
+    class Closed:
+        promised_rows = 1
+        failure: Exception | None = None
+
+        async def step(self, *_: Any) -> None:
+            self.failure = Busy(BusyError("no memory for the message", 5.0), "peer")
+            raise self.failure
+
+        async def close(self) -> None:
+            pass
+
+    class FakeTarget:
+        settings = ClientSettings(max_retries=3)
+
+    async def attempt() -> None:
+        side = ServerSide(FakeTarget(), 8)  # type: ignore[arg-type]
+        side.chain = Closed()  # type: ignore[assignment]
+        step = encode_tensor(torch.zeros(1, 1, 4)), 3, None, Inputs()
+        with pytest.raises(BusyError, match="no memory for the message"):
+            await side.step(*step)
+        with pytest.raises(SessionClosed, match="no memory for the message"):
+            await side.step(*step)
+
+    _, end = in_virtual_time(attempt)
+    assert end == 0
 
 
 def test_all_servers_are_asked_before_one_is_waited_for() -> None:
