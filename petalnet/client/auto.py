@@ -81,6 +81,9 @@ class DistributedConfig:
     connect_timeout: Any = None
     max_retries: Any = None
     show_route: Any = None
+    speculation: Any = None
+    direct_chains: Any = None
+    wire_precision: Any = None
     active_adapter: Any = None
     tuning_mode: Any = None
     pre_seq_len: Any = None

@@ -23,6 +23,8 @@ from petalnet import (
     DistributedBloomModel,
     DistributedLlamaForCausalLM,
 )
+from petalnet.client.auto import distributed_config_class
+from petalnet.client.settings import SETTING_NAMES
 from petalnet.errors import ModelError, UsageError
 
 HEAVY = ("torch", "transformers", "libp2p", "trio")
@@ -106,6 +108,11 @@ def test_settings_as_attributes_of_a_configuration(pair: Any) -> None:
             assert model.generate(pair.ids(1, 3), max_new_tokens=2).shape == (1, 5)
         with AutoDistributedModelForCausalLM.from_pretrained(pair.path, config=config, max_retries=0, dtype=torch.float32) as model:
             assert model.config.max_retries == 0  # an argument wins
+
+
+def test_a_configuration_made_by_hand_has_all_settings() -> None:
+    config = distributed_config_class(BloomConfig)()
+    assert all(hasattr(config, name) for name in SETTING_NAMES)
 
 
 @pytest.mark.parametrize(
