@@ -152,7 +152,7 @@ class StepSeconds:
         """The same, to go on by itself."""
         same = StepSeconds()
         same._single, same._network = self._single.copy(), self._network.copy()
-        same._longer = {tokens: seconds.copy() for tokens, seconds in self._longer.items()}
+        same._longer = {tokens: seconds.copy() for tokens, seconds in list(self._longer.items())}  # another thread may be adding
         return same
 
     @property

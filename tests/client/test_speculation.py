@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 
 import pytest
@@ -358,3 +359,17 @@ def test_a_draft_model_proposes_about_as_many_as_pay(trip_s: float, acceptance: 
 
 def test_a_draft_model_that_is_never_right_is_asked_seldom() -> None:
     assert assisted(0.05, 0.02, 0.003, 0.0)[0] >= 0.96
+
+
+def test_what_another_answer_is_learning_can_be_copied() -> None:
+    """Answers of two threads on one model, of which one goes on from what the other knows so far."""
+    seconds = StepSeconds()
+
+    class Growing(deque[float]):
+        def copy(self) -> Growing:
+            seconds.note(2 + len(seconds._longer), 0.2)
+            return self
+
+    seconds.note(1, 0.1)
+    seconds._longer[2] = Growing([0.1])
+    assert list(seconds.copy()._longer) == [2] and list(seconds._longer) == [2, 3]
