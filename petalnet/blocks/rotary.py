@@ -1,9 +1,7 @@
-"""Rotary embeddings whose frequencies depend on how long the sequence is.
+"""Rotary embeddings whose frequencies depend on how long the sequence is (see `models.frequencies`).
 
-Most families turn queries and keys by angles that follow from a token's position alone. Two scalings look at the longest position of the
-whole call: longrope has one set of frequencies up to the length that the model was first trained on and another beyond it, dynamic
-scaling has other frequencies for each length beyond that. Sessions may share a pass only where they get the same frequencies, and a prompt
-that is run in chunks has to get those of the whole prompt from its first chunk on.
+Sessions may share a pass only where they get the same frequencies, and a prompt that is run in chunks has to get those of the whole prompt
+from its first chunk on.
 """
 
 from __future__ import annotations
@@ -14,32 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from petalnet.models.frequencies import Frequencies
+
 
 class RotaryRegimes:
     """The rotary embeddings of a backbone that look at the longest position; none in most families, and then nothing is done."""
 
     def __init__(self, owner: nn.Module) -> None:
         """Find them, and make them follow `begin` from now on."""
-        self._growing: list[nn.Module] = []
-        self._switches: set[int] = set()
-        self._unlike: int | None = None
+        self._frequencies = Frequencies.of(owner)
         self._longest: int | None = None
-        module: Any
-        for module in owner.modules():
-            kinds = getattr(module, "rope_type", None)
-            for layer_type, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
-                if kind == "longrope":
-                    parameters = module.config.rope_parameters
-                    parameters = parameters if layer_type is None else parameters[layer_type]
-                    self._switches.add(int(parameters["original_max_position_embeddings"]))
-                elif kind is not None and "dynamic" in str(kind):
-                    limit = int(module.original_max_seq_len)
-                    self._unlike = limit if self._unlike is None else min(limit, self._unlike)
-                else:
-                    continue
-                if module not in self._growing:
-                    self._growing.append(module)
-        for module in self._growing:
+        for module in self._frequencies.growing:
             module.register_forward_pre_hook(self._reach, with_kwargs=True)
             module.register_forward_hook(self._cut)
 
@@ -50,21 +33,22 @@ class RotaryRegimes:
             position_end: one past the last position that the whole of the step reaches.
             session: whose step it is.
         """
-        if not self._growing:
+        frequencies = self._frequencies
+        if not frequencies.growing:
             return None
-        if self._unlike is not None and position_end > self._unlike:
+        if frequencies.unlike is not None and position_end > frequencies.unlike:
             return session
-        return tuple(position_end > switch for switch in sorted(self._switches))
+        return tuple(position_end > switch for switch in frequencies.switches)
 
     def alike(self, positions: int) -> bool:
         """Whether all sequences of at most so many positions get the same frequencies."""
-        limits = self._switches if self._unlike is None else {*self._switches, self._unlike}
-        return positions <= min(limits, default=positions)
+        alike = self._frequencies.alike
+        return alike is None or positions <= alike
 
     def begin(self, position_end: int | None) -> None:
         """Before a pass: choose the frequencies for sequences of so many positions; None for those of the pass's own positions."""
         self._longest = None if position_end is None else position_end - 1
-        for module in self._growing:
+        for module in self._frequencies.growing:
             # Dynamic frequencies are chosen for this pass, not for the longest that was seen so far.
             for name in [name for name in module.__dict__ if name.endswith("max_seq_len_cached")]:
                 module.__dict__[name] = 0

@@ -212,7 +212,10 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
 
     def run(hidden: torch.Tensor) -> list[torch.Tensor]:
         if session is not None:
-            return session.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden, keep=kept)
+            outputs = session.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden, keep=kept)
+            if drafted:  # now: what the library does with them may fail
+                session.set_aside(len(drafted))
+            return outputs
         return blocks.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden)
 
     call.update(

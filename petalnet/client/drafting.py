@@ -18,6 +18,7 @@ import torch
 
 from petalnet.client.cache import SessionCache
 from petalnet.client.speculation import MOST_DRAFTED, DraftPolicy
+from petalnet.models.frequencies import Frequencies
 
 if TYPE_CHECKING:
     from petalnet.client.remote import RemoteSequential
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _EXTENDED = frozenset({"input_ids", "attention_mask", "position_ids"})
 """Arguments of a backbone's `forward` that have a column for each token and that are understood here."""
+
+
+_ALWAYS_ALIKE = Frequencies()
 
 
 class Drafting:
@@ -41,6 +45,7 @@ class Drafting:
         ids: list[int],
         last_entry: int,
         ends: Collection[int] = (),
+        frequencies: Frequencies = _ALWAYS_ALIKE,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
@@ -49,6 +54,7 @@ class Drafting:
             ids: all of the row so far; numbers below 0 for what is not known.
             last_entry: the most KV entries that the row may have in the end.
             ends: ids after which nothing is computed.
+            frequencies: of the model's rotary embeddings: a guess must not give the token that it is sent along with other ones.
         """
         self.session = session
         self._policy = policy
@@ -56,6 +62,7 @@ class Drafting:
         self._lookup.set(ids)
         self._last_entry = min(last_entry, session.max_length)
         self._ends = frozenset(ends)
+        self._frequencies = frequencies
         self._clock = clock
         self._held: list[int] = []  # the guesses of the last step
         self._outputs: Any = None  # the library's output of that step
@@ -104,7 +111,8 @@ class Drafting:
         self._settle()
         self._learn(token, start)
         lookup = self._lookup
-        room = self._last_entry - start - 1
+        alike = self._frequencies.room(start + 1)
+        room = min(self._last_entry - start - 1, MOST_DRAFTED if alike is None else alike)
         if start == 0 or len(lookup) != start + 1 or lookup.last != token:
             return []
         drafted = lookup.draft(self._policy.choose(lookup.length, min(room, MOST_DRAFTED)))
@@ -139,7 +147,6 @@ class Drafting:
             self._policy.note_step(1 + len(drafted), seconds, network_s, queue - queue_before)
         if not drafted:
             return outputs
-        self.session.set_aside(len(drafted))
         self.session.drafted += len(drafted)
         self._held, self._outputs, self._accepted = drafted, outputs, 0
         return self._row(0)

@@ -21,6 +21,7 @@ from petalnet.client.drafting import Drafting, drafting_with
 from petalnet.client.session import InferenceSession, as_mask
 from petalnet.client.trace import Trace
 from petalnet.client.tracing import last_trace, tracing
+from petalnet.models.frequencies import Frequencies
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -155,7 +156,7 @@ class DistributedGeneration:
             return None
         # Of embeddings nobody knows which ids they are: none is like another.
         ids = list(range(-1, -1 - plan.input_length, -1)) if inputs is None or not inputs.shape[1] else inputs[0].tolist()
-        return Drafting(session, blocks.draft_policy.for_answer(), ids, total - 1, plan.ends)
+        return Drafting(session, blocks.draft_policy.for_answer(), ids, total - 1, plan.ends, Frequencies.of(self))  # type: ignore[arg-type]
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The library's, which refuses a cache that was given beside a wish of how to hold one on this machine: here is none to hold."""

@@ -234,6 +234,27 @@ def test_an_exception_in_mid_answer(pair: Any, forced: Any, text: list[int], at:
     assert position == PROMPT + at - 2 and ahead == 0 and rest == [text[position : position + 8]]
 
 
+def test_an_exception_behind_the_blocks(pair: Any, forced: Any, steps: Any, text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this machine's own part fails on what came back, guesses are no part of the session either."""
+    norm = pair.remote.base_model.ln_f if pair.family == "bloom" else pair.remote.base_model.norm
+
+    def fail(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[1] == 8:
+            raise MemoryError("there is none left")
+        return type(norm).forward(norm, hidden)
+
+    forced(lambda: 7)
+    with session_of(pair, Oracle(text, set())) as session:
+        with monkeypatch.context() as patches:
+            patches.setattr(norm, "forward", fail)
+            with pytest.raises(MemoryError):
+                pair.remote.generate(pair.ids(1, PROMPT), max_new_tokens=ANSWER, **GREEDY)
+        assert steps[-1] == (PROMPT, 8) and session.position == PROMPT + 1 and session.ahead == 0
+        session.position = PROMPT
+        session.note_tokens(torch.tensor([text[: PROMPT + 1]]), 0)
+        assert pair.remote.generate(None, max_new_tokens=8, **GREEDY).tolist() == [text[PROMPT + 1 : PROMPT + 9]]
+
+
 @pytest.mark.parametrize("at", [4, 16, 23])
 def test_the_position_set_back_in_mid_answer(pair: Any, forced: Any, text: list[int], at: int) -> None:
     """What the library then makes of it is odd, and the same."""
