@@ -4,7 +4,7 @@
 - "bfloat16", "float16", "int8": prompts and passes without a session travel in that codec, as far as both ends know it and it is shorter;
   `p2p.tensors` says what each loses. A few tokens at a time, as in decoding, stay exact: they are on their way in no time.
 - "auto": exact, unless this machine's own link is so slow that sending takes longer than the servers compute; then the codec that loses
-  least of those that mend it. Nothing is rounded between servers, since this machine does not know their links, nor in training.
+  least of those that mend it. Nothing is rounded between servers, whose links this machine does not know, nor where gradients are wanted.
 
 Gradients are never rounded.
 """
