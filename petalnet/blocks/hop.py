@@ -1,8 +1,8 @@
 """One session of this server, as a hop of its client's chain: what comes for it is checked, run in its turn, and answered.
 
-A session takes one request at a time. What is wrong with a request harms no other; a step that fails while it is computed ends the session,
-since half of it may be done and nobody could go on from there. Where outputs go is told when the session opens: to the client, or to the
-server of the blocks that follow.
+A session runs one step at a time, and gives outputs once more meanwhile. What is wrong with a request harms no other; a step that fails
+while it is computed ends the session, since half of it may be done and nobody could go on from there. Where outputs go is told when the
+session opens: to the client, or to the server of the blocks that follow.
 """
 
 from __future__ import annotations
