@@ -28,9 +28,6 @@ _EXTENDED = frozenset({"input_ids", "attention_mask", "position_ids"})
 """Arguments of a backbone's `forward` that have a column for each token and that are understood here."""
 
 
-_ALWAYS_ALIKE = Frequencies()
-
-
 class Drafting:
     """The drafts of one answer.
 
@@ -44,8 +41,8 @@ class Drafting:
         policy: DraftPolicy,
         ids: list[int],
         last_entry: int,
-        ends: Collection[int] = (),
-        frequencies: Frequencies = _ALWAYS_ALIKE,
+        ends: Collection[int],
+        frequencies: Frequencies,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """

@@ -69,7 +69,7 @@ async def forward(target: Target, hidden: Blob, inputs: Inputs, *, for_gradients
         rest = replace(rest, first=hop.end)
     if target.settings.show_route is True:
         logger.info("route of a pass: %s", describe_route(hops))
-    return hops, outputs if inputs.all_hidden else outputs
+    return hops, outputs
 
 
 async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inputs) -> tuple[Blob, Blob | None]:
