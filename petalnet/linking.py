@@ -30,8 +30,9 @@ OPEN_WITHIN_S = 5.0
 LOOK_UP_EVERY_S = 5.0
 """Seconds between two look-ups for servers that clients name and nobody here knows: anybody can make up names."""
 REFRESH_EVERY_S = 5.0
-AGAIN_AFTER_S = 60.0
-"""Seconds until a server that could not be connected to is tried again ahead of need."""
+AGAIN_AFTER_S = 30.0
+"""Seconds until a server that could not be connected to is tried again. Sessions that begin meanwhile go through their client at once: a
+router that drops what it is sent would have the first token of each wait for the end of the attempt."""
 AT_ONCE = 4
 MAX_WARM = MAX_ROUND_TRIPS
 """Servers that are kept connected: as many as a record tells the distance of."""
@@ -56,7 +57,8 @@ class Linking:
         """A stream for steps to another server of the model.
 
         Raises:
-            PeerUnreachable: no record of such a server is known, even after asking the swarm, or it cannot be connected to.
+            PeerUnreachable: no record of such a server is known, even after asking the swarm, or it cannot be connected to, or could not a
+                moment ago.
         """
         record = self._record(peer_id)
         if record is None and trio.current_time() - self._looked_up_at >= LOOK_UP_EVERY_S:
@@ -66,7 +68,13 @@ class Linking:
             record = self._record(peer_id)
         if record is None:
             raise PeerUnreachable(f"no server {peer_id} of this model is known", peer_id)
-        return await self._host.open_stream(peer_id, PUSH, addrs=record.addrs, timeout_s=OPEN_WITHIN_S)
+        if not self._host.is_connected(peer_id) and trio.current_time() - self._failed_at.get(peer_id, float("-inf")) < AGAIN_AFTER_S:
+            raise PeerUnreachable(f"server {peer_id} could not be connected to a moment ago", peer_id)
+        try:
+            return await self._host.open_stream(peer_id, PUSH, addrs=record.addrs, timeout_s=OPEN_WITHIN_S)
+        except PeerUnreachable:
+            self._failed_at[peer_id] = trio.current_time()
+            raise
 
     async def keep_warm(self) -> None:
         """Have connections to servers that hold the next block, until cancelled: a link then opens in one round trip, and the server's own

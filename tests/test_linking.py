@@ -133,3 +133,21 @@ async def test_no_more_are_connected_than_a_record_tells_of(monkeypatch: pytest.
             await trio.sleep(0.1)  # in which more would be, were they allowed to
             nursery.cancel_scope.cancel()
         assert len(swarm.host.connected_peers()) == 2
+
+
+async def test_who_was_not_reached_a_moment_ago_is_not_dialled_again_for_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with surroundings() as (swarm, others):
+        record = await others.record()
+        swarm.knows(record_of(record.peer_id, ("/ip4/127.0.0.1/tcp/1",)))
+        links = Linking(swarm, "m", 4)  # type: ignore[arg-type]  # all that it needs
+        with pytest.raises(PeerUnreachable):
+            await links.open(record.peer_id)
+
+        async def dial(*args: object, **options: object) -> Stream:
+            raise AssertionError("it was dialled")
+
+        with monkeypatch.context() as patched, pytest.raises(PeerUnreachable, match="a moment ago"):
+            patched.setattr(swarm.host, "open_stream", dial)
+            await links.open(record.peer_id)
+        await swarm.host.connect(record.peer_id, record.addrs)  # it has come back, or has dialled itself
+        await (await links.open(record.peer_id)).close()
