@@ -183,7 +183,7 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     (check_embeds if ids is None else check_ids)(given, model.get_input_embeddings())
     rows, new = given.shape[:2]
     session = _session_of(model, blocks, call)
-    if session is not None:
+    if session is not None and session.position + new >= session.trace.input_entries:
         session.trace.token_begins(time.perf_counter())
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     start = 0 if session is None else session.position

@@ -215,6 +215,7 @@ class DistributedGeneration:
                 tracing(self, session, show_route=shows_route) as trace,
                 drafting_with(drafting, self.remote_blocks),
             ):
+                trace.input_entries = length
                 result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
                 sequences = result.sequences if isinstance(result, ModelOutput) else result
                 trace.rows, trace.tokens = sequences.shape[0], sequences.shape[1] - (0 if inputs is None and plan.has_embeds else length)

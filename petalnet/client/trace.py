@@ -107,6 +107,7 @@ class Trace:
         steps: visits to the swarm.
         tokens: new tokens of a row; 0 until the answer is complete.
         rows: rows of the answer; 0 until it is complete.
+        input_entries: KV entries that the inputs take; a step that does not reach their end computes no token.
         prompt_tokens, prompt_chunks: of the first step, and in how many pieces it was sent.
         drafted, accepted: tokens that were guessed and computed along with others, and those of them that were right.
         waiting_s: until there were servers with room, other tries included.
@@ -119,6 +120,7 @@ class Trace:
         self.steps = 0
         self.tokens = 0
         self.rows = 0
+        self.input_entries = 0
         self.prompt_tokens = 0
         self.prompt_chunks = 0
         self.drafted = 0

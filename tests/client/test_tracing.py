@@ -74,6 +74,12 @@ def test_tokens_are_counted_without_the_prompt(pair) -> None:
     assert pair.remote.last_trace.tokens == 5
 
 
+def test_chunks_of_a_prompt_are_no_tokens(pair) -> None:
+    pair.remote.generate(pair.ids(1, 20), max_new_tokens=6, prefill_chunk_size=4, **GREEDY)
+    trace = pair.remote.last_trace
+    assert (trace.tokens, trace.input_entries) == (6, 20) and len(trace._pauses) == 5
+
+
 def test_each_thread_has_its_own_last_trace(pair) -> None:
     ids = pair.ids(1, 8)
     pair.remote.generate(ids, max_new_tokens=2, **GREEDY)
