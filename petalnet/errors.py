@@ -139,6 +139,11 @@ def describe_blocks(blocks: Iterable[int]) -> str:
     return f"block{'s' if len(runs) != 1 or (runs and runs[0][0] != runs[0][1]) else ''} {text}"
 
 
+def one_line(text: str) -> str:
+    """A peer's words as they may stand in a log or on a terminal: on one line, and without control characters."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 def to_wire(error: PetalnetError) -> tuple[str, str, float, int]:
     """`(code, message, retry_after_s, fits_tokens)` of an error that is to be told to a peer."""
     retry_after_s, fits_tokens = (error.retry_after_s, error.fits_tokens) if isinstance(error, BusyError) else (0.0, 0)
@@ -147,6 +152,7 @@ def to_wire(error: PetalnetError) -> tuple[str, str, float, int]:
 
 def from_wire(code: str, message: str, retry_after_s: float, fits_tokens: int, peer_id: str) -> PetalnetError:
     """The exception for an error that the peer `peer_id` told us."""
+    message = one_line(message)
     if code == "caller":
         return CallerError(message)
     if code == "too_large":

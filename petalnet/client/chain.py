@@ -44,7 +44,7 @@ from petalnet.client.requests import (
     silent,
 )
 from petalnet.client.trace import HopTimes, StepTimes
-from petalnet.errors import CallerError, PeerLost, PetalnetError, ProtocolError, ServerError
+from petalnet.errors import CallerError, PeerLost, PetalnetError, ProtocolError, ServerError, one_line
 from petalnet.p2p.messages import (
     UNIT_TOKENS,
     Attach,
@@ -352,7 +352,7 @@ class Chain:
             raise PeerLost("the server closed the stream", peer_id)
         if isinstance(message, LinkDown):
             if index < self._last:
-                reason, next_id = " ".join(message.reason.split()), self.links[index + 1].hop.peer_id
+                next_id, reason = self.links[index + 1].hop.peer_id, one_line(message.reason)
                 logger.info("server %s does not reach %s; this client carries between them: %s", peer_id, next_id, reason)
             return pipeline.link_down(index, message.pushed)
         if isinstance(message, Error) and message.step:

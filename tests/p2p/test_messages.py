@@ -199,3 +199,8 @@ def test_errors_keep_their_class_on_the_wire() -> None:
         if isinstance(error, BusyError) and isinstance(raised, BusyError):
             assert raised.retry_after_s == min(error.retry_after_s, 3600)
             assert raised.fits_tokens == error.fits_tokens
+
+
+def test_a_peers_words_come_without_control_characters() -> None:
+    told = Error("caller", "first\nsecond\x1b[2J\x00 ü").exception("peer")
+    assert str(told) == "first second [2J  ü"
