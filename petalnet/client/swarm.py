@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 TIDY_EVERY_S = 10.0
 """How often what has expired is forgotten. The servers of a model in use are looked up about as often, less so in large swarms; what
 they announce in between arrives by itself or is looked up on need."""
-SETTLE_S = 3.0
-"""How long after joining a missing block may still turn up: a server that became ready with us, a look-up that met a dead peer."""
+SETTLE_S = 6.0
+"""How long after joining a missing block may still turn up: a server that became ready with us, a look-up that met a dead peer, peers to be
+connected to at a tenth of a second a round trip."""
 RETRY_LOOKUP_S = 0.25
 LOOK_AGAIN_S = 5.0
 """Age of a look-up from which on servers that are full are a reason for another one."""
