@@ -175,7 +175,7 @@ class OutgoingLink:
                 raise answer.exception(self._peer_id)
             if not isinstance(answer, LinkOpened):
                 raise ProtocolError(f"peer {self._peer_id} opened no link")
-        except BaseException:
+        except BaseException:  # a cancellation, most likely: whatever it is goes on, and leaves no stream behind
             await stream.reset()
             raise
         return stream

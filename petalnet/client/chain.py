@@ -15,11 +15,10 @@ then sends only what the least of them lacks.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,19 +26,16 @@ import trio
 
 from petalnet.client.chunks import chunk_ends, stages_of
 from petalnet.client.inputs import Inputs, Names, columns, encode_names, steps_of
+from petalnet.client.links import Link, close_links, gravity, open_links
 from petalnet.client.pipeline import Pending, Pipeline, Send
 from petalnet.client.precision import step_on_the_wire
 from petalnet.client.requests import (
     Answer,
-    Busy,
     Full,
     Target,
-    ask,
     blamed,
-    blaming,
     describe_route,
     find_hops,
-    open_stream,
     retrying,
     silent,
 )
@@ -53,11 +49,9 @@ from petalnet.p2p.messages import (
     Error,
     LinkDown,
     Message,
-    OpenSession,
     Replay,
     Reserve,
     Reserved,
-    SessionOpened,
     Step,
     StepDone,
     blob_size,
@@ -66,11 +60,10 @@ from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:
-    from petalnet.p2p.host import Stream
+    pass
 
 logger = logging.getLogger(__name__)
 
-CLOSE_WITHIN_S = 2.0
 LEAST_UNITS_TO_ATTACH = 2
 """Whole units of a prompt from which on asking for them is worth a round trip."""
 PROBE_WITHIN_S = 5.0
@@ -79,26 +72,6 @@ FEW_TOKENS = 16
 """New tokens up to which a step takes as long on the network as one of a single token."""
 REMEMBERED_STEPS = 8
 """Such steps, of which the least network time counts."""
-
-
-@dataclass
-class Link:
-    """One hop of a session and the stream to its server.
-
-    Attributes:
-        opened: what the server said of itself.
-        onward: what is to be sent to it because of what others said, in this order.
-        has_onward: where its task waits for more of that.
-        replied: set when `reply` is there, the answer to a request that is no step; None where there is no such request.
-    """
-
-    hop: Hop
-    stream: Stream
-    opened: SessionOpened
-    onward: deque[Message] = field(default_factory=deque)
-    has_onward: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
-    replied: trio.Event | None = None
-    reply: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -161,39 +134,8 @@ class Chain:
     async def open_once(cls, target: Target, max_length: int, promise_rows: int, full: frozenset[str]) -> Chain:
         """`open`, without the servers in `full`, and without another try. Raises Busy, CallerError, MissingBlocksError, ServerError."""
         hops = await find_hops(target, full)
-        session = secrets.token_hex(16)
-        peers = ["", *(hop.peer_id for hop in hops), ""] if target.settings.direct_chains else [""] * (len(hops) + 2)
-        links: dict[int, Link] = {}
-        failures: list[BaseException] = []
-
-        async def open_link(index: int) -> None:
-            hop = hops[index]
-            request = OpenSession(
-                session=session,
-                model=target.model,
-                first=hop.first,
-                end=hop.end,
-                max_length=max_length,
-                promise_rows=promise_rows,
-                takes_from=peers[index],
-                pushes_to=peers[index + 2],
-            )
-            try:
-                links[index] = await _open_link(target, hop, request)
-            except (ServerError, Busy, CallerError) as error:
-                failures.append(error)
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for index in range(len(hops)):
-                    nursery.start_soon(open_link, index)
-        except BaseException:
-            await _close(links.values())
-            raise
-        if failures:
-            await _close(links.values())
-            raise min(failures, key=_gravity)
-        chain = cls(target, [links[index] for index in range(len(hops))], promise_rows)
+        links = await open_links(target, hops, max_length, promise_rows)
+        chain = cls(target, links, promise_rows)
         target.swarm.membership.start(chain._read_all)
         if target.settings.show_route:
             logger.info("route: %s", describe_route(hops))
@@ -518,7 +460,7 @@ class Chain:
                 errors.append(blamed(self.target, link.hop, wrong))
         if not errors:
             return replies
-        error = min(errors, key=_gravity)
+        error = min(errors, key=gravity)
         if isinstance(error, ServerError):
             self._break(error)
         raise error
@@ -535,39 +477,7 @@ class Chain:
         """Say goodbye to every server, which frees the KV there. Bounded; never raises for a dead server."""
         self._break(PeerLost("the chain was closed"))
         self._reading.cancel()
-        await _close(self.links)
-
-
-async def _open_link(target: Target, hop: Hop, request: OpenSession) -> Link:
-    from petalnet.p2p.protocols import INFERENCE
-
-    async with blaming(target, hop):
-        stream = await open_stream(target, hop, INFERENCE)
-        try:
-            opened = await ask(stream, request, SessionOpened)
-        except BaseException:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_WITHIN_S):
-                await stream.reset()
-            raise
-        return Link(hop, stream, opened)
-
-
-async def _close(links: Iterable[Link]) -> None:
-    async def close(link: Link) -> None:
-        try:
-            await link.stream.close()
-        except ServerError as error:
-            logger.debug("a stream to %s was not closed cleanly: %s", link.hop.peer_id, error)
-
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_WITHIN_S):
-        async with trio.open_nursery() as nursery:
-            for link in links:
-                nursery.start_soon(close, link)
-
-
-def _gravity(error: BaseException) -> int:
-    """Of several servers' errors the one to act on: the caller's fault first, since no other route would help; busy last."""
-    return 0 if isinstance(error, CallerError) else 1 if isinstance(error, ServerError) else 2
+        await close_links(self.links)
 
 
 def _joined(outputs: list[Blob]) -> Blob:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from petalnet.client import autograd
-from petalnet.client.chain import Inputs
+from petalnet.client.inputs import Inputs
 from petalnet.client.requests import Target, find_hops
 from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.client.settings import ClientSettings, take_settings

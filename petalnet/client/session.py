@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from petalnet.client.chain import Inputs, Names
+from petalnet.client.inputs import Inputs, Names
 from petalnet.client.prefix import Prefix, first_name
 from petalnet.client.server_side import ServerSide
 from petalnet.client.speculation import Lookup

@@ -9,8 +9,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from petalnet.client.chain import Chain, Link
+from petalnet.client.chain import Chain
 from petalnet.client.inputs import Inputs, steps_of
+from petalnet.client.links import Link
 from petalnet.errors import PeerLost, PetalnetError
 from petalnet.p2p.messages import Blob, LinkDown, Message, Replay, SessionOpened, Step, StepDone
 from petalnet.routing.routes import Hop
