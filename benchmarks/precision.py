@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import petalnet
 from petalnet.client.precision import EXACT_TOKENS
-from petalnet.p2p.messages import blob_size
+from petalnet.p2p.fields import blob_size
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 CODECS = ("bfloat16", "float16", "int8")

@@ -13,10 +13,8 @@ from petalnet.blocks.outputs import output_codec
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.errors import CallerError, UnsupportedError
+from petalnet.p2p.fields import CODECS, FLOATS, INT8_BLOCK, Blob, Message, blob_size
 from petalnet.p2p.messages import (
-    CODECS,
-    FLOATS,
-    INT8_BLOCK,
     KEEP_NONE,
     MAX_BLOCKS,
     MAX_HOPS,
@@ -25,12 +23,9 @@ from petalnet.p2p.messages import (
     UNIT_TOKENS,
     Attach,
     Backward,
-    Blob,
     Forward,
-    Message,
     Replay,
     Step,
-    blob_size,
 )
 from petalnet.p2p.tensors import decode_tensor
 

@@ -21,21 +21,8 @@ from petalnet.blocks.scheduler import Task
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.work import StepWork
 from petalnet.errors import CallerError, PeerLost, PetalnetError, UnsupportedError
-from petalnet.p2p.messages import (
-    Attach,
-    Attached,
-    Blob,
-    Error,
-    LinkOpened,
-    Message,
-    OpenLink,
-    OpenSession,
-    Replay,
-    Reserve,
-    Reserved,
-    Step,
-    StepDone,
-)
+from petalnet.p2p.fields import Blob, Message
+from petalnet.p2p.messages import Attach, Attached, Error, LinkOpened, OpenLink, OpenSession, Replay, Reserve, Reserved, Step, StepDone
 
 if TYPE_CHECKING:
     from petalnet.blocks.service import BlockService

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from petalnet.errors import BusyError, CallerError, PetalnetError, ProtocolError, ServerError
-from petalnet.p2p.messages import INT8_BLOCK, Blob, Error, LinkDown, LinkOpened, OpenLink, Step, StepDone, blob_size
+from petalnet.p2p.fields import INT8_BLOCK, Blob, blob_size
+from petalnet.p2p.messages import Error, LinkDown, LinkOpened, OpenLink, Step, StepDone
 
 if TYPE_CHECKING:
     from petalnet.blocks.hop import Hop

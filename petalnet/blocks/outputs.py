@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from petalnet.p2p.messages import Blob, Forward, Step, blob_size
+from petalnet.p2p.fields import Blob, blob_size
+from petalnet.p2p.messages import Forward, Step
 from petalnet.p2p.tensors import encode_tensor, lossless_codec
 
 SMALL_BYTES = 64 * 1024

@@ -29,18 +29,8 @@ from petalnet.blocks.span import Span
 from petalnet.blocks.throughput import Rates
 from petalnet.blocks.work import BackwardWork, ForwardWork
 from petalnet.errors import BusyError, CallerError, PeerLost, PetalnetError, UnsupportedError
-from petalnet.p2p.messages import (
-    CODECS,
-    Backward,
-    BackwardDone,
-    Error,
-    Forward,
-    ForwardDone,
-    Message,
-    OpenLink,
-    OpenSession,
-    SessionOpened,
-)
+from petalnet.p2p.fields import CODECS, Message
+from petalnet.p2p.messages import Backward, BackwardDone, Error, Forward, ForwardDone, OpenLink, OpenSession, SessionOpened
 
 if TYPE_CHECKING:
     from petalnet.p2p.streams import Stream

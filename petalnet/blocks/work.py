@@ -14,7 +14,8 @@ import torch
 from petalnet.blocks.outputs import encode_output
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span, SpanStep
-from petalnet.p2p.messages import KEEP_NONE, Backward, Blob, Forward, Step
+from petalnet.p2p.fields import Blob
+from petalnet.p2p.messages import KEEP_NONE, Backward, Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 GRAPH_BYTES = 2 * 2**30

@@ -15,7 +15,7 @@ import torch
 from petalnet.client import passes
 from petalnet.client.inputs import Inputs
 from petalnet.client.requests import Target, prompts_of
-from petalnet.p2p.messages import Blob
+from petalnet.p2p.fields import Blob
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 

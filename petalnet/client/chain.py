@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import trio
@@ -41,26 +40,10 @@ from petalnet.client.requests import (
 )
 from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.errors import CallerError, PeerLost, PetalnetError, ProtocolError, ServerError, one_line
-from petalnet.p2p.messages import (
-    UNIT_TOKENS,
-    Attach,
-    Attached,
-    Blob,
-    Error,
-    LinkDown,
-    Message,
-    Replay,
-    Reserve,
-    Reserved,
-    Step,
-    StepDone,
-    blob_size,
-)
+from petalnet.p2p.fields import Blob, Message, blob_size
+from petalnet.p2p.messages import UNIT_TOKENS, Attach, Attached, Error, LinkDown, Replay, Reserve, Reserved, Step, StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from petalnet.routing.routes import Hop
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +204,7 @@ class Chain:
                     nursery.cancel_scope.cancel()  # otherwise the message under way is finished: a part of one would break the stream
         self._waiting = None
         if pipeline.is_complete:
+            self._has_backlog = False  # what came before this answer has been read
             return pipeline.finished
         if self._error is None:
             await self._blame_for_silence()

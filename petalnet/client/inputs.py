@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from petalnet.errors import ProtocolError
-from petalnet.p2p.messages import KEEP_NONE, NAME_BYTES, UNIT_TOKENS, Blob, Step, blob_size
+from petalnet.p2p.fields import Blob, blob_size
+from petalnet.p2p.messages import KEEP_NONE, NAME_BYTES, UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor
 
 Names = tuple[tuple[bytes, ...], ...]

@@ -16,7 +16,8 @@ import trio
 
 from petalnet.client.requests import Busy, Target, ask, blaming, open_stream
 from petalnet.errors import CallerError, ServerError
-from petalnet.p2p.messages import Message, OpenSession, SessionOpened
+from petalnet.p2p.fields import Message
+from petalnet.p2p.messages import OpenSession, SessionOpened
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from petalnet.client.requests import (
     retrying,
 )
 from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError
-from petalnet.p2p.messages import Backward, BackwardDone, Blob, Forward, ForwardDone, Message
+from petalnet.p2p.fields import Blob, Message
+from petalnet.p2p.messages import Backward, BackwardDone, Forward, ForwardDone
 from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from typing import NamedTuple
 from petalnet.client.inputs import wanted_tokens
 from petalnet.client.requests import last_of, part_of
 from petalnet.errors import ProtocolError
-from petalnet.p2p.messages import Blob, Replay, Step, StepDone
+from petalnet.p2p.fields import Blob
+from petalnet.p2p.messages import Replay, Step, StepDone
 from petalnet.routing.routes import Hop
 
 REPLAYS_AT_ONCE = 4

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from petalnet.p2p.messages import CODECS, Blob, Forward, Step, blob_size
+from petalnet.p2p.fields import CODECS, Blob, blob_size
+from petalnet.p2p.messages import Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor, lossless_codec
 
 EXACT_TOKENS = 16

@@ -26,7 +26,8 @@ from petalnet.errors import (
     TooLargeError,
     describe_blocks,
 )
-from petalnet.p2p.messages import Blob, Error, Message, blob_size
+from petalnet.p2p.fields import Blob, Message, blob_size
+from petalnet.p2p.messages import Error
 from petalnet.routing.routes import Hop, Work
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from petalnet.client.inputs import Inputs
 from petalnet.client.requests import Busy, Full, Target
 from petalnet.client.trace import StepTimes, Trace
 from petalnet.errors import CallerError, PetalnetError, ServerError, SessionClosed
-from petalnet.p2p.messages import Blob
+from petalnet.p2p.fields import Blob
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ import trio
 from petalnet.errors import PeerUnreachable, PetalnetError, RecordRejected, UnsupportedError
 from petalnet.p2p.addresses import PeerAddress, parse_peer
 from petalnet.p2p.avoidance import Avoidance, Reason
+from petalnet.p2p.fields import Message
 from petalnet.p2p.gossip import MIN_NEIGHBOURS
 from petalnet.p2p.host import Host
-from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
+from petalnet.p2p.messages import Error, Find, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
 from petalnet.p2p.record_keeper import MAX_ANSWER_RECORDS, RecordKeeper, RecordService
 from petalnet.p2p.record_link import RecordLink

@@ -8,25 +8,31 @@ later minor version may add some.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import msgpack
 
 from petalnet.errors import PetalnetError, ProtocolError, UnsupportedError, from_wire, to_wire
+from petalnet.p2p.fields import (
+    MESSAGE_TYPES,
+    Blob,
+    Message,
+    array,
+    decode_blob,
+    flag,
+    integer,
+    many,
+    message_type,
+    number,
+    octets,
+    scalar,
+    text,
+)
 from petalnet.p2p.frames import Buffer, Frame, encode_frame
 
-MAX_DIMENSIONS = 6
-MAX_DIMENSION = 1 << 31
 MAX_BLOCKS = 4096
 MAX_TOKENS = 1 << 24
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
-FLOATS = ("float32", "float16", "bfloat16")
-CODECS = ("raw", "bfloat16", "float16", "int8")
-INT8_BLOCK = 64
-"""Elements that share one scale in the blockwise int8 codec (64 as in QLoRA's smallest block, arXiv:2305.14314)."""
 UNIT_TOKENS = 64
 """Positions of a unit. A name stands for one unit of a row and all units before it, whose KV entries a server may keep for later."""
 NAME_BYTES = 16
@@ -37,143 +43,18 @@ MAX_HOPS = 256
 """Servers of a chain whose times a step may carry."""
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """An array as it lies on the wire.
-
-    Attributes:
-        dtype: what the receiver gets, one of `ITEM_SIZES`.
-        shape: its dimensions.
-        codec: "raw" (the bytes of dtype, little-endian, C order), "bfloat16" or "float16" (rounded), or "int8" (blockwise: one float32
-            scale for each `INT8_BLOCK` elements of the flattened array, all scales first, then the int8 values).
-        data: the bytes.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    codec: str
-    data: Buffer
-
-
-def blob_size(dtype: str, shape: Sequence[int], codec: str) -> int:
-    """Bytes that an array of this description takes on the wire. Raises ProtocolError where the description makes no sense."""
-    if dtype not in ITEM_SIZES or codec not in CODECS:
-        raise ProtocolError(f"unknown array type {dtype!r} or codec {codec!r}")
-    if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < MAX_DIMENSION for n in shape):
-        raise ProtocolError("an array has too many or impossible dimensions")
-    count = math.prod(shape)
-    if codec == "raw":
-        return count * ITEM_SIZES[dtype]
-    if dtype not in FLOATS:
-        raise ProtocolError(f"codec {codec} is for floating-point arrays, not {dtype}")
-    return count + 4 * -(-count // INT8_BLOCK) if codec == "int8" else 2 * count
-
-
-Check = Callable[[Any], Any]
-
-
-def integer(low: int, high: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"an integer from {low} to {high} is needed")
-        return value
-
-    return check
-
-
-def number(low: float, high: float) -> Check:
-    def check(value: Any) -> float:
-        if type(value) not in (int, float) or not low <= value <= high:  # NaN fails the comparison
-            raise ValueError(f"a number from {low} to {high} is needed")
-        return float(value)
-
-    return check
-
-
-def text(longest: int) -> Check:
-    def check(value: Any) -> str:
-        if type(value) is not str or len(value) > longest:
-            raise ValueError(f"a text of at most {longest} characters is needed")
-        return value
-
-    return check
-
-
-def octets(longest: int) -> Check:
-    def check(value: Any) -> bytes:
-        if type(value) is not bytes or len(value) > longest:
-            raise ValueError(f"at most {longest} bytes are needed")
-        return value
-
-    return check
-
-
-def flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError("true or false is needed")
-    return value
-
-
-def many(check: Check, most: int) -> Check:
-    def check_all(value: Any) -> tuple[Any, ...]:
-        if type(value) not in (list, tuple) or len(value) > most:
-            raise ValueError(f"a list of at most {most} entries is needed")
-        return tuple(check(entry) for entry in value)
-
-    return check_all
-
-
-def _is(check: Check, default: Any = MISSING) -> Any:
-    return field(metadata={"check": check}) if default is MISSING else field(default=default, metadata={"check": check})
-
-
-def _blob(optional: bool = False) -> Any:
-    metadata = {"blob": True}
-    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
-
-
-_REGISTRY: dict[str, type[Message]] = {}
-M = TypeVar("M", bound="type[Message]")
-
-
-class Message:
-    """Base of all messages.
-
-    Attributes:
-        name: the type's name on the wire.
-        layout: its fields in their order: the name, the check of a scalar (None for an array), and whether it may not be missing.
-    """
-
-    name: ClassVar[str]
-    layout: ClassVar[tuple[tuple[str, Callable[[Any], Any] | None, bool], ...]]
-    __slots__ = ()
-
-
-def _message(name: str) -> Callable[[M], M]:
-    def register(cls: M) -> M:
-        cls.name = name
-        cls.layout = tuple(
-            (item.name, None if "blob" in item.metadata else item.metadata["check"], item.default is MISSING)
-            for item in fields(cls)  # type: ignore[arg-type]
-        )
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-@_message("error")
+@message_type("error")
 @dataclass(frozen=True)
 class Error(Message):
     """The answer to a request that failed: the error's class, one line for a person, and for *busy* when to try again (seconds) and how
     many KV tokens (rows × max_length) would fit now (0 where that is not known). `step`: the number of the step that failed; 0 where it
     was another request."""
 
-    code: str = _is(text(20))
-    message: str = _is(text(1000))
-    retry_after_s: float = _is(number(0, 3600), 0.0)
-    fits_tokens: int = _is(integer(0, 2**53), 0)
-    step: int = _is(integer(0, 2**53), 0)
+    code: str = scalar(text(20))
+    message: str = scalar(text(1000))
+    retry_after_s: float = scalar(number(0, 3600), 0.0)
+    fits_tokens: int = scalar(integer(0, 2**53), 0)
+    step: int = scalar(integer(0, 2**53), 0)
 
     @classmethod
     def of(cls, error: PetalnetError, step: int = 0) -> Error:
@@ -184,47 +65,47 @@ class Error(Message):
         return from_wire(self.code, self.message, self.retry_after_s, self.fits_tokens, peer_id)
 
 
-@_message("ping")
+@message_type("ping")
 @dataclass(frozen=True)
 class Ping(Message):
     """A heartbeat; answered by a `Pong` of the same nonce."""
 
-    nonce: int = _is(integer(0, 2**63 - 1))
+    nonce: int = scalar(integer(0, 2**63 - 1))
 
 
-@_message("pong")
+@message_type("pong")
 @dataclass(frozen=True)
 class Pong(Message):
-    nonce: int = _is(integer(0, 2**63 - 1))
+    nonce: int = scalar(integer(0, 2**63 - 1))
 
 
-@_message("dial_back")
+@message_type("dial_back")
 @dataclass(frozen=True)
 class DialBack(Message):
     """Can this node be reached, at the IP address where you see it, at these TCP ports? Answered by `DialBackDone`."""
 
-    ports: tuple[int, ...] = _is(many(integer(1, 65535), 4))
+    ports: tuple[int, ...] = scalar(many(integer(1, 65535), 4))
 
 
-@_message("dial_back_done")
+@message_type("dial_back_done")
 @dataclass(frozen=True)
 class DialBackDone(Message):
     """The IP address at which the asker is seen, and those of the ports at which it answered there, as itself."""
 
-    observed: str = _is(text(64))
-    ports: tuple[int, ...] = _is(many(integer(1, 65535), 4))
+    observed: str = scalar(text(64))
+    ports: tuple[int, ...] = scalar(many(integer(1, 65535), 4))
 
 
-@_message("store")
+@message_type("store")
 @dataclass(frozen=True)
 class Store(Message):
     """Keep this signed server record under these keys (32 bytes each); answered by `Stored`."""
 
-    keys: tuple[bytes, ...] = _is(many(octets(32), 64))
-    record: bytes = _is(octets(8192))
+    keys: tuple[bytes, ...] = scalar(many(octets(32), 64))
+    record: bytes = scalar(octets(8192))
 
 
-@_message("stored")
+@message_type("stored")
 @dataclass(frozen=True)
 class Stored(Message):
     """The record is kept, or a newer one of the same server is.
@@ -234,19 +115,19 @@ class Stored(Message):
         counts: how many records are kept under each of the keys.
     """
 
-    newest: int = _is(integer(0, 2**63 - 1), 0)
-    counts: tuple[int, ...] = _is(many(integer(0, 2**53), 64), ())
+    newest: int = scalar(integer(0, 2**63 - 1), 0)
+    counts: tuple[int, ...] = scalar(many(integer(0, 2**53), 64), ())
 
 
-@_message("find")
+@message_type("find")
 @dataclass(frozen=True)
 class Find(Message):
     """Which records are kept under this key; answered by `Records`."""
 
-    key: bytes = _is(octets(32))
+    key: bytes = scalar(octets(32))
 
 
-@_message("records")
+@message_type("records")
 @dataclass(frozen=True)
 class Records(Message):
     """Records under a key: all of them, or a sample where they are many.
@@ -256,12 +137,12 @@ class Records(Message):
         count: records that there are under the key: more than these where they are a sample.
     """
 
-    records: tuple[bytes, ...] = _is(many(octets(8192), 1024))
-    ages: tuple[float, ...] = _is(many(number(0, 1e9), 1024), ())
-    count: int = _is(integer(0, 2**53), 0)
+    records: tuple[bytes, ...] = scalar(many(octets(8192), 1024))
+    ages: tuple[float, ...] = scalar(many(number(0, 1e9), 1024), ())
+    count: int = scalar(integer(0, 2**53), 0)
 
 
-@_message("open_session")
+@message_type("open_session")
 @dataclass(frozen=True)
 class OpenSession(Message):
     """Begin an inference session on blocks [first, end) of a model; answered by `SessionOpened`.
@@ -275,17 +156,17 @@ class OpenSession(Message):
             only to the client where it cannot be reached. A session that pushes keeps its outputs (see `Replay`).
     """
 
-    session: str = _is(text(64))
-    model: str = _is(text(128))
-    first: int = _is(integer(0, MAX_BLOCKS))
-    end: int = _is(integer(1, MAX_BLOCKS))
-    max_length: int = _is(integer(1, MAX_TOKENS))
-    promise_rows: int = _is(integer(0, MAX_TOKENS), 0)
-    takes_from: str = _is(text(128), "")
-    pushes_to: str = _is(text(128), "")
+    session: str = scalar(text(64))
+    model: str = scalar(text(128))
+    first: int = scalar(integer(0, MAX_BLOCKS))
+    end: int = scalar(integer(1, MAX_BLOCKS))
+    max_length: int = scalar(integer(1, MAX_TOKENS))
+    promise_rows: int = scalar(integer(0, MAX_TOKENS), 0)
+    takes_from: str = scalar(text(128), "")
+    pushes_to: str = scalar(text(128), "")
 
 
-@_message("session_opened")
+@message_type("session_opened")
 @dataclass(frozen=True)
 class SessionOpened(Message):
     """A session is open.
@@ -297,29 +178,29 @@ class SessionOpened(Message):
         codecs: the codecs that the server reads and writes.
     """
 
-    free_kv_tokens: int = _is(integer(0, 2**53))
-    shares_prefixes: bool = _is(flag, False)
-    dtype: str = _is(text(20), "")
-    codecs: tuple[str, ...] = _is(many(text(20), 16), ("raw",))
+    free_kv_tokens: int = scalar(integer(0, 2**53))
+    shares_prefixes: bool = scalar(flag, False)
+    dtype: str = scalar(text(20), "")
+    codecs: tuple[str, ...] = scalar(many(text(20), 16), ("raw",))
 
 
-@_message("open_link")
+@message_type("open_link")
 @dataclass(frozen=True)
 class OpenLink(Message):
     """From server to server: what follows are `Step`s of the session of this id whose blocks begin at `first`. Answered by `LinkOpened`
     once the receiver knows the session, and it names the sender in `takes_from`. The steps themselves are answered to the client."""
 
-    session: str = _is(text(64))
-    first: int = _is(integer(0, MAX_BLOCKS))
+    session: str = scalar(text(64))
+    first: int = scalar(integer(0, MAX_BLOCKS))
 
 
-@_message("link_opened")
+@message_type("link_opened")
 @dataclass(frozen=True)
 class LinkOpened(Message):
     """Steps may follow."""
 
 
-@_message("link_down")
+@message_type("link_down")
 @dataclass(frozen=True)
 class LinkDown(Message):
     """To a session's client: the server that the outputs were to go to cannot be reached from here. From now on they come to the client.
@@ -329,39 +210,39 @@ class LinkDown(Message):
         pushed: the last step whose output went to that server, which may have got it or not; 0 for none.
     """
 
-    reason: str = _is(text(1000))
-    pushed: int = _is(integer(0, 2**53), 0)
+    reason: str = scalar(text(1000))
+    pushed: int = scalar(integer(0, 2**53), 0)
 
 
-@_message("reserve")
+@message_type("reserve")
 @dataclass(frozen=True)
 class Reserve(Message):
     """Set aside KV room for at least so many rows of the session; answered by `Reserved`, or *busy*."""
 
-    rows: int = _is(integer(1, MAX_TOKENS))
+    rows: int = scalar(integer(1, MAX_TOKENS))
 
 
-@_message("reserved")
+@message_type("reserved")
 @dataclass(frozen=True)
 class Reserved(Message):
     """The room is there; KV tokens that no session has been promised."""
 
-    free_kv_tokens: int = _is(integer(0, 2**53))
+    free_kv_tokens: int = scalar(integer(0, 2**53))
 
 
-@_message("replay")
+@message_type("replay")
 @dataclass(frozen=True)
 class Replay(Message):
     """The outputs for KV entries [position, position + tokens) of all rows once more, of a session that pushes; answered by a `StepDone`
     of the same number as soon as that step has been computed there and the session has come that far. `codec`: as of a step."""
 
-    step: int = _is(integer(0, 2**53))
-    position: int = _is(integer(0, MAX_TOKENS))
-    tokens: int = _is(integer(1, MAX_TOKENS))
-    codec: str = _is(text(20), "raw")
+    step: int = scalar(integer(0, 2**53))
+    position: int = scalar(integer(0, MAX_TOKENS))
+    tokens: int = scalar(integer(1, MAX_TOKENS))
+    codec: str = scalar(text(20), "raw")
 
 
-@_message("attach")
+@message_type("attach")
 @dataclass(frozen=True)
 class Attach(Message):
     """Before a session's first step: its rows begin with the KV entries of named units, as far as they are known. Answered by `Attached`.
@@ -370,10 +251,10 @@ class Attach(Message):
         names: uint8 [rows, units, NAME_BYTES], each row's units in their order from position 0 on.
     """
 
-    names: Blob = _blob()
+    names: Blob = array()
 
 
-@_message("attached")
+@message_type("attached")
 @dataclass(frozen=True)
 class Attached(Message):
     """KV entries that each row of the session has now: whole units, the same for all rows; 0 where nothing was known.
@@ -381,10 +262,10 @@ class Attached(Message):
     The first step may be at this position or, where other servers of the route know less, at a lower one.
     """
 
-    position: int = _is(integer(0, MAX_TOKENS))
+    position: int = scalar(integer(0, MAX_TOKENS))
 
 
-@_message("step")
+@message_type("step")
 @dataclass(frozen=True)
 class Step(Message):
     """Run new tokens through the session's blocks. The answer is a `StepDone` to the client; in a session that pushes, the step goes on
@@ -415,23 +296,23 @@ class Step(Message):
             seconds from the step's arrival there until it was sent on.
     """
 
-    step: int = _is(integer(0, 2**53))
-    position: int = _is(integer(0, MAX_TOKENS))
-    hidden: Blob = _blob()
-    mask: Blob | None = _blob(optional=True)
-    position_ids: Blob | None = _blob(optional=True)
-    prompts: Blob | None = _blob(optional=True)
-    order: Blob | None = _blob(optional=True)
-    all_hidden: bool = _is(flag, False)
-    keep: int = _is(integer(KEEP_NONE, MAX_TOKENS), 0)
-    promise_rows: int = _is(integer(0, MAX_TOKENS), 0)
-    names: Blob | None = _blob(optional=True)
-    codec: str = _is(text(20), "raw")
-    reach: int = _is(integer(0, MAX_TOKENS), 0)
-    spent: tuple[float, ...] = _is(many(number(0, 1e6), 3 * MAX_HOPS), ())
+    step: int = scalar(integer(0, 2**53))
+    position: int = scalar(integer(0, MAX_TOKENS))
+    hidden: Blob = array()
+    mask: Blob | None = array(optional=True)
+    position_ids: Blob | None = array(optional=True)
+    prompts: Blob | None = array(optional=True)
+    order: Blob | None = array(optional=True)
+    all_hidden: bool = scalar(flag, False)
+    keep: int = scalar(integer(KEEP_NONE, MAX_TOKENS), 0)
+    promise_rows: int = scalar(integer(0, MAX_TOKENS), 0)
+    names: Blob | None = array(optional=True)
+    codec: str = scalar(text(20), "raw")
+    reach: int = scalar(integer(0, MAX_TOKENS), 0)
+    spent: tuple[float, ...] = scalar(many(number(0, 1e6), 3 * MAX_HOPS), ())
 
 
-@_message("step_done")
+@message_type("step_done")
 @dataclass(frozen=True)
 class StepDone(Message):
     """The output of a step, [rows, kept, hidden], or [blocks, rows, kept, hidden] with all_hidden, which each server of a chain answers.
@@ -442,63 +323,63 @@ class StepDone(Message):
         spent: of the servers before, as the step brought it.
     """
 
-    step: int = _is(integer(0, 2**53))
-    position: int = _is(integer(0, MAX_TOKENS))
-    output: Blob = _blob()
-    compute_s: float = _is(number(0, 1e6), 0.0)
-    queue_s: float = _is(number(0, 1e6), 0.0)
-    held_s: float = _is(number(0, 1e6), 0.0)
-    spent: tuple[float, ...] = _is(many(number(0, 1e6), 3 * MAX_HOPS), ())
+    step: int = scalar(integer(0, 2**53))
+    position: int = scalar(integer(0, MAX_TOKENS))
+    output: Blob = array()
+    compute_s: float = scalar(number(0, 1e6), 0.0)
+    queue_s: float = scalar(number(0, 1e6), 0.0)
+    held_s: float = scalar(number(0, 1e6), 0.0)
+    spent: tuple[float, ...] = scalar(many(number(0, 1e6), 3 * MAX_HOPS), ())
 
 
-@_message("forward")
+@message_type("forward")
 @dataclass(frozen=True)
 class Forward(Message):
     """A stateless forward pass over blocks [first, end); fields as in `Step`, mask [rows, length]. Answered by `ForwardDone`."""
 
-    model: str = _is(text(128))
-    first: int = _is(integer(0, MAX_BLOCKS))
-    end: int = _is(integer(1, MAX_BLOCKS))
-    hidden: Blob = _blob()
-    mask: Blob | None = _blob(optional=True)
-    position_ids: Blob | None = _blob(optional=True)
-    prompts: Blob | None = _blob(optional=True)
-    all_hidden: bool = _is(flag, False)
-    codec: str = _is(text(20), "raw")
+    model: str = scalar(text(128))
+    first: int = scalar(integer(0, MAX_BLOCKS))
+    end: int = scalar(integer(1, MAX_BLOCKS))
+    hidden: Blob = array()
+    mask: Blob | None = array(optional=True)
+    position_ids: Blob | None = array(optional=True)
+    prompts: Blob | None = array(optional=True)
+    all_hidden: bool = scalar(flag, False)
+    codec: str = scalar(text(20), "raw")
 
 
-@_message("forward_done")
+@message_type("forward_done")
 @dataclass(frozen=True)
 class ForwardDone(Message):
-    output: Blob = _blob()
-    compute_s: float = _is(number(0, 1e6), 0.0)
-    queue_s: float = _is(number(0, 1e6), 0.0)
+    output: Blob = array()
+    compute_s: float = scalar(number(0, 1e6), 0.0)
+    queue_s: float = scalar(number(0, 1e6), 0.0)
 
 
-@_message("backward")
+@message_type("backward")
 @dataclass(frozen=True)
 class Backward(Message):
     """Gradients of a stateless forward pass: its inputs again and the gradient of its output. Answered by `BackwardDone`."""
 
-    model: str = _is(text(128))
-    first: int = _is(integer(0, MAX_BLOCKS))
-    end: int = _is(integer(1, MAX_BLOCKS))
-    hidden: Blob = _blob()
-    grad_output: Blob = _blob()
-    mask: Blob | None = _blob(optional=True)
-    position_ids: Blob | None = _blob(optional=True)
-    prompts: Blob | None = _blob(optional=True)
+    model: str = scalar(text(128))
+    first: int = scalar(integer(0, MAX_BLOCKS))
+    end: int = scalar(integer(1, MAX_BLOCKS))
+    hidden: Blob = array()
+    grad_output: Blob = array()
+    mask: Blob | None = array(optional=True)
+    position_ids: Blob | None = array(optional=True)
+    prompts: Blob | None = array(optional=True)
 
 
-@_message("backward_done")
+@message_type("backward_done")
 @dataclass(frozen=True)
 class BackwardDone(Message):
     """Gradients of the inputs and, where prompts were given, of the prompts."""
 
-    grad_hidden: Blob = _blob()
-    grad_prompts: Blob | None = _blob(optional=True)
-    compute_s: float = _is(number(0, 1e6), 0.0)
-    queue_s: float = _is(number(0, 1e6), 0.0)
+    grad_hidden: Blob = array()
+    grad_prompts: Blob | None = array(optional=True)
+    compute_s: float = scalar(number(0, 1e6), 0.0)
+    queue_s: float = scalar(number(0, 1e6), 0.0)
 
 
 def encode_message(message: Message) -> list[Buffer]:
@@ -530,7 +411,7 @@ def decode_message(frame: Frame) -> Message:
     if type(header) is not list or [type(part) for part in header] != [str, dict, dict]:
         raise ProtocolError("a frame header does not have the form of a message")
     name, scalars, blobs = header
-    cls = _REGISTRY.get(name)
+    cls = MESSAGE_TYPES.get(name)
     if cls is None:
         raise UnsupportedError(f"message type {name[:40]!r} is not known")
     values: dict[str, Any] = {}
@@ -539,7 +420,7 @@ def decode_message(frame: Frame) -> Message:
         if check is None:
             description = blobs.get(field_name)
             if description is not None:
-                values[field_name], offset = _decode_blob(description, payload, offset)
+                values[field_name], offset = decode_blob(description, payload, offset)
             elif required:
                 raise ProtocolError(f"message {name} lacks the array {field_name!r}")
         elif field_name in scalars:
@@ -552,22 +433,3 @@ def decode_message(frame: Frame) -> Message:
     if offset != len(payload):
         raise ProtocolError(f"message {name} has {len(payload) - offset} bytes that belong to no array")
     return cls(**values)
-
-
-def _decode_blob(description: Any, payload: memoryview, offset: int) -> tuple[Blob, int]:
-    if (
-        type(description) is not list
-        or len(description) != 3
-        or type(description[0]) is not str
-        or type(description[1]) is not list
-        or type(description[2]) is not str
-    ):
-        raise ProtocolError("the description of an array is malformed")
-    dtype, shape, codec = description
-    size = blob_size(dtype, shape, codec)
-    if offset + size > len(payload):
-        raise ProtocolError("an array is larger than the payload that should hold it")
-    data = payload[offset : offset + size]
-    if offset % 16:  # the payload itself is aligned; what does not begin at a multiple of 16 is moved to where tensors may lie
-        data = memoryview(bytearray(data))
-    return Blob(dtype, tuple(shape), codec, data), offset + size

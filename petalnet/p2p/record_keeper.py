@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import trio
 
 from petalnet.errors import BusyError, PetalnetError, ProtocolError, RecordRejected, UnsupportedError
-from petalnet.p2p.messages import Error, Find, Message, Records, Store, Stored
+from petalnet.p2p.fields import Message
+from petalnet.p2p.messages import Error, Find, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS, Limits
 from petalnet.p2p.rates import Rates
 from petalnet.p2p.record_store import RecordStore, read_kept

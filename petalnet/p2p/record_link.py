@@ -5,8 +5,8 @@ from __future__ import annotations
 import trio
 
 from petalnet.errors import PetalnetError, ProtocolError, UnsupportedError
+from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host
-from petalnet.p2p.messages import Message
 from petalnet.p2p.protocols import RECORDS
 from petalnet.p2p.streams import Stream
 

@@ -20,8 +20,9 @@ from libp2p.exceptions import BaseLibp2pError
 
 from petalnet.errors import BusyError, PeerLost, PetalnetError, ProtocolError, UnsupportedError
 from petalnet.p2p.budget import Budget
+from petalnet.p2p.fields import Message
 from petalnet.p2p.frames import FrameDecoder
-from petalnet.p2p.messages import Error, Message, decode_message, encode_message
+from petalnet.p2p.messages import Error, decode_message, encode_message
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW, Buffer, Reason
 from petalnet.p2p.mux_stream import TookNothing
 from petalnet.p2p.protocols import Limits, Protocol

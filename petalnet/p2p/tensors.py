@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from petalnet.errors import ProtocolError
-from petalnet.p2p.messages import CODECS, INT8_BLOCK, ITEM_SIZES, Blob
+from petalnet.p2p.fields import CODECS, INT8_BLOCK, ITEM_SIZES, Blob
 
 _DTYPES = {
     "float32": torch.float32,

@@ -16,9 +16,10 @@ from petalnet.blocks.service import BlockService
 from petalnet.blocks.span import Span
 from petalnet.errors import PeerUnreachable
 from petalnet.models.checkpoint import ModelSource
+from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Error, Message, OpenSession, SessionOpened, Step, StepDone
+from petalnet.p2p.messages import Error, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.protocols import INFERENCE, PUSH
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 

@@ -14,6 +14,7 @@ import trio
 from petalnet.blocks import links, service
 from petalnet.blocks.checks import Limits
 from petalnet.blocks.hop import MOST_REPLAYS
+from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import (
@@ -24,7 +25,6 @@ from petalnet.p2p.messages import (
     Error,
     LinkDown,
     LinkOpened,
-    Message,
     OpenLink,
     OpenSession,
     Replay,

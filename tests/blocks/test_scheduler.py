@@ -183,6 +183,21 @@ def test_a_prompt_that_nobody_waits_beside_gets_larger_chunks(scheduler: Schedul
     assert seconds(sum(part.tokens for part in beside)) == pytest.approx(0.15, rel=0.1)
 
 
+def test_a_prompt_of_a_second_goes_through_in_one_piece_where_nobody_else_is(scheduler: Scheduler) -> None:
+    tokens = next(tokens for tokens in range(2000, 0, -1) if seconds(tokens) <= 0.9)
+    scheduler.add(step("prompt", tokens), 0.0)
+    (part,) = started(scheduler, 0.0)
+    assert part.tokens == tokens
+
+
+def test_a_prompt_of_a_second_goes_in_chunks_beside_others(scheduler: Scheduler) -> None:
+    tokens = next(tokens for tokens in range(2000, 0, -1) if seconds(tokens) <= 0.9)
+    scheduler.add(step("prompt", tokens), 0.0)
+    scheduler.add(step("another", tokens), 0.0)
+    parts = started(scheduler, 0.0)
+    assert seconds(sum(part.tokens for part in parts)) == pytest.approx(0.15, rel=0.1)
+
+
 def test_longer_chunks_are_tried_where_nobody_waits() -> None:
     """Sixteen tokens take three times as long as one, and a hundred take little longer than those."""
 

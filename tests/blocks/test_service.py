@@ -19,23 +19,10 @@ from petalnet.blocks.service import BlockService
 from petalnet.blocks.span import Span
 from petalnet.errors import PeerLost
 from petalnet.models.checkpoint import ModelSource
+from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import (
-    NAME_BYTES,
-    Attach,
-    Attached,
-    Backward,
-    Blob,
-    Error,
-    Forward,
-    Message,
-    OpenSession,
-    Ping,
-    SessionOpened,
-    Step,
-    StepDone,
-)
+from petalnet.p2p.messages import NAME_BYTES, Attach, Attached, Backward, Error, Forward, OpenSession, Ping, SessionOpened, Step, StepDone
 from petalnet.p2p.protocols import FORWARD, INFERENCE, Protocol
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 

@@ -20,9 +20,10 @@ from petalnet.blocks.span import Span
 from petalnet.linking import Linking
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import model_key
+from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Message, Step, StepDone
+from petalnet.p2p.messages import Step, StepDone
 from petalnet.p2p.protocols import FORWARD, INFERENCE, PUSH
 from petalnet.p2p.streams import Stream
 from petalnet.peering import open_peering

@@ -13,7 +13,8 @@ from petalnet.client.chain import Chain
 from petalnet.client.inputs import Inputs, steps_of
 from petalnet.client.links import Link
 from petalnet.errors import PeerLost, PetalnetError
-from petalnet.p2p.messages import Blob, LinkDown, Message, Replay, SessionOpened, Step, StepDone
+from petalnet.p2p.fields import Blob, Message
+from petalnet.p2p.messages import LinkDown, Replay, SessionOpened, Step, StepDone
 from petalnet.routing.routes import Hop
 
 REQUEST_TIMEOUT_S = 20.0

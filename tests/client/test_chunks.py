@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from petalnet.client.chunks import MOST_CHUNK_BYTES, MOST_CHUNKS, Stage, chunk_ends, stages_of
 from petalnet.client.inputs import Inputs, columns, steps_of, wanted_tokens
 from petalnet.errors import ProtocolError
-from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS, Blob
+from petalnet.p2p.fields import Blob
+from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from petalnet.routing.routes import Hop
 

@@ -10,7 +10,8 @@ import torch
 from petalnet.client.precision import EXACT_TOKENS, as_entered, choose_codec, encoded, pass_on_the_wire, settle, step_on_the_wire
 from petalnet.client.settings import PRECISIONS, ClientSettings
 from petalnet.errors import UsageError
-from petalnet.p2p.messages import CODECS, Forward, Step
+from petalnet.p2p.fields import CODECS
+from petalnet.p2p.messages import Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -16,9 +16,10 @@ import trio
 
 from petalnet.errors import PeerLost
 from petalnet.p2p.addresses import parse_peer
+from petalnet.p2p.fields import Blob
 from petalnet.p2p.frames import FrameLimits
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Blob, ForwardDone, Ping
+from petalnet.p2p.messages import ForwardDone, Ping
 from petalnet.p2p.protocols import Protocol
 from petalnet.p2p.streams import Stream
 from petalnet.peering import Peering, open_peering

@@ -29,10 +29,11 @@ from petalnet.p2p import messages
 from petalnet.p2p.addresses import parse_addr, parse_peer
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.circuit import peer_of, read_protobuf
+from petalnet.p2p.fields import MESSAGE_TYPES, Blob, Message, blob_size
 from petalnet.p2p.frames import PREFIX, Frame, FrameDecoder, FrameLimits, encode_frame
 from petalnet.p2p.hole_punching import MAX_TARGETS, _targets
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Blob, Message, decode_message, encode_message
+from petalnet.p2p.messages import decode_message, encode_message
 from petalnet.p2p.mux_protocol import (
     CLOSE,
     DATA,
@@ -291,7 +292,7 @@ def test_the_multiplexer_on_bytes_without_sense(count: int) -> None:
 
 
 def blob(chance: random.Random, dtype: str, *shape: int, codec: str = "raw") -> Blob:
-    return Blob(dtype, shape, codec, chance.randbytes(messages.blob_size(dtype, shape, codec)))
+    return Blob(dtype, shape, codec, chance.randbytes(blob_size(dtype, shape, codec)))
 
 
 def valid_messages(chance: random.Random) -> dict[str, Message]:
@@ -319,7 +320,7 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
         "backward_done": {"grad_hidden": hidden, "grad_prompts": extras["prompts"]},
     }
     found: dict[str, Message] = {}
-    for name, cls in messages._REGISTRY.items():
+    for name, cls in MESSAGE_TYPES.items():
         values = given.get(name)
         if values is None:
             values = {item.name: example(item.metadata) for item in fields(cls) if "check" in item.metadata}  # type: ignore[arg-type]

@@ -11,9 +11,10 @@ import trio
 
 from petalnet.errors import AddressInUse, BusyError, CallerError, PeerLost, PeerUnreachable, UnsupportedError, UsageError
 from petalnet.p2p import heartbeat
+from petalnet.p2p.fields import Blob
 from petalnet.p2p.host import Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Blob, Error, Ping, Pong, StepDone
+from petalnet.p2p.messages import Error, Ping, Pong, StepDone
 from petalnet.p2p.protocols import PING, Limits, Protocol
 
 SOME = Protocol("/petalnet/test/1.0.0")

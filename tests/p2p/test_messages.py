@@ -12,15 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError, ServerError, TooLargeError, UnsupportedError
-from petalnet.p2p import messages
+from petalnet.p2p.fields import FLOATS, ITEM_SIZES, MESSAGE_TYPES, Blob, Message, blob_size
 from petalnet.p2p.frames import Frame, FrameDecoder, FrameLimits
 from petalnet.p2p.messages import (
     Attach,
     Attached,
-    Blob,
     Error,
     Find,
-    Message,
     OpenSession,
     Ping,
     Records,
@@ -28,7 +26,6 @@ from petalnet.p2p.messages import (
     Step,
     StepDone,
     Store,
-    blob_size,
     decode_message,
     encode_message,
 )
@@ -39,8 +36,8 @@ COUNT = st.integers(0, 2**20)
 
 def blobs() -> st.SearchStrategy[Blob]:
     shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-    raw = st.tuples(st.sampled_from(sorted(messages.ITEM_SIZES)), shapes, st.just("raw"))
-    rounded = st.tuples(st.sampled_from(messages.FLOATS), shapes, st.sampled_from(["bfloat16", "float16", "int8"]))
+    raw = st.tuples(st.sampled_from(sorted(ITEM_SIZES)), shapes, st.just("raw"))
+    rounded = st.tuples(st.sampled_from(FLOATS), shapes, st.sampled_from(["bfloat16", "float16", "int8"]))
 
     def fill(description: tuple[str, tuple[int, ...], str]) -> st.SearchStrategy[Blob]:
         size = blob_size(*description)
@@ -109,7 +106,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(-9, 2**64 - 1), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = st.sampled_from(sorted(messages._REGISTRY)) | st.text(max_size=10)
+NAMES = st.sampled_from(sorted(MESSAGE_TYPES)) | st.text(max_size=10)
 FIELDS = st.dictionaries(
     st.sampled_from(["nonce", "code", "message", "keys", "record", "hidden", "step", "position", "mask", "x"]), JSON, max_size=5
 )

@@ -25,9 +25,10 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from petalnet.errors import PeerLost
+from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.frames import FrameDecoder, FrameLimits
 from petalnet.p2p.host import Host, Stream
-from petalnet.p2p.messages import Blob, Message, Ping, StepDone, decode_message, encode_message
+from petalnet.p2p.messages import Ping, StepDone, decode_message, encode_message
 from petalnet.p2p.mux import MUX_ID, MuxConnection
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW
 from petalnet.p2p.mux_stream import MuxStream

@@ -8,8 +8,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from petalnet.errors import BusyError, ProtocolError, RecordRejected, UnsupportedError
 from petalnet.p2p import record_keeper as module
+from petalnet.p2p.fields import Message
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Error, Find, Message, Ping, Records, Store, Stored
+from petalnet.p2p.messages import Error, Find, Ping, Records, Store, Stored
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.record_keeper import MAX_ANSWER_BYTES, MAX_ANSWER_RECORDS, SHORT_ANSWER_RECORDS, RecordKeeper, RecordService
 from petalnet.p2p.record_store import RecordStore

@@ -23,8 +23,9 @@ from multiaddr import Multiaddr
 from petalnet.errors import PeerLost, PeerUnreachable
 from petalnet.p2p.addresses import circuit_addr, parse_peer
 from petalnet.p2p.circuit import HOP, STOP, Reservation, read_protobuf, write_protobuf
+from petalnet.p2p.fields import Blob
 from petalnet.p2p.host import Host
-from petalnet.p2p.messages import Blob, ForwardDone, Ping
+from petalnet.p2p.messages import ForwardDone, Ping
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.relay import Relay
 from petalnet.p2p.reservations import Reservations

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalnet.errors import ProtocolError
+from petalnet.p2p.fields import CODECS, Blob, blob_size
 from petalnet.p2p.frames import FrameDecoder, FrameLimits
-from petalnet.p2p.messages import CODECS, Blob, StepDone, blob_size, decode_message, encode_message
+from petalnet.p2p.messages import StepDone, decode_message, encode_message
 from petalnet.p2p.tensors import decode_tensor, encode_tensor, joined_tokens, lossless_codec
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
