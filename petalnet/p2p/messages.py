@@ -233,13 +233,84 @@ class Reserved(Message):
 @message_type("replay")
 @dataclass(frozen=True)
 class Replay(Message):
-    """The outputs for KV entries [position, position + tokens) of all rows once more, of a session that pushes; answered by a `StepDone`
-    of the same number as soon as that step has been computed there and the session has come that far. `codec`: as of a step."""
+    """The outputs for KV entries [position, position + tokens) of all rows once more, of a session that pushes.
+
+    Attributes:
+        step: a number. Where they go to the client, their step's: the answer is a `StepDone` of that number, as soon as
+            the step has been computed there and the session has come that far. Otherwise a new number, above that of all steps before.
+        codec: as of a step.
+        until: 0: they go to the client. Otherwise they go on as a `Step` of this number and this `until` to the server that the session
+            pushes to, in the place of what a server before it has lost; to the client as a `StepDone` where that cannot be reached.
+        mask, position_ids, prompts, reach: for that step.
+    """
 
     step: int = scalar(integer(0, 2**53))
     position: int = scalar(integer(0, MAX_TOKENS))
     tokens: int = scalar(integer(1, MAX_TOKENS))
     codec: str = scalar(text(20), "raw")
+    until: int = scalar(integer(0, MAX_BLOCKS), 0)
+    reach: int = scalar(integer(0, MAX_TOKENS), 0)
+    mask: Blob | None = array(optional=True)
+    position_ids: Blob | None = array(optional=True)
+    prompts: Blob | None = array(optional=True)
+
+
+@message_type("resume")
+@dataclass(frozen=True)
+class Resume(Message):
+    """A server of the chain was lost, and others take its place: what is under way is given up, and the session goes on from `position`
+    between these neighbours. Answered by `Resumed`, or an error. May come at any time, also while a step is computed or waits.
+
+    Attributes:
+        step: the highest number that any step has been given: all of these are dropped from now on, whoever brings them.
+        position: KV entries that stay.
+        order: int64 [rows], and `order_step`, the number of the step that it came with: rows are put into this order unless that step has
+            been computed here.
+        takes_from, pushes_to: as in `OpenSession`, from now on. A link to the same server that is up stays; any other is closed.
+    """
+
+    step: int = scalar(integer(0, 2**53))
+    position: int = scalar(integer(0, MAX_TOKENS))
+    takes_from: str = scalar(text(128), "")
+    pushes_to: str = scalar(text(128), "")
+    order_step: int = scalar(integer(0, 2**53), 0)
+    order: Blob | None = array(optional=True)
+
+
+@message_type("resumed")
+@dataclass(frozen=True)
+class Resumed(Message):
+    """The session stands between its new neighbours, at `position`, with so many rows."""
+
+    position: int = scalar(integer(0, MAX_TOKENS))
+    rows: int = scalar(integer(0, MAX_TOKENS))
+
+
+@message_type("ask_progress")
+@dataclass(frozen=True)
+class AskProgress(Message):
+    """How far is this session? Answered at once by `Progress` of the same nonce, also while a long step is computed."""
+
+    nonce: int = scalar(integer(0, 2**53))
+
+
+@message_type("progress")
+@dataclass(frozen=True)
+class Progress(Message):
+    """The numbers of the last step that came, of the last one that was computed, and of the last one whose output was sent on."""
+
+    nonce: int = scalar(integer(0, 2**53))
+    taken: int = scalar(integer(0, 2**53))
+    done: int = scalar(integer(0, 2**53))
+    sent: int = scalar(integer(0, 2**53))
+
+
+@message_type("draining")
+@dataclass(frozen=True)
+class Draining(Message):
+    """To a session's client, unasked: this server takes no new sessions, and ends this one in so many seconds. It may go elsewhere."""
+
+    grace_s: float = scalar(number(0, 1e6))
 
 
 @message_type("attach")
@@ -290,6 +361,8 @@ class Step(Message):
             later step's `order`.
         names: uint8 [rows, units, NAME_BYTES], names of the units that this step completes, in their order. Where a step completes units
             and names none, the session's later units cannot be named any more.
+        until: 0, or the end of the last blocks that the step goes through: the server whose blocks end there answers the client and sends
+            nothing on. It rebuilds the KV entries of servers that have taken the place of lost ones.
         codec: what the outputs may be rounded to on their way, from server to server as well; "raw": nothing may be lost. A server that
             computes in less than the client's dtype sends what it has, which loses nothing.
         spent: for each server that the step has gone through on its way, in order: seconds in its queue, seconds of computation, and
@@ -309,6 +382,7 @@ class Step(Message):
     names: Blob | None = array(optional=True)
     codec: str = scalar(text(20), "raw")
     reach: int = scalar(integer(0, MAX_TOKENS), 0)
+    until: int = scalar(integer(0, MAX_BLOCKS), 0)
     spent: tuple[float, ...] = scalar(many(number(0, 1e6), 3 * MAX_HOPS), ())
 
 
