@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRAIN_WITHIN_S = 10.0
-"""How long a server that was told to stop waits for the sessions that it still has."""
+GRACE_S = 10.0
+"""How long a server that is to stop, or to serve other blocks, waits for the sessions that it still has, where nobody said how long."""
 WITHDRAW_WITHIN_S = 2.0
 MAX_NAME = 128
 """Characters of a model's name in a record."""
@@ -126,16 +126,16 @@ class Server:
         self._announcer.change(state=state)
         return await self._announcer.tell()
 
-    async def drain(self) -> None:
-        """Take no new sessions, wait a bounded while for the present ones, and tell the swarm goodbye."""
+    async def drain(self, grace_s: float = GRACE_S) -> None:
+        """Take no new sessions, wait up to `grace_s` seconds for the present ones to end or to be moved, and tell the swarm goodbye."""
         if not self._online:
             return
         self.service.drain()
         with trio.move_on_after(WITHDRAW_WITHIN_S):
             await self._say("draining")
         if len(self.service.sessions):
-            logger.info("waiting up to %.0f s for %d sessions to end", DRAIN_WITHIN_S, len(self.service.sessions))
-        with trio.move_on_after(DRAIN_WITHIN_S):
+            logger.info("waiting up to %.0f s for %d sessions to end", grace_s, len(self.service.sessions))
+        with trio.move_on_after(grace_s):
             while len(self.service.sessions):  # noqa: ASYNC110  (a tenth of a second at the end of a node's life)
                 await trio.sleep(0.1)
         with trio.move_on_after(WITHDRAW_WITHIN_S):
