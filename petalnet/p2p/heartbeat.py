@@ -2,6 +2,8 @@
 
 A machine that froze or lost its network leaves its connections standing for minutes. So each side pings the other, and after three
 pings without an answer the connection is given up. While a large message keeps a slow link busy, its bytes count as a sign of life.
+
+Whoever has reason to doubt a peer asks at once and waits for a shorter time (`Pings`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from petalnet.errors import PetalnetError, ProtocolError, UnsupportedError
+from petalnet.errors import BusyError, PeerUnreachable, PetalnetError, ProtocolError, UnsupportedError
 from petalnet.p2p.messages import Ping, Pong
 from petalnet.p2p.streams import Stream
 
@@ -23,6 +25,8 @@ MAX_MISSED = 3
 CROWD = 50
 """Peers beyond which heartbeats are spread, so that a well-connected node does not spend itself on them (25 pings a second)."""
 _KEPT = 8
+SLICES = 4
+"""Parts in which the answer to a single ping is waited for: a stall of our own, however long, costs one of them."""
 
 
 class Heartbeat:
@@ -86,6 +90,84 @@ class Heartbeat:
                 self.dead = True
             finally:
                 await _drop(stream)
+
+
+class Pings:
+    """Single pings, whenever somebody wants to know at once whether a peer is alive. Several at a time to one peer are one.
+
+    Args:
+        open_ping: opens a stream for pings to a peer; raises a PetalnetError where it is not connected.
+        last_heard: the trio time at which anything last came from a peer.
+    """
+
+    def __init__(self, open_ping: Callable[[str], Awaitable[Stream]], last_heard: Callable[[str], float]) -> None:
+        self._open_ping = open_ping
+        self._last_heard = last_heard
+        self._under_way: dict[str, _Shared] = {}
+
+    async def ping(self, peer_id: str, timeout_s: float) -> float:
+        """One round trip in seconds; arguments and errors as of `Host.ping`."""
+        began = trio.current_time()
+        left_s = timeout_s
+        while left_s > 0:
+            shared = self._under_way.get(peer_id)
+            if shared is None:
+                return await self._ask(peer_id, left_s)
+            with trio.move_on_after(left_s):
+                await shared.over.wait()
+            if shared.taken_s is not None:
+                return shared.taken_s
+            left_s = timeout_s - (trio.current_time() - began)
+        raise _unanswered(peer_id, timeout_s)
+
+    async def _ask(self, peer_id: str, timeout_s: float) -> float:
+        """A ping that others may wait for as well."""
+        shared = self._under_way[peer_id] = _Shared()
+        began = trio.current_time()
+        failure: PetalnetError | None = None
+
+        async def ask() -> None:
+            nonlocal failure
+            stream: Stream | None = None
+            try:
+                stream = await self._open_ping(peer_id)
+                shared.taken_s = await _ping(stream)
+            except (UnsupportedError, BusyError):  # whoever refuses is there
+                shared.taken_s = trio.current_time() - began
+            except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
+                failure = error
+            finally:
+                await _drop(stream)
+                shared.over.set()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                for _ in range(SLICES):
+                    with trio.move_on_after(timeout_s / SLICES):
+                        await shared.over.wait()
+                    if shared.over.is_set():
+                        break
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._under_way[peer_id]
+        if shared.taken_s is None and failure is None and self._last_heard(peer_id) >= began + timeout_s / 2:
+            shared.taken_s = trio.current_time() - began  # it sends other things: the ping waits behind them
+        if shared.taken_s is None:
+            raise _unanswered(peer_id, timeout_s) from failure
+        return shared.taken_s
+
+
+class _Shared:
+    """A ping under way: `over` is set when it is, with `taken_s` where it was answered."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.taken_s: float | None = None
+
+
+def _unanswered(peer_id: str, timeout_s: float) -> PeerUnreachable:
+    return PeerUnreachable(f"peer {peer_id} did not answer a ping within {timeout_s:g} s", peer_id)
 
 
 async def _ping(stream: Stream) -> float:

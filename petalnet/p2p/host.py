@@ -33,7 +33,7 @@ from petalnet.p2p.addresses import parse_addr, plain_addr, reachable_addrs
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.budget import Budget
 from petalnet.p2p.dialler import Dialler, abort, is_good
-from petalnet.p2p.heartbeat import Heartbeat, serve_ping
+from petalnet.p2p.heartbeat import Heartbeat, Pings, serve_ping
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.libp2p_host import Libp2pHost, finish_stream, reason_of
 from petalnet.p2p.mux import MuxConnection
@@ -89,6 +89,7 @@ class Host:
         self._budget = Budget(limits)
         self._nursery = nursery
         self._heartbeats: dict[str, Heartbeat] = {}
+        self._pings = Pings(self._open_ping, self._last_heard)
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._found_callbacks: list[Callable[[str], None]] = []
         self._dialler = Dialler(self.libp2p, limits, admission)
@@ -185,6 +186,16 @@ class Host:
         """The round trip to a connected peer in seconds (the least of the last heartbeats), or None where it is not known yet."""
         heartbeat = self._heartbeats.get(peer_id)
         return None if heartbeat is None else heartbeat.round_trip_s
+
+    async def ping(self, peer_id: str, timeout_s: float) -> float:
+        """One round trip to a connected peer, in seconds: whether it is alive now. It answers also while it computes or is busy otherwise.
+
+        Whatever else comes from the peer in the second half of the time counts as an answer: on a slow link a ping may have to wait.
+
+        Raises:
+            PeerUnreachable: it is not connected, or did not answer within `timeout_s`.
+        """
+        return await self._pings.ping(peer_id, timeout_s)
 
     def bytes_s(self, peer_id: str) -> float | None:
         """Bytes a second that the link to a connected peer has been seen to carry, or None where that is not known (yet)."""
@@ -330,15 +341,17 @@ class Host:
         """Until the peer is gone or does not answer; then see to it that it is gone."""
         peer_id = heartbeat.peer_id
 
-        async def open_ping() -> Stream:
-            if not self.is_connected(peer_id):
-                raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
-            return await self.open_stream(peer_id, PING)
-
-        await heartbeat.run(open_ping, last_heard=lambda: self._last_heard(peer_id), peers=lambda: len(self._heartbeats))
+        await heartbeat.run(
+            lambda: self._open_ping(peer_id), last_heard=lambda: self._last_heard(peer_id), peers=lambda: len(self._heartbeats)
+        )
         if heartbeat.dead:
             logger.info("peer %s does not answer any more", peer_id)
             await self.disconnect(peer_id)
+
+    async def _open_ping(self, peer_id: str) -> Stream:
+        if not self.is_connected(peer_id):
+            raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
+        return await self.open_stream(peer_id, PING)
 
     def _last_heard(self, peer_id: str) -> float:
         """Trio time at which any byte last came from the peer."""
