@@ -14,7 +14,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,10 @@ from petalnet.client.prefix import SentNames
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
+from petalnet.routing.observed import Observed
 from petalnet.routing.pace import refresh_every_s
-from petalnet.routing.records import ServerRecord
-from petalnet.routing.routes import Hop, Work, find_route
+from petalnet.routing.records import ServerRecord, Work
+from petalnet.routing.routes import Hop, find_route
 
 if TYPE_CHECKING:
     from petalnet.p2p.host import Host
@@ -58,6 +59,7 @@ class Membership:
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
         self.sent_names = SentNames()
+        self.observed = Observed()
         self._peering: Peering
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join
@@ -138,10 +140,15 @@ class Membership:
         work: Work = "decode",
         tokens: int = 1,
         look: bool = True,
+        kv_tokens: int = 0,
+        like: Sequence[ServerRecord] | None = None,
     ) -> list[Hop]:
         """The quickest chain of servers through blocks [first, end) of a model.
 
         Args:
+            kv_tokens: that the session will take on each server (rows × max_length): those with less free are left out where others are.
+            like: records of servers whose work others are to go on with: only servers with the same bytes of these blocks, dtype and
+                quantization.
             look: whether to look for servers where those that are known do not suffice, and to go on with it for a moment after joining.
                 Without it they are looked for once, unless that was done lately: others are known, and there is something to do meanwhile.
 
@@ -158,7 +165,16 @@ class Membership:
             # Passes without a session spread over servers that are about as good; sessions take the best route.
             spread = self._random if work == "forward" else None
             find = partial(
-                find_route, first=first, end=end, round_trip=self.host.round_trip_s, now=now, work=work, tokens=tokens, rng=spread
+                find_route,
+                first=first,
+                end=end,
+                round_trip=self.host.round_trip_s,
+                now=now,
+                work=work,
+                tokens=tokens,
+                rng=spread,
+                kv_tokens=kv_tokens,
+                like=like,
             )
             # A server that failed lately has its second chance where nobody else holds its blocks.
             proven = [record for record in records if not view.on_probation(record.peer_id)]
@@ -185,6 +201,21 @@ class Membership:
     def start(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run `function()` beside everything else for as long as this is a member of the swarm; it has to deal with its own errors."""
         self._nursery.start_soon(function)
+
+    def observe(self, peer_id: str, *, tokens: int, blocks: int, compute_s: float, queue_s: float, work: Work | None = None) -> None:
+        """Note what a finished step took at a server, so that routes count with it; costs a few microseconds.
+
+        Args:
+            tokens: rows × new tokens.
+            blocks: how many blocks the server ran.
+            compute_s, queue_s: seconds of computation, and of waiting for it.
+            work: None for a session's step: decode or prefill, by the number of tokens.
+        """
+        record = self._peering.view.record(peer_id)
+        if record is not None:
+            self.observed.note(
+                record, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, now=trio.current_time(), work=work
+            )
 
     def mark_failed(self, peer_id: str) -> None:
         """Take a server out of all routes at once."""

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 
@@ -28,6 +28,11 @@ MAX_BLOCKS = 4096
 MAX_ADDRS = 16
 MAX_ADAPTERS = 32
 MAX_ROUND_TRIPS = 16
+SLOWEST_BLOCK_S = 3600.0
+"""Counted at most for a token and block: a rate next to zero would make times infinite."""
+
+Work = Literal["decode", "prefill", "forward"]
+"""What a server is asked for: one token after another, many tokens of a session at once, or a pass without a session."""
 
 
 def next_sequence(last: int, now: float, *, told: int = 0) -> int:
@@ -185,6 +190,11 @@ class ServerRecord:
     def keys(self) -> tuple[bytes, ...]:
         """The keys under which the record may be stored: its model's and the one that all servers share."""
         return discovery_key(self.model), SWARM_KEY
+
+    def block_s(self, work: Work) -> float | None:
+        """Seconds that it says a token takes in one of its blocks; None where it does not say."""
+        rate = {"decode": self.decode_tokens_s, "prefill": self.prefill_tokens_s, "forward": self.forward_tokens_s}[work]
+        return min(1 / (rate * (self.span[1] - self.span[0])), SLOWEST_BLOCK_S) if rate > 0 else None
 
     def holds(self, block: int) -> bool:
         """Whether the block lies in the span."""

@@ -8,17 +8,16 @@ equal costs compare equal and the choice does not depend on the order of the rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from petalnet.errors import MissingBlocksError
-from petalnet.routing.records import ServerRecord
+from petalnet.routing.records import SLOWEST_BLOCK_S, ServerRecord
+from petalnet.routing.records import Work as Work
 from petalnet.routing.swarm import missing_blocks
 from petalnet.routing.versions import versions
-
-Work = Literal["decode", "prefill", "forward"]
 
 HOP_S = 0.001
 """Seconds that a hop costs beside its round trip and its blocks: framing, encryption, two wake-ups."""
@@ -26,8 +25,6 @@ UNKNOWN_ROUND_TRIP_S = 0.1
 """Assumed for a server that was never measured: a far one on the internet, so that measured near ones are preferred."""
 UNKNOWN_BLOCK_S = 0.01
 """Seconds a token and block of a server that announces no rate: slow, so that measured ones are preferred."""
-SLOWEST_BLOCK_S = 3600.0
-"""Counted at most for a token and block: a rate next to zero would make times infinite, for which there are no whole nanoseconds."""
 SPREAD = 2.0
 """With `rng`, a server's cost is multiplied by a random factor up to this: those within it share the load."""
 
@@ -75,6 +72,8 @@ def find_route(
     tokens: int = 1,
     rng: Random | None = None,
     expected: Mapping[int, str] | None = None,
+    kv_tokens: int = 0,
+    like: Sequence[ServerRecord] | None = None,
 ) -> list[Hop]:
     """The quickest route through blocks [first, end), one hop after another, over servers of one version of the model.
 
@@ -86,6 +85,9 @@ def find_route(
         tokens: tokens that go through in one go (rows × new tokens).
         rng: spreads load: the route then takes at most `SPREAD` times as long as the quickest, and routes differ from call to call.
         expected: block → digest of the version that was asked for; see `versions`.
+        kv_tokens: room that is needed on each server: those that announce less are left out where the others suffice.
+        like: records of servers in whose place others are to go on: for each block that these hold, only servers that announce the same
+            digest (where these announce one), dtype and quantization.
 
     Raises:
         ValueError: the range is empty, or tokens < 1.
@@ -94,6 +96,11 @@ def find_route(
     if not 0 <= first < end or tokens < 1:
         raise ValueError(f"no route leads through blocks {first}:{end} for {tokens} tokens")
     usable = _newest(record for record in records if record.expires > now)
+    if like:
+        kinds = {(record.dtype, record.quantization) for record in like}
+        usable = [record for record in usable if (record.dtype, record.quantization) in kinds]
+    if kv_tokens and not missing_blocks(roomy := [record for record in usable if record.free_kv_tokens >= kv_tokens], first, end):
+        usable = roomy
     missing = missing_blocks(usable, first, end)
     if missing:
         raise MissingBlocksError(missing, (record.peer_id for record in usable))

@@ -1,0 +1,192 @@
+"""How fast servers turned out to be, as one client saw it: by this, what they announce is corrected. Pure: `now` is passed in, in seconds.
+
+Whoever announces a rate may lie, or have become slow since. So each step that a server has done counts as a measurement: the expected time
+of a block is the average of what is announced, which counts as `PRIOR` steps, and of what was seen, which counts as `MOST` steps at the
+most, the latest first. What was seen loses its weight by half in each half-life, so one bad minute is forgiven and a server is tried
+again. A server that turns out slow anew after it had been forgiven is remembered twice as long each time: so a liar gets few chances.
+
+The times are absolute: who announces still more after it was found out gains nothing by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from petalnet.routing.records import ServerRecord, Work
+
+PRIOR = 4.0
+"""Steps as which the announcement counts."""
+MOST = 16.0
+"""Steps as which all that was seen counts at most: from there on, each step takes the place of the oldest."""
+HALF_LIFE_S = 60.0
+LONGEST_HALF_LIFE_S = 3600.0
+QUEUE_HALF_LIFE_S = 15.0
+"""Load changes faster than speed does."""
+SLOW = 2.0
+"""A server is slow that takes so many times as long as it announces, and honest below `HONEST` times."""
+HONEST = 1.25
+OUTLIER = 4.0
+"""A step counts as at most so many times what was expected: a machine that was suspended has not become slow."""
+UNKNOWN_BLOCK_S = 0.01
+"""Seconds a token and block of a server that announces no rate: slow, so that measured ones are preferred."""
+FEW_TOKENS = 16
+"""Tokens (rows × new) up to which a step is a matter of the decode rate."""
+WHOLE_STEP_TOKENS = 64
+"""A prompt counts as another step for each so many tokens, up to `PRIOR` of them."""
+LONGEST_S = 60.0
+"""Seconds that anything counts as at most: of a block for a token, and of a queue."""
+MAX_SERVERS = 4096
+"""Servers that are remembered, those that were seen last."""
+SLACK_S, SLACK = 0.005, 0.5
+"""What a step may take beside what its servers say and its ways are known to take, before they are asked to account for it: this client's
+own work and its delays, and this part of the ways' time."""
+
+
+@dataclass(slots=True)
+class _Average:
+    """Of measurements, whose weight halves in each half-life."""
+
+    total: float = 0.0
+    weight: float = 0.0
+    at: float = 0.0
+
+    def age(self, now: float, half_life_s: float) -> None:
+        if now > self.at:
+            kept = 0.5 ** min((now - self.at) / half_life_s, 1000.0)
+            self.total, self.weight, self.at = self.total * kept, self.weight * kept, now
+
+    def add(self, value: float, weight: float) -> None:
+        kept = min(1.0, max(MOST - weight, 0.0) / self.weight) if self.weight else 1.0
+        self.total, self.weight = self.total * kept + value * weight, self.weight * kept + weight
+
+    def with_prior(self, prior: float) -> float:
+        return (PRIOR * prior + self.total) / (PRIOR + self.weight)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen of one server."""
+
+    blocks: dict[Work, _Average] = field(default_factory=dict)
+    queue: _Average = field(default_factory=_Average)
+    strikes: int = 0  # how often it was found to be slow
+    is_caught: bool = False  # whether that is so now
+
+    @property
+    def half_life_s(self) -> float:
+        return min(HALF_LIFE_S * 2.0 ** min(max(self.strikes - 1, 0), 16), LONGEST_HALF_LIFE_S)
+
+
+class Speed(NamedTuple):
+    """What is expected of a server.
+
+    Attributes:
+        block_s: seconds a token in one block.
+        queue_s: seconds that a step waits there before it is computed.
+        announced_s: `block_s` as it announces it; None where it does not.
+        seen: how many steps' worth of own measurements is in it, up to `MOST`; 0 where it is as announced.
+    """
+
+    block_s: float
+    queue_s: float
+    announced_s: float | None
+    seen: float
+
+
+class Observed:
+    """What this client saw of all servers."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def note(
+        self, record: ServerRecord, *, tokens: int, blocks: int, compute_s: float, queue_s: float, now: float, work: Work | None = None
+    ) -> None:
+        """A server has done a step.
+
+        Args:
+            record: what it announces.
+            tokens: rows × new tokens.
+            blocks: how many blocks it ran.
+            compute_s, queue_s: seconds of computation, and of waiting for it.
+            work: None: decode or prefill, by the number of tokens.
+        """
+        if tokens < 1 or blocks < 1 or not (compute_s >= 0 and queue_s >= 0):
+            return
+        seen = self._of(record.peer_id)
+        work = work or ("decode" if tokens <= FEW_TOKENS else "prefill")
+        average = seen.blocks.setdefault(work, _Average(at=now))
+        average.age(now, seen.half_life_s)
+        announced_s = record.block_s(work) or UNKNOWN_BLOCK_S
+        if average.weight < PRIOR / 2:
+            seen.is_caught = False
+        value = min(compute_s / blocks / _alone(record, work, tokens), LONGEST_S)
+        value = min(value, OUTLIER * max(average.with_prior(announced_s), UNKNOWN_BLOCK_S))
+        average.add(value, min(1.0 + tokens / WHOLE_STEP_TOKENS, PRIOR))
+        mean = average.total / average.weight
+        if mean > SLOW * announced_s and average.weight >= PRIOR and not seen.is_caught:
+            seen.strikes, seen.is_caught = seen.strikes + 1, True
+        elif mean < HONEST * announced_s and average.weight >= 2 * PRIOR:
+            seen.strikes, seen.is_caught = 0, False
+        seen.queue.age(now, QUEUE_HALF_LIFE_S)
+        seen.queue.add(min(queue_s, LONGEST_S), 1.0)
+
+    def speed(self, record: ServerRecord, work: Work, queue_s: float, now: float) -> Speed:
+        """What to expect of a server for this kind of work.
+
+        Args:
+            queue_s: seconds of waiting, by the load that it announces.
+        """
+        announced_s = record.block_s(work)
+        block_s = UNKNOWN_BLOCK_S if announced_s is None else announced_s
+        seen = self._seen.get(record.peer_id)
+        if seen is None:
+            return Speed(block_s, queue_s, announced_s, 0.0)
+        seen.queue.age(now, QUEUE_HALF_LIFE_S)
+        average = seen.blocks.get(work)
+        if average is None:
+            return Speed(block_s, seen.queue.with_prior(queue_s), announced_s, 0.0)
+        average.age(now, seen.half_life_s)
+        return Speed(average.with_prior(block_s), seen.queue.with_prior(queue_s), announced_s, average.weight)
+
+    def forget(self, peer_id: str) -> None:
+        """Whoever has this peer id now is another machine, or does other blocks."""
+        self._seen.pop(peer_id, None)
+
+    def _of(self, peer_id: str) -> _Seen:
+        seen = self._seen.pop(peer_id, None) or _Seen()
+        self._seen[peer_id] = seen  # the latest last
+        if len(self._seen) > MAX_SERVERS:
+            del self._seen[next(iter(self._seen))]
+        return seen
+
+
+def _alone(record: ServerRecord, work: Work, tokens: int) -> float:
+    """How many times as long as a single token a step of so many takes in a block, by the shape of what the server announces.
+
+    In a prompt and a pass each token counts. A few tokens in a step take little longer than one, since the weights are read once.
+    """
+    if work != "decode":
+        return float(tokens)
+    one_s, more_s = record.block_s("decode"), record.block_s("prefill")
+    if one_s is None or more_s is None or tokens == 1:
+        return 1.0
+    return 1.0 + (tokens - 1) * min(more_s / one_s, 1.0)
+
+
+def unaccounted(held: Sequence[float], wall_s: float, network_s: float) -> float:
+    """Seconds of a step that each of its servers has to answer for beside what it says itself, the same for all of them.
+
+    Who says that it took less than it did cannot hide it: the client has its own clock. It cannot tell whose the difference is, so all of
+    a chain have a part of it; in the next chain it follows whoever it belongs to.
+
+    Args:
+        held: seconds that the servers say that they had the step.
+        wall_s: seconds that the step took.
+        network_s: seconds that the ways between them are known to take.
+    """
+    if not held:
+        return 0.0
+    return max(wall_s - sum(held) - network_s * (1 + SLACK) - SLACK_S, 0.0) / len(held)
