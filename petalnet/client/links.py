@@ -17,7 +17,7 @@ import trio
 from petalnet.client.requests import Busy, Target, ask, blaming, open_stream
 from petalnet.errors import CallerError, ServerError
 from petalnet.p2p.fields import Message
-from petalnet.p2p.messages import OpenSession, SessionOpened
+from petalnet.p2p.messages import OpenSession, Progress, SessionOpened
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Link:
         onward: what is to be sent to it because of what others said, in this order.
         has_onward: where its task waits for more of that.
         replied: set when `reply` is there, the answer to a request that is no step; None where there is no such request.
+        has_progress: set when `progress` is there, the answer to the latest `AskProgress`; None where nobody waits for one.
     """
 
     hop: Hop
@@ -46,6 +47,8 @@ class Link:
     has_onward: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     replied: trio.Event | None = None
     reply: Message | None = None
+    has_progress: trio.Event | None = None
+    progress: Progress | None = None
 
 
 async def open_links(target: Target, hops: Sequence[Hop], max_length: int, promise_rows: int) -> list[Link]:
