@@ -25,6 +25,9 @@ from petalnet.p2p.swarm_key import SwarmKey
 
 DEFAULT_PORT = 31330
 DEFAULT_HTTP_PORT = 31331
+DEFAULT_DRAIN_S = 30.0
+"""Seconds for running sessions when a server is told to stop: moving one takes a few, an answer that nobody else can go on with may end."""
+MOST_SECONDS = 86_400
 
 Serve = tuple[int, int] | int | Literal["auto"]
 """What to host: blocks [a, b), any n blocks, or as many as memory holds."""
@@ -83,6 +86,16 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"\d{1,15}", text) or int(text) == 0:
         raise ValueError("needs a whole number above 0")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise ValueError(f"needs a number of seconds from 0 to {MOST_SECONDS}")
+    return seconds
 
 
 def _size(text: str) -> int:
@@ -191,6 +204,10 @@ class Settings:
     share_prefixes: bool = _setting("reuse what one peer's prompt computed for other peers' prompts that begin alike", _flag, default=False)
     max_memory: int | None = _setting("most memory for weights and KV, such as 8GB  [most of what is free]", _size, metavar="SIZE")
     public_name: str | None = _setting("shown in the swarm's overview", _name, metavar="NAME")
+    drain_time: float = _setting(
+        f"when told to stop, how long running sessions may take to move to other servers or to end  [{DEFAULT_DRAIN_S:g}]",
+        _seconds, default=DEFAULT_DRAIN_S, metavar="SECONDS",
+    )  # fmt: skip
     revision: str | None = _setting("of the model on the hub  [main]", metavar="REV")
     token: str | None = _setting("for the hub  [the stored login]", metavar="TOKEN")
     cache_dir: Path | None = _setting("where hub files are kept  [the hub's own cache]", _path, metavar="DIR")

@@ -1,7 +1,10 @@
-"""What a running node tells programs of its own user: a Unix socket in the state folder, one a node, that nobody else can open.
+"""What a running node tells programs of its own user, and does for them: a Unix socket in the state folder, one a node, that nobody else
+can open. Nothing listens on the network.
 
-Whoever connects gets one JSON document and the end of the stream. Nothing can be asked for and nothing changed, and nothing listens on the
-network. `petalnet peers` reads it.
+Whoever connects says in one line what it wants, and gets one JSON document and the end of the stream:
+
+- `report`: what the node does. `petalnet peers` reads it.
+- `drain`: the node is told to drain and end, as by SIGTERM, and says what it waits for. `petalnet drain` does that.
 """
 
 from __future__ import annotations
@@ -12,24 +15,40 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import trio
 
 from petalnet.config import state_dir
+from petalnet.errors import PetalnetError
 
 logger = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 3.0
 """For both sides: a node whose loop hangs, and a reader that does not read."""
 MOST_BYTES = 64 * 1024 * 1024
+MOST_WORDS = 64
+"""Bytes of the line that says what is wanted."""
+ENDS_WITHIN_S = 15.0
+"""Seconds for a node to be gone when the time for its sessions is over."""
+
+Answer = Callable[[], dict[str, Any]]
 
 
-async def serve_inspection(report: Callable[[], dict[str, Any]], *, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED) -> None:
-    """Answer everybody who connects with what `report` gives, until cancelled. A node that cannot have its socket goes on without."""
+async def serve_inspection(
+    report: Answer, *, drain: Answer | None = None, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer whoever connects, until cancelled. A node that cannot have its socket goes on without.
+
+    Args:
+        report: what the node does, as JSON.
+        drain: tells the node to drain and end, and returns what is waited for, as JSON; None where that cannot be asked for.
+    """
     path = _folder() / f"{os.getpid()}.sock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -42,11 +61,14 @@ async def serve_inspection(report: Callable[[], dict[str, Any]], *, task_status:
         task_status.started()
         return
 
+    answers = {"report": report} if drain is None else {"report": report, "drain": drain}
+
     async def answer(stream: trio.SocketStream) -> None:
         try:
             with trio.move_on_after(ANSWER_WITHIN_S):
                 async with stream:
-                    await stream.send_all(json.dumps(report()).encode())
+                    if (found := answers.get(await _read_line(stream))) is not None:
+                        await stream.send_all(json.dumps(found()).encode())
         except trio.BrokenResourceError:
             logger.debug("a program that asked about this node went away")
         except Exception:  # a defect in telling what the node does must not end what it does
@@ -70,6 +92,39 @@ def ask_nodes() -> list[dict[str, Any]]:
         except (OSError, ValueError) as error:
             logger.warning("the node of %s does not answer: %s", path, error)
     return found
+
+
+def ask_to_drain(pid: int) -> dict[str, Any]:
+    """Tell a node of this user to drain and end; what it answers: "sessions" that are waited for, and "within_s" for how long.
+
+    Raises:
+        PetalnetError: the node is not there, or does not do it.
+    """
+    try:
+        answer = _ask(_folder() / f"{pid}.sock", "drain")
+        return {"sessions": int(answer["sessions"]), "within_s": float(answer["within_s"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PetalnetError(f"the node of pid {pid} could not be told to drain: {error}") from error
+
+
+def await_end(pid: int, within_s: float) -> bool:
+    """Whether a process on this machine has ended, after waiting for that for so many seconds at most."""
+    deadline = time.monotonic() + within_s
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        while process.status() != psutil.STATUS_ZOMBIE:  # whose parent has not asked yet how it ended
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+    return True
+
+
+async def _read_line(stream: trio.SocketStream) -> str:
+    """What whoever connects wants; of what is too long, the beginning."""
+    line = bytearray()
+    while b"\n" not in line and len(line) < MOST_WORDS and (more := await stream.receive_some(MOST_WORDS)):
+        line += more
+    return line.partition(b"\n")[0].decode("ascii", "replace")
 
 
 def _folder() -> Path:
@@ -116,14 +171,15 @@ def _connect(path: Path) -> socket.socket:
     return asking
 
 
-def _ask(path: Path) -> dict[str, Any]:
+def _ask(path: Path, wanted: str = "report") -> dict[str, Any]:
     with _connect(path) as asking:
+        asking.sendall(f"{wanted}\n".encode())
         data = bytearray()
         while len(data) < MOST_BYTES and (more := asking.recv(256 * 1024)):
             data += more
     report = json.loads(data)
     if not isinstance(report, dict):
-        raise ValueError("it answers something else than a report")
+        raise ValueError("it answers something else than it was asked for")
     return report
 
 

@@ -1,7 +1,8 @@
 """A node: the one place that knows all parts and puts them together for the role that was asked for.
 
 A server is a peering and a `Server`; a client daemon is a peering, the local web side and the state file by which programs on this
-machine find the swarm; a bootstrap node is a peering alone. The first SIGINT or SIGTERM drains, a second one ends at once.
+machine find the swarm; a bootstrap node is a peering alone. The first SIGINT or SIGTERM drains, a second one ends at once; `petalnet drain`
+is as good as a first one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import AsyncIterable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,8 @@ class Node:
         self._http_url: str | None = None
         self._usable = False
         self._stopping = trio.Event()
+        self._role = trio.CancelScope()
+        self._waits = {"sessions": 0, "within_s": 0.0}
         self._peering: Peering
         self._server: Server | None = None
 
@@ -80,25 +84,41 @@ class Node:
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async with trio.open_nursery() as nursery:
                     # Only the role is cancelled by a first signal that comes early: the watcher has to live on to see a second one.
-                    role = trio.CancelScope()
-                    nursery.start_soon(self._watch_signals, signals, role)
-                    with role:
+                    nursery.start_soon(self._watch_signals, signals)
+                    with self._role:
                         await self._run_role(task_status)
                     nursery.cancel_scope.cancel()
         finally:
             self._remove_files()
         logger.info("stopped")
 
-    async def _watch_signals(self, signals: AsyncIterable[int], role: trio.CancelScope) -> None:
+    async def _watch_signals(self, signals: AsyncIterable[int]) -> None:
         async for number in signals:
             if self._stopping.is_set():
                 self._remove_files()
                 sys.stdout.flush()
                 os._exit(128 + number)
-            self._stopping.set()
-            logger.info("stopping (again to end at once)")
-            if not self._usable:  # there is nothing to drain yet
-                role.cancel()
+            self._stop("told to stop")
+
+    def _stop(self, why: str) -> None:
+        """Begin to leave in good order."""
+        if self._usable and self._server is not None:
+            sessions, within_s = len(self._server.service.sessions), self._settings.drain_time
+            self._waits = {"sessions": sessions, "within_s": within_s}
+            plural = "s have" if sessions != 1 else " has"
+            waits = f": no new sessions; {sessions} running one{plural} up to {within_s:g} s to move to other servers or to end"
+        else:
+            waits = ""
+        logger.info("%s%s (a signal, such as Ctrl-C, from now on ends this node at once)", why, waits)
+        self._stopping.set()
+        if not self._usable:  # there is nothing to drain yet
+            self._role.cancel()
+
+    def _drain_on_request(self) -> dict[str, Any]:
+        """What `petalnet drain` does to this node, and what it is told: how many sessions are waited for, and for how many seconds."""
+        if not self._stopping.is_set():
+            self._stop("told to stop by `petalnet drain`")
+        return self._waits
 
     async def _run_role(self, task_status: trio.TaskStatus[None]) -> None:
         from petalnet.p2p.addresses import read_peer_list
@@ -124,7 +144,7 @@ class Node:
             await self._join(stack)
             services = await stack.enter_async_context(trio.open_nursery())
             stack.callback(services.cancel_scope.cancel)
-            await services.start(serve_inspection, self._describe_peers)
+            await services.start(partial(serve_inspection, drain=self._drain_on_request), self._describe_peers)
             if self.role == "server":
                 await self._serve(services, opening, model)
             else:
@@ -144,7 +164,7 @@ class Node:
             self._usable = False
             self._remove_files()
             if self._server is not None:
-                await self._server.drain()
+                await self._server.drain(self._settings.drain_time)
 
     async def _join(self, stack: AsyncExitStack) -> None:
         from petalnet.p2p.identity import Identity

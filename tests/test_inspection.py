@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import trio
 import trio.testing
 
 from petalnet import inspection
-from petalnet.inspection import ask_nodes, serve_inspection
+from petalnet.errors import PetalnetError
+from petalnet.inspection import ask_nodes, ask_to_drain, serve_inspection
 
 
 @pytest.fixture(params=["short", "long"])
@@ -93,6 +96,7 @@ async def test_a_reader_that_does_not_read_is_given_up(
     monkeypatch.chdir(folder)
     with socket.socket(socket.AF_UNIX) as lazy:
         lazy.connect(f"{os.getpid()}.sock")
+        lazy.sendall(b"report\n")
         await trio.sleep(10)
         assert len(b"".join(iter(lambda: lazy.recv(1 << 20), b""))) < 3_000_000
 
@@ -105,3 +109,40 @@ async def test_a_folder_that_cannot_be_used_is_told_and_nothing_more(
     await nursery.start(serve_inspection, dict)
     assert "will not see this node" in caplog.text
     assert await ask() == []
+
+
+async def test_a_node_is_told_to_drain_and_says_what_it_waits_for(folder: Path, nursery: trio.Nursery) -> None:
+    told: list[None] = []
+
+    def drain() -> dict[str, object]:
+        told.append(None)
+        return {"sessions": 3, "within_s": 30.0}
+
+    await nursery.start(partial(serve_inspection, drain=drain), lambda: {"well": True})
+    assert await ask() == [{"well": True}] and not told
+    assert await trio.to_thread.run_sync(ask_to_drain, os.getpid()) == {"sessions": 3, "within_s": 30.0}
+    assert len(told) == 1
+
+
+async def test_a_node_that_cannot_be_told_to_drain(folder: Path, nursery: trio.Nursery) -> None:
+    """It is gone, or it is no node that drains, or it answers nonsense."""
+    with pytest.raises(PetalnetError, match="could not be told to drain"):
+        await trio.to_thread.run_sync(ask_to_drain, os.getpid())
+    await nursery.start(serve_inspection, dict)
+    with pytest.raises(PetalnetError, match="could not be told to drain"):
+        await trio.to_thread.run_sync(ask_to_drain, os.getpid())
+
+
+async def test_who_asks_for_something_else_gets_nothing(folder: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    await nursery.start(serve_inspection, lambda: {"well": True})
+    monkeypatch.chdir(folder)
+    for words in (b"open the door\n", b"x" * 100_000, b""):
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(f"{os.getpid()}.sock")
+            with contextlib.suppress(BrokenPipeError):
+                asking.sendall(words)
+                asking.shutdown(socket.SHUT_WR)
+            asking.settimeout(2)
+            with contextlib.suppress(ConnectionResetError):
+                assert await trio.to_thread.run_sync(asking.recv, 10) == b""
+    assert await ask() == [{"well": True}]

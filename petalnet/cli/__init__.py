@@ -19,6 +19,7 @@ VERBS = {
     "node": "run a node: host blocks, be this machine's client daemon, or be a swarm's entry point",
     "peers": "who this machine's nodes are connected to, through what and how fast",
     "status": "who serves which blocks of which model, and what is missing",
+    "drain": "end a node of this machine in good order: its users are moved to other servers first",
     "demo": "a whole swarm on this machine: starts servers and generates text through them",
     "key": "make the key of a private swarm",
     "version": "the versions of petalnet and of what it stands on",

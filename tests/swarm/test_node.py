@@ -179,3 +179,27 @@ def test_nodes_of_one_machine_keep_their_identities(nodes) -> None:
     assert first.peer_id != second.peer_id
     assert first.stop() == 0
     assert nodes.start("--bootstrap", own_identity=True).peer_id == first.peer_id
+
+
+async def test_an_operator_drains_a_node(nodes, find_record) -> None:
+    """`petalnet drain` returns when the node has ended, which waits for a session that is open, but no longer than it is set to."""
+    from petalnet.p2p.host import open_host
+    from petalnet.p2p.identity import Identity
+    from petalnet.p2p.messages import OpenSession, SessionOpened
+    from petalnet.p2p.protocols import INFERENCE
+
+    arguments = ("--serve", "0:2", "--new-swarm", "--throughput", "9", "--drain-time", "2", "--public-name", "attic")
+    node = await trio.to_thread.run_sync(nodes.start, *arguments)
+    async with open_host(Identity.generate()) as host:
+        record = await find_record(host, node.peer_id, node.addrs)
+        async with await host.open_stream(node.peer_id, INFERENCE, addrs=node.addrs) as stream:
+            await stream.send(OpenSession("s", record.model, 0, 2, 10))
+            assert isinstance(await stream.receive(), SessionOpened)
+            began = trio.current_time()
+            done = await trio.to_thread.run_sync(petalnet, nodes, "drain", "--node", "attic")
+    assert done.stdout == f"server attic (pid {node.process.pid}) drains: 1 session may take up to 2 s to leave\nit has left\n", done.stderr
+    assert 2 < trio.current_time() - began < 15
+    assert node.process.wait(5) == 0
+    assert "told to stop by `petalnet drain`: no new sessions; 1 running one has up to 2 s to move" in node.log()
+    done = await trio.to_thread.run_sync(petalnet, nodes, "drain")
+    assert done.returncode == 1 and done.stderr == "petalnet: you run no node on this machine\n"
