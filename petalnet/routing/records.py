@@ -87,6 +87,7 @@ class ServerRecord:
         forward_tokens_s: stateless forward passes.
         free_kv_tokens: tokens for which there is room in the KV cache.
         queue: requests that wait for its compute thread.
+        movable: whether it goes to other blocks by itself where the swarm needs it more; not where its owner chose the span.
         next_round_trips: (peer id, seconds) to servers that hold the blocks after its own.
         sequence: grows from record to record of one server, over restarts too: the clock's milliseconds (see `next_sequence`).
         issued, expires: unix seconds.
@@ -117,6 +118,7 @@ class ServerRecord:
     free_kv_tokens: int = 0
     queue: int = 0
     next_round_trips: tuple[tuple[str, float], ...] = ()
+    movable: bool = False
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -152,7 +154,7 @@ class ServerRecord:
             raise RecordRejected("a server record is not valid msgpack") from error
         if type(values) is not dict:
             raise RecordRejected("a server record is not a map of fields")
-        known = {name: value for name, value in values.items() if name in _CHECKS}
+        known = _UNSAID | {name: value for name, value in values.items() if name in _CHECKS}
         missing = sorted(_CHECKS.keys() - known.keys())
         if missing:
             raise RecordRejected(f"a server record lacks the field {missing[0]!r}")
@@ -229,6 +231,12 @@ def _number(high: float) -> Check:
         return float(value)
 
     return check
+
+
+def _truth(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false is needed")
+    return value
 
 
 def _label(longest: int) -> Check:
@@ -309,6 +317,9 @@ _CHECKS: dict[str, Check] = {
     "free_kv_tokens": _integer(0, 2**53),
     "queue": _integer(0, 10**6),
     "next_round_trips": _many(_pair(_peer_id, _number(3600)), MAX_ROUND_TRIPS),
+    "movable": _truth,
 }
+_UNSAID: dict[str, Any] = {"movable": False}
+"""What fields are taken for that servers of earlier versions do not send."""
 if _CHECKS.keys() != {item.name for item in fields(ServerRecord)}:
     raise TypeError("every field of ServerRecord needs its check")

@@ -168,6 +168,15 @@ def test_a_missing_field_is_named(record: Build, field: str) -> None:
         ServerRecord.decode(msgpack.packb(fields))
 
 
+def test_a_server_of_an_earlier_version_does_not_move(record: Build) -> None:
+    fields = msgpack.unpackb(record(movable=True).encode())
+    assert ServerRecord.decode(msgpack.packb(fields)).movable
+    del fields["movable"]
+    assert not ServerRecord.decode(msgpack.packb(fields)).movable
+    with pytest.raises(RecordRejected, match="movable"):
+        ServerRecord.decode(msgpack.packb(fields | {"movable": 1}))
+
+
 def test_digests_are_cut_to_what_is_announced(record: Build) -> None:
     digests = tuple(f"{n:064x}"[::-1] for n in range(1, 5))
     assert record(block_digests=digests).block_digests == tuple(digest[:DIGEST_CHARS] for digest in digests)
