@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,20 +86,34 @@ class Nodes:
             "PETALNET_STATE_DIR": str(state / "state"),
             "PETALNET_CACHE_DIR": str(state / "cache"),
             "PETALNET_CONFIG": str(state / "config.toml"),
+            "PETALNET_DRAIN_TIME": "10",  # shorter than the patience of `NodeProcess.stop`
             "PYTHONUNBUFFERED": "1",
         }
 
-    def launch(self, *arguments: object, own_identity: bool = False) -> NodeProcess:
-        """Start `petalnet node …` on a free loopback port without waiting for it; `own_identity` leaves its key to the node."""
+    def launch(
+        self,
+        *arguments: object,
+        own_identity: bool = False,
+        program: Sequence[str] = ("-m", "petalnet"),
+        environment: Mapping[str, str] | None = None,
+    ) -> NodeProcess:
+        """Start `petalnet node …` on a free loopback port without waiting for it; `own_identity` leaves its key to the node.
+
+        Args:
+            program: what runs it, for Python.
+            environment: what it gets beside the environment of all.
+        """
         number = len(self.started)
         ready_file, log_file = self.folder / f"ready-{number}.json", self.folder / f"node-{number}.log"
-        command = [sys.executable, "-m", "petalnet", "node", *map(str, arguments), "--ready-file", str(ready_file)]
+        command = [sys.executable, *program, "node", *map(str, arguments), "--ready-file", str(ready_file)]
         if "--host-maddrs" not in arguments:
             command += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0"]
         if "--identity-path" not in arguments and not own_identity:
             command += ["--identity-path", str(self.folder / f"identity-{number}.key")]
         with log_file.open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment())
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment() | dict(environment or {})
+            )
         node = NodeProcess(process, ready_file, log_file, {})
         self.started.append(node)
         return node
