@@ -1,6 +1,11 @@
 """The merged view of a swarm: the newest record of every server, whichever way it came, and who failed lately.
 
-A failed server leaves the routes in the same instant (`mark_failed`) and for a growing while, but its record stays for the overview.
+A failed server leaves the routes in the same instant (`mark_failed`) and for a growing while, but its record stays for the overview. Being
+there again makes up for having been away, nothing but good work for having answered wrongly; a server that may only be late (`mark_late`)
+is just the last to be chosen for some seconds. What a server has failed at fades with time only, so one that fails now and then between
+good answers is avoided for longer each time. Penalties empty no swarm: where nobody else holds some block, a failed server may be asked
+again much sooner (`servers` with `last_resort`).
+
 The view never trusts its memory to a stranger: expired records go, and the number of records is bounded. Where there are too many,
 those give way first that failed lately, then those that nobody here has anything to do with: a newcomer is always heard, and a crowd of
 made-up servers replaces one another before it replaces a server that was ever connected to or that serves a model in use here.
@@ -24,6 +29,14 @@ LONGEST_PENALTY = 300.0
 """Seconds that a failed server stays out of routes: the first, doubled with each failure that follows, up to the longest."""
 FORGIVEN_AFTER = 600.0
 """Seconds after the end of its last penalty when a server's earlier failures no longer count."""
+FADES_AFTER = 120.0
+"""Seconds after the end of its last penalty for which one failure less counts: a server that fails once in some minutes does not come to
+the longest penalty, one that fails with every second answer does."""
+FIRST_LAST_RESORT, LONGEST_LAST_RESORT = 2.0, 30.0
+"""Seconds after a failure when a server that nobody can stand in for is asked again: the first, doubled as penalties are, up to the
+longest."""
+LATE_S = 15.0
+"""For which a server that was late is avoided where others hold its blocks: a machine that swaps, a line that is full."""
 MAX_SERVERS = 10_000
 """At up to 4 KB a record: 40 MB. A swarm of strangers must not be able to fill our memory by making up peers."""
 MAX_REMEMBERED = 4 * MAX_SERVERS
@@ -47,8 +60,28 @@ class ModelSummary:
 
 @dataclass(slots=True)
 class _Failure:
+    """The last failure of a server.
+
+    Attributes:
+        count: how many there were, this one included.
+        at, until: when, and the end of its penalty.
+        wrong: whether it answered wrongly, which no connection disproves.
+        is_over: whether it has been seen to work since.
+    """
+
     count: int
+    at: float
     until: float
+    wrong: bool
+    is_over: bool = False
+
+    @property
+    def last_resort_at(self) -> float:
+        return min(self.at + min(FIRST_LAST_RESORT * 2.0 ** min(self.count - 1, 16), LONGEST_LAST_RESORT), self.until)
+
+    def faded(self, now: float) -> int:
+        """How many failures still count."""
+        return max(0, self.count - int(max(now - self.until, 0.0) / FADES_AFTER)) if now < self.until + FORGIVEN_AFTER else 0
 
 
 class SwarmView:
@@ -66,6 +99,7 @@ class SwarmView:
         self._own = own
         self._records: dict[str, ServerRecord] = {}
         self._failures: dict[str, _Failure] = {}
+        self._late: dict[str, float] = {}  # until when
         self._sequences = Sequences(MAX_REMEMBERED)
         self._met: dict[str, None] = {}
         self._models: set[str] = set()
@@ -105,6 +139,7 @@ class SwarmView:
     def forget(self, peer_id: str) -> None:
         """Drops all that is known of a server."""
         self._failures.pop(peer_id, None)
+        self._late.pop(peer_id, None)
         self._met.pop(peer_id, None)
         self._sequences.forget(peer_id)
         if self._records.pop(peer_id, None) is not None:
@@ -119,6 +154,8 @@ class SwarmView:
             self.version += 1
         for peer_id in [peer_id for peer_id, failure in self._failures.items() if failure.until + FORGIVEN_AFTER <= now]:
             del self._failures[peer_id]
+        for peer_id in [peer_id for peer_id, until in self._late.items() if until <= now]:
+            del self._late[peer_id]
         self._sequences.expire(now)
 
     def _give_way(self, now: float) -> None:
@@ -130,37 +167,65 @@ class SwarmView:
 
         del self._records[min(self._random.sample(list(self._records), min(_SAMPLE, len(self._records))), key=worth)]
 
-    def mark_failed(self, peer_id: str, *, now: float) -> float:
+    def mark_failed(self, peer_id: str, *, now: float, wrong: bool = False) -> float:
         """Takes a server out of the routes at once, and returns until when.
 
-        Several users of the view may report one and the same failure, so reports during a penalty do not lengthen it.
+        Several users of the view may report one and the same failure, so reports that follow soon do not lengthen the penalty.
+
+        Args:
+            wrong: it is there, and answered wrongly; otherwise it is away, silent or has closed what it should not have.
         """
         failure = self._failures.get(peer_id)
-        if failure is not None and now < failure.until:
+        if failure is not None and not failure.is_over and now < failure.last_resort_at:
+            failure.wrong |= wrong
             return failure.until
-        count = 1 if failure is None or failure.until + FORGIVEN_AFTER <= now else failure.count + 1
+        count = 1 + (0 if failure is None else failure.faded(now))
         until = now + min(FIRST_PENALTY * 2.0 ** min(count - 1, 16), LONGEST_PENALTY)
-        self._failures[peer_id] = _Failure(count, until)
+        self._failures[peer_id] = _Failure(count, now, until, wrong)
         self.version += 1
         return until
 
+    def mark_late(self, peer_id: str, *, now: float) -> None:
+        """A server, or the way to it, may hang: avoided where others hold its blocks, for some seconds or until it works."""
+        self._late[peer_id] = now + LATE_S
+        self.version += 1
+
     def mark_ok(self, peer_id: str) -> None:
-        """The server did its work, or is connected: earlier failures are forgotten, and it is known to exist."""
+        """The server did its work: its penalty is over, though its failures fade only with time."""
+        self._meet(peer_id)
+        failure = self._failures.get(peer_id)
+        if self._late.pop(peer_id, None) is not None or (failure is not None and not failure.is_over):
+            self.version += 1
+        if failure is not None:
+            failure.is_over = True
+
+    def mark_connected(self, peer_id: str) -> None:
+        """The server is there: known to exist, and forgiven for having been away."""
+        self._meet(peer_id)
+        failure = self._failures.get(peer_id)
+        if failure is not None and not failure.wrong and not failure.is_over:
+            failure.is_over = True
+            self.version += 1
+
+    def _meet(self, peer_id: str) -> None:
         self._met.pop(peer_id, None)
         self._met[peer_id] = None
         if len(self._met) > MAX_REMEMBERED:
             del self._met[next(iter(self._met))]
-        if self._failures.pop(peer_id, None) is not None:
-            self.version += 1
 
     def failed_until(self, peer_id: str, *, now: float) -> float | None:
         """Until when the server is kept out of routes; None where it is not."""
         failure = self._failures.get(peer_id)
-        return failure.until if failure is not None and now < failure.until else None
+        return failure.until if failure is not None and not failure.is_over and now < failure.until else None
 
     def on_probation(self, peer_id: str) -> bool:
         """Whether the server has failed and not been seen to work since: its penalty may be over, but it may as well still be dead."""
-        return peer_id in self._failures
+        failure = self._failures.get(peer_id)
+        return failure is not None and not failure.is_over
+
+    def is_doubtful(self, peer_id: str, *, now: float) -> bool:
+        """Whether others are to be preferred: it is on probation, or was late a moment ago."""
+        return self.on_probation(peer_id) or self._late.get(peer_id, now) > now
 
     def record(self, peer_id: str) -> ServerRecord | None:
         """The newest record of a server, expired or not."""
@@ -175,6 +240,7 @@ class SwarmView:
         allowed: Collection[str] | None = None,
         blocked: Collection[str] = (),
         include_failed: bool = False,
+        last_resort: bool = False,
     ) -> list[ServerRecord]:
         """Servers of a model (None: of all), in the order of their peer ids.
 
@@ -183,7 +249,14 @@ class SwarmView:
             allowed: only these peer ids; None for any.
             blocked: none of these peer ids.
             include_failed: also those that failed lately.
+            last_resort: also those of them that may be asked again where nobody else holds their blocks.
         """
+
+        def is_usable(peer_id: str) -> bool:
+            if include_failed or self.failed_until(peer_id, now=now) is None:
+                return True
+            return last_resort and now >= self._failures[peer_id].last_resort_at
+
         return [
             record
             for peer_id, record in sorted(self._records.items())
@@ -192,7 +265,7 @@ class SwarmView:
             and record.state in states
             and (allowed is None or peer_id in allowed)
             and peer_id not in blocked
-            and (include_failed or self.failed_until(peer_id, now=now) is None)
+            and is_usable(peer_id)
         ]
 
     def models(self, *, now: float) -> list[ModelSummary]:

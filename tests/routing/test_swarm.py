@@ -9,7 +9,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from petalnet.routing import swarm
 from petalnet.routing.records import ServerRecord
-from petalnet.routing.swarm import FIRST_PENALTY, FORGIVEN_AFTER, LONGEST_PENALTY, SwarmView, missing_blocks
+from petalnet.routing.swarm import (
+    FADES_AFTER,
+    FIRST_PENALTY,
+    FORGIVEN_AFTER,
+    LATE_S,
+    LONGEST_LAST_RESORT,
+    LONGEST_PENALTY,
+    SwarmView,
+    missing_blocks,
+)
 
 Build = Callable[..., ServerRecord]
 MODEL = "ab" * 32
@@ -77,16 +86,103 @@ def test_a_failed_server_leaves_at_once_and_for_longer_each_time(record: Build, 
     assert penalties == sorted(penalties) and penalties[-1] == LONGEST_PENALTY
 
 
-def test_failures_are_forgotten_after_success_and_after_a_while(now: float) -> None:
+def test_good_work_ends_a_penalty_and_time_alone_forgets_it(record: Build, now: float) -> None:
+    """A server that fails with every second answer is not as good as new after each of the others."""
     view = SwarmView()
-    now = view.mark_failed("A", now=now)
-    view.mark_ok("A")
-    until = view.mark_failed("A", now=now)
-    assert until - now == FIRST_PENALTY
-    later = until + FORGIVEN_AFTER
+    view.add(record("A", expires=now + 3000), now=now)
+    penalties = []
+    for _ in range(4):
+        penalties.append(view.mark_failed("A", now=now) - now)
+        view.mark_ok("A")
+        assert peers(view.servers(MODEL, now=now)) == ["A"] and not view.on_probation("A") and view.failed_until("A", now=now) is None
+        now += 1
+    assert penalties == [FIRST_PENALTY * 2**time for time in range(4)]
+    now += penalties[-1] + 2 * FADES_AFTER
+    assert view.mark_failed("A", now=now) - now == 4 * FIRST_PENALTY, "two of four have faded"
+    later = now + 4 * FIRST_PENALTY + FORGIVEN_AFTER
     assert view.mark_failed("A", now=later) - later == FIRST_PENALTY
     view.expire(later + FIRST_PENALTY + FORGIVEN_AFTER)
     assert view.failed_until("A", now=later) is None
+
+
+def test_being_there_again_makes_up_for_having_been_away_and_for_nothing_else(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A"), now=now)
+    view.mark_failed("A", now=now)
+    view.mark_connected("A")
+    assert peers(view.servers(MODEL, now=now)) == ["A"] and not view.on_probation("A")
+    until = view.mark_failed("A", now=now, wrong=True)
+    assert until - now == 2 * FIRST_PENALTY
+    view.mark_connected("A")
+    assert view.servers(MODEL, now=now) == [] and view.failed_until("A", now=now) == until
+    view.mark_ok("A")
+    assert peers(view.servers(MODEL, now=now)) == ["A"]
+    view.mark_failed("A", now=now)
+    view.mark_failed("A", now=now + 1, wrong=True)
+    view.mark_connected("A")
+    assert view.on_probation("A"), "of two reports of a failure the worse one counts"
+
+
+def test_a_late_server_is_doubtful_for_a_moment_and_never_out(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.add(record("A", expires=now + 3000), now=now)
+    version = view.version
+    view.mark_late("A", now=now)
+    assert view.version > version and view.is_doubtful("A", now=now) and not view.on_probation("A")
+    assert peers(view.servers(MODEL, now=now)) == ["A"]
+    assert not view.is_doubtful("A", now=now + LATE_S)
+    view.mark_ok("A")
+    assert not view.is_doubtful("A", now=now), "forgotten at the first good answer"
+    view.mark_late("A", now=now)
+    view.expire(now + LATE_S)
+    assert not view.is_doubtful("A", now=now)
+    view.mark_late("A", now=now)
+    assert view.mark_failed("A", now=now) - now == FIRST_PENALTY, "to be late counts as no failure"
+
+
+def test_where_nobody_else_is_there_a_failed_server_is_asked_again_soon(record: Build, now: float) -> None:
+    """And less and less often, within bounds."""
+    view = SwarmView()
+    view.add(record("A", expires=now + 3000), now=now)
+    pauses = []
+    for _ in range(9):
+        until, failed_at = view.mark_failed("A", now=now), now
+        assert view.servers(MODEL, now=now, last_resort=True) == []
+        while not view.servers(MODEL, now=now, last_resort=True):
+            now += 0.5
+        assert now <= until and peers(view.servers(MODEL, now=now, include_failed=True)) == ["A"]
+        pauses.append(now - failed_at)
+    assert pauses[:4] == [2.0, 4.0, 8.0, 16.0] and max(pauses) == LONGEST_LAST_RESORT
+    assert view.failed_until("A", now=now) is not None, "where others are, it stays out"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["fails", "is wrong", "is late", "works", "comes back"]), st.floats(0.0, 400.0)), max_size=60))
+def test_penalties_are_bounded_and_nobody_is_exiled(record: Build, events: list[tuple[str, float]]) -> None:
+    """Whatever happens to a server, it is out for the longest penalty at most, where nobody else is there for less, and forgiven in the end."""
+    now = 1_800_000_000.0
+    view = SwarmView()
+    for sequence, (what, pause) in enumerate(events):
+        now += pause
+        view.add(record("A", sequence=sequence, issued=now, expires=now + 3000), now=now)
+        if what in ("fails", "is wrong"):
+            before = view.failed_until("A", now=now)
+            until = view.mark_failed("A", now=now, wrong=what == "is wrong")
+            assert FIRST_PENALTY <= until - now <= LONGEST_PENALTY or until == before
+            assert view.servers(MODEL, now=now) == []
+        elif what == "is late":
+            view.mark_late("A", now=now)
+        elif what == "works":
+            view.mark_ok("A")
+            assert not view.is_doubtful("A", now=now)
+        else:
+            view.mark_connected("A")
+        view.expire(now)
+        assert (view.failed_until("A", now=now) or now) - now <= LONGEST_PENALTY
+        assert peers(view.servers(MODEL, now=now + LONGEST_LAST_RESORT, last_resort=True)) == ["A"]
+        assert peers(view.servers(MODEL, now=now + LONGEST_PENALTY)) == ["A"]
+    now += LONGEST_PENALTY + FORGIVEN_AFTER
+    view.expire(now)
+    assert not view.is_doubtful("A", now=now) and view.mark_failed("A", now=now) - now == FIRST_PENALTY
 
 
 def test_a_server_that_starts_anew_is_used_again_but_its_failures_count(record: Build, now: float) -> None:
