@@ -35,10 +35,11 @@ from petalnet.routing.pace import BEAT_S, beat_s, gossip_every_s, list_every_s, 
 from petalnet.routing.records import SWARM_KEY, RecordForged, ServerRecord, discovery_key, next_sequence
 from petalnet.routing.sequences import Sequences
 from petalnet.routing.swarm import MAX_REMEMBERED, SwarmView
+from petalnet.version import PROTOCOL
 
 logger = logging.getLogger(__name__)
 
-GOSSIP_TOPIC = "petalnet/records/1"
+GOSSIP_TOPIC = f"petalnet/records/{PROTOCOL}"
 PORTS_TRIED = 20
 """How many ports after the default one are tried before giving up."""
 ASK_ALL_EVERY_S = 60.0
@@ -213,7 +214,7 @@ class Peering:
         return True
 
     def _on_peer_found(self, peer_id: str) -> None:
-        self.view.mark_ok(peer_id)
+        self.view.mark_connected(peer_id)
 
     def _on_peer_lost(self, peer_id: str) -> None:
         record = self.view.record(peer_id)

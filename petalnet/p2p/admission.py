@@ -37,6 +37,8 @@ from petalnet.p2p.swarm_key import SwarmKey
 PRIVATE_NOISE_ID = "/petalnet/private-noise/1.0.0"
 PROOF_SIZE = 32
 _PURPOSE = {True: b"petalnet swarm proof 1: initiator", False: b"petalnet swarm proof 1: responder"}
+AWAY_S = 60.0
+"""For which a peer that was turned away is not connected again: it may have been updated by then, under the same id."""
 MOST_REFUSALS = 64
 """Refusals that are remembered for whoever has to tell a person why nobody was reached."""
 
@@ -83,6 +85,7 @@ class Admission:
         self.handshake_key = None if swarm_key is None else swarm_key.tag(b"petalnet swarm handshake 1", b"")
         self.offences = Offences() if offences is None else offences
         self.refusals: dict[str, NotAdmitted] = {}
+        self._turned_away: dict[str, tuple[NotAdmitted, float]] = {}
         self._key = swarm_key
         self._allowed = None if allowed is None else frozenset(allowed)
         self._blocked = frozenset(blocked)
@@ -93,6 +96,9 @@ class Admission:
             raise NotAdmitted(f"peer {peer_id} is blocked by this node's --block-peers", peer_id)
         if self._allowed is not None and peer_id not in self._allowed:
             raise NotAdmitted(f"peer {peer_id} is not among this node's --allow-peers", peer_id)
+        refusal, until = self._turned_away.get(peer_id, (None, 0.0))
+        if refusal is not None and trio.current_time() < until:
+            raise NotAdmitted(str(refusal), peer_id)
         banned_until = self.offences.banned_until(peer_id, trio.current_time())
         if banned_until is not None:
             left = banned_until - trio.current_time()
@@ -105,6 +111,16 @@ class Admission:
         except NotAdmitted as refusal:
             self._remember(peer_id, refusal)
             raise
+
+    def turn_away(self, peer_id: str, why: str) -> bool:
+        """Keep a peer away for a while that has nothing to do here; False where it was turned away for the same reason before."""
+        known = self._turned_away.pop(peer_id, None)
+        refusal = NotAdmitted(why, peer_id)
+        self._turned_away[peer_id] = refusal, trio.current_time() + AWAY_S
+        while len(self._turned_away) > MOST_REFUSALS:
+            del self._turned_away[next(iter(self._turned_away))]
+        self._remember(peer_id, refusal)
+        return known is None or str(known[0]) != why
 
     def offend(self, peer_id: str, weight: float = 1.0) -> bool:
         """Note that a peer broke a rule; True where it is to be dropped now."""

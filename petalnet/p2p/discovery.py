@@ -347,6 +347,7 @@ class Discovery:
         async def connect(peer_id: str) -> None:
             try:
                 await self._host.connect(peer_id, addrs[peer_id], timeout_s=JOIN_TIMEOUT_S)
+                await self._host.check_version(peer_id)
             except PeerUnreachable as error:
                 logger.debug("%s", error)
             else:

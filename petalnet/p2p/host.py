@@ -32,6 +32,7 @@ from petalnet.errors import AddressInUse, PeerUnreachable, PetalnetError, Unsupp
 from petalnet.p2p.addresses import parse_addr, plain_addr, reachable_addrs
 from petalnet.p2p.admission import Admission
 from petalnet.p2p.budget import Budget
+from petalnet.p2p.dialect import describe_foreign, foreign_version
 from petalnet.p2p.dialler import Dialler, abort, is_good
 from petalnet.p2p.heartbeat import Heartbeat, Pings, serve_ping
 from petalnet.p2p.identity import Identity
@@ -56,6 +57,10 @@ CONNECT_TIMEOUT_S = 10.0
 LIBP2P_CONNECT_TIMEOUT_S = 3.0
 """Seconds for what libp2p dials by itself: peers that it heard of, many of which are long gone."""
 CLOSE_TIMEOUT_S = 0.5
+IDENTIFIED_WITHIN_S = 2.0
+"""For a peer to say which protocols it serves, where that has to be known."""
+PARTING_S = 1.0
+"""Between finding out that a peer speaks another version and ending the connection: the peer needs it to find out as well."""
 
 
 class Host:
@@ -85,6 +90,7 @@ class Host:
             limits=limits,
             round_trip_s=self._shortest_round_trip_s,
             on_offence=self.offence,
+            on_identified=self._on_identified,
         )
         self._budget = Budget(limits)
         self._nursery = nursery
@@ -92,6 +98,8 @@ class Host:
         self._pings = Pings(self._open_ping, self._last_heard)
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._found_callbacks: list[Callable[[str], None]] = []
+        self._identified: set[str] = set()
+        self._identified_more = trio.lowlevel.ParkingLot()
         self._dialler = Dialler(self.libp2p, limits, admission)
         self.circuits = self._dialler.circuits
         self.circuits.finish_in(nursery)
@@ -123,6 +131,20 @@ class Host:
             PeerUnreachable: none of the addresses answered as that peer in time, or none is known.
         """
         await self._dialler.connection(peer_id, addrs, timeout_s)
+
+    async def check_version(self, peer_id: str) -> None:
+        """Make sure that a connected peer is no petalnet node of another version, which takes a round trip where it may be one.
+
+        Raises:
+            NotAdmitted: it is; one line says which of the two has to be updated.
+        """
+        connection = self._dialler.live(peer_id)
+        if connection is not None and isinstance(connection.muxed_conn, MuxConnection):
+            return  # whose name has the version in it
+        with trio.move_on_after(IDENTIFIED_WITHIN_S):
+            while peer_id not in self._identified and self.is_connected(peer_id):
+                await self._identified_more.park()
+        self.admission.check(peer_id)
 
     async def open_stream(
         self, peer_id: str, protocol: Protocol, *, addrs: Sequence[str] = (), timeout_s: float = CONNECT_TIMEOUT_S
@@ -265,6 +287,22 @@ class Host:
             heartbeat.stop()
             self._watch(peer_id)
 
+    def _on_identified(self, peer_id: str, protocols: Sequence[str]) -> None:
+        """A peer has said what it serves."""
+        version = foreign_version(protocols)
+        if version is not None:
+            why = describe_foreign(peer_id, version)
+            if self.admission.turn_away(peer_id, why):
+                logger.warning("%s", why)
+            self._nursery.start_soon(self._part_from, peer_id)
+        elif self.is_connected(peer_id):
+            self._identified.add(peer_id)
+        self._identified_more.unpark_all()
+
+    async def _part_from(self, peer_id: str) -> None:
+        await trio.sleep(PARTING_S)
+        await self.disconnect(peer_id)
+
     def _watch(self, peer_id: str) -> None:
         self._heartbeats[peer_id] = heartbeat = Heartbeat(peer_id)
         self._nursery.start_soon(self._keep_watch, heartbeat)
@@ -334,6 +372,8 @@ class Host:
             _tell_all(self._found_callbacks, peer_id)
         elif known and not connected:
             self._heartbeats.pop(peer_id).stop()
+            self._identified.discard(peer_id)
+            self._identified_more.unpark_all()
             logger.debug("peer %s is gone", peer_id)
             _tell_all(self._lost_callbacks, peer_id)
 

@@ -27,6 +27,7 @@ from libp2p.network.stream.exceptions import StreamReset
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
@@ -64,6 +65,7 @@ class Libp2pHost(BasicHost):
         limits: what peers may take.
         round_trip_s: the shortest time to a peer and back, where it is known.
         on_offence: is told of a peer that broke the multiplexer's rules, and how.
+        on_identified: is told of a peer, and of the protocols that it says it serves.
 
     Attributes:
         swarm: the network beneath.
@@ -80,6 +82,7 @@ class Libp2pHost(BasicHost):
         limits: Limits,
         round_trip_s: Callable[[str], float | None],
         on_offence: Callable[[str, str], None],
+        on_identified: Callable[[str, Sequence[str]], None],
     ) -> None:
         private = Ed25519PrivateKey.from_bytes(identity.private_bytes)
         key_pair = KeyPair(private, private.get_public_key())
@@ -134,6 +137,7 @@ class Libp2pHost(BasicHost):
         network.add_conn = self._add_connection  # type: ignore[method-assign]
         self.swarm = network
         self._opener = opener
+        self._on_identified = on_identified
         self._inbound: Counter[ID] = Counter()
         self._inbound_from: Counter[str] = Counter()  # by address
         rate, capacity = limits.max_libp2p_streams, limits.max_connections
@@ -152,6 +156,17 @@ class Libp2pHost(BasicHost):
 
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> NetStream:
         return await self._opener(peer_id, protocol_ids)
+
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        """As libp2p does it, which tells nobody."""
+        await super()._identify_peer(peer_id, reason=reason)
+        if peer_id in self._identified_peers:
+            try:
+                self._on_identified(str(peer_id), self.get_peerstore().get_protocols(peer_id))
+            except PeerStoreError:
+                logger.debug("peer %s says of no protocol that it serves it", peer_id)
+            except Exception:  # libp2p calls this from a task whose failure would end the whole program
+                logger.exception("what peer %s serves could not be taken in", peer_id)
 
     async def _admit_inbound(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
         """As the swarm does it, which keeps to itself why somebody was turned away."""

@@ -23,10 +23,11 @@ from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.rates import Rates
 from petalnet.p2p.security import NoiseSession
+from petalnet.version import PROTOCOL
 
 logger = logging.getLogger(__name__)
 
-MUX_ID = "/petalnet/mux/1.0.0"
+MUX_ID = f"/petalnet/mux/{PROTOCOL}.0.0"
 
 _SMALL_BATCH = 64 * 1024
 _LARGE_BATCH = 256 * 1024

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from petalnet.p2p.frames import FrameLimits
+from petalnet.version import PROTOCOL
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -139,7 +140,7 @@ class Protocol:
     """One protocol.
 
     Attributes:
-        id: its name in the negotiation of a stream; the version changes where an older peer could not follow.
+        id: its name in the negotiation of a stream, with the version that both sides have to speak.
         limits: the longest header and payload of a frame, bytes.
         max_streams_per_peer: streams that one peer may have open to this node.
         max_streams: streams that all peers together may have open to this node.
@@ -160,7 +161,7 @@ class Protocol:
 
 
 INFERENCE = Protocol(
-    "/petalnet/inference/1.0.0",
+    f"/petalnet/inference/{PROTOCOL}.0.0",
     # A prefill of 4096 tokens of hidden size 8192 in float32 is 128 MiB; deep prompts may double that.
     limits=FrameLimits(header=16 * 1024, payload=256 * 1024 * 1024),
     # A session is a stream; a machine that serves a room of users sits behind one peer id.
@@ -175,7 +176,7 @@ INFERENCE = Protocol(
 )
 
 PUSH = Protocol(
-    "/petalnet/push/1.0.0",
+    f"/petalnet/push/{PROTOCOL}.0.0",
     # The same messages as of an inference session, from the server before instead of its client.
     limits=FrameLimits(header=16 * 1024, payload=256 * 1024 * 1024),
     # One for each session that two neighbours share, well below what one connection may have: the sessions above go through their clients.
@@ -187,7 +188,7 @@ PUSH = Protocol(
 )
 
 FORWARD = Protocol(
-    "/petalnet/forward/1.0.0",
+    f"/petalnet/forward/{PROTOCOL}.0.0",
     # A micro-batch of activations and its gradient in one frame.
     limits=FrameLimits(header=16 * 1024, payload=512 * 1024 * 1024),
     max_streams_per_peer=64,
@@ -197,7 +198,7 @@ FORWARD = Protocol(
 )
 
 RECORDS = Protocol(
-    "/petalnet/records/1.0.0",
+    f"/petalnet/records/{PROTOCOL}.0.0",
     # Answers carry up to a few hundred records of 4 KB in the header; there are no arrays.
     limits=FrameLimits(header=1024 * 1024, payload=0),
     # Requests take milliseconds.
@@ -210,7 +211,7 @@ RECORDS = Protocol(
 )
 
 PING = Protocol(
-    "/petalnet/ping/1.0.0",
+    f"/petalnet/ping/{PROTOCOL}.0.0",
     limits=FrameLimits(header=256, payload=0),
     # One for each connection, and two peers that dial each other at once have two connections for a while.
     max_streams_per_peer=4,
@@ -223,7 +224,7 @@ PING = Protocol(
 )
 
 REACHABILITY = Protocol(
-    "/petalnet/reachability/1.0.0",
+    f"/petalnet/reachability/{PROTOCOL}.0.0",
     limits=FrameLimits(header=1024, payload=0),
     # A question whether it is reached, one where it is seen, and one more for what ends slowly.
     max_streams_per_peer=3,

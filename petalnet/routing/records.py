@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
 import msgpack
 
 from petalnet.errors import RecordRejected
+from petalnet.version import PROTOCOL
 
 MAX_RECORD_BYTES = 3840
 """Records travel by gossip in messages below 4 KiB; this leaves 256 bytes for the signed envelope around them."""
@@ -80,6 +81,7 @@ class ServerRecord:
         quantization: "none", "int8", "nf4", …
         adapters: names of the adapters that it has loaded.
         version: petalnet's version there.
+        protocol: the version of the protocols that it speaks (`version.PROTOCOL`).
         public_name: what its owner wants to be called, or None.
         block_digests: hex digests of its blocks in order, cut to `DIGEST_CHARS` characters; empty while they are not known.
         decode_tokens_s: tokens a second through its whole span, one at a time; 0 where it is not known. Likewise the next two:
@@ -110,6 +112,7 @@ class ServerRecord:
     quantization: str = "none"
     adapters: tuple[str, ...] = ()
     version: str = ""
+    protocol: int = PROTOCOL
     public_name: str | None = None
     block_digests: tuple[str, ...] = ()
     decode_tokens_s: float = 0.0
@@ -155,10 +158,10 @@ class ServerRecord:
         if type(values) is not dict:
             raise RecordRejected("a server record is not a map of fields")
         known = _UNSAID | {name: value for name, value in values.items() if name in _CHECKS}
-        missing = sorted(_CHECKS.keys() - known.keys())
+        missing = sorted(_REQUIRED - known.keys())
         if missing:
             raise RecordRejected(f"a server record lacks the field {missing[0]!r}")
-        digests = known["block_digests"]
+        digests = known.get("block_digests", [])
         if type(digests) is not list or any(type(digest) is not bytes for digest in digests):
             raise RecordRejected("field 'block_digests' of a server record: a list of byte strings is needed")
         known["block_digests"] = [digest.hex() for digest in digests]
@@ -168,6 +171,8 @@ class ServerRecord:
         """Whether the record may be believed at `now` (unix seconds) when `signer` signed it. Raises RecordRejected."""
         if signer != self.peer_id:
             raise RecordForged(f"a record of {self.peer_id} is signed by {signer}")
+        if self.protocol != PROTOCOL:
+            raise RecordRejected(f"server {self.peer_id} speaks version {self.protocol} of petalnet's protocols; this is version {PROTOCOL}")
         if self.issued > now + CLOCK_TOLERANCE:
             raise RecordOutOfTime(f"a record of {self.peer_id} comes from {self.issued - now:.0f} s in the future, if the clocks are right")
         if self.sequence > (now + 3 * CLOCK_TOLERANCE) * 1000:
@@ -309,6 +314,7 @@ _CHECKS: dict[str, Check] = {
     "quantization": _token(20),
     "adapters": _many(_label(128), MAX_ADAPTERS),
     "version": _token(40),
+    "protocol": _integer(0, 9999),
     "public_name": _public_name,
     "block_digests": _many(_digest, MAX_BLOCKS),
     "decode_tokens_s": _number(1e9),
@@ -319,7 +325,9 @@ _CHECKS: dict[str, Check] = {
     "next_round_trips": _many(_pair(_peer_id, _number(3600)), MAX_ROUND_TRIPS),
     "movable": _truth,
 }
-_UNSAID: dict[str, Any] = {"movable": False}
+_UNSAID: dict[str, Any] = {"movable": False, "protocol": 1}
 """What fields are taken for that servers of earlier versions do not send."""
+_REQUIRED = frozenset(item.name for item in fields(ServerRecord) if item.default is MISSING)
+"""A server of an earlier release may lack the others, whose defaults, or `_UNSAID`, say what that means."""
 if _CHECKS.keys() != {item.name for item in fields(ServerRecord)}:
     raise TypeError("every field of ServerRecord needs its check")

@@ -24,6 +24,7 @@ from petalnet.routing.records import (
     discovery_key,
     next_sequence,
 )
+from petalnet.version import PROTOCOL
 
 Build = Callable[..., ServerRecord]
 
@@ -160,7 +161,7 @@ def test_fields_that_a_later_version_adds_are_left_out(record: Build) -> None:
     assert ServerRecord.decode(msgpack.packb(fields | {"colour": "green"})) == record()
 
 
-@pytest.mark.parametrize("field", ["peer_id", "block_digests", "public_name", "expires"])
+@pytest.mark.parametrize("field", ["peer_id", "span", "state", "expires"])
 def test_a_missing_field_is_named(record: Build, field: str) -> None:
     fields = msgpack.unpackb(record().encode())
     del fields[field]
@@ -236,3 +237,18 @@ def test_keys_are_distinct_and_fixed() -> None:
     assert len(keys) == 4 and {len(key) for key in keys} == {32}
     # What other versions of petalnet look for must not move.
     assert discovery_key("aa").hex().startswith("432fef5a88e3284f") and SWARM_KEY.hex().startswith("0b0be8e07a704954")
+
+
+def test_a_record_of_another_release_is_understood(record: Build) -> None:
+    """It may have fields that are not known here, and lack those that its release did not have."""
+    fields = msgpack.unpackb(record(protocol=1).encode())
+    for name in ("protocol", "block_digests", "next_round_trips", "public_name", "queue"):
+        del fields[name]
+    old = ServerRecord.decode(msgpack.packb(fields | {"mood": "good"}))
+    assert (old.protocol, old.block_digests, old.public_name, old.queue) == (1, (), None, 0)
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL + 1, PROTOCOL - 1])
+def test_a_record_of_another_version_of_the_protocols_is_not_believed(record: Build, now: float, protocol: int) -> None:
+    with pytest.raises(RecordRejected, match=f"speaks version {protocol} of petalnet's protocols; this is version {PROTOCOL}"):
+        record(protocol=protocol).check(signer="P1", now=now)
