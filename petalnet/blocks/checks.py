@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from petalnet.blocks.outputs import output_codec
+from petalnet.blocks.outputs import output_codec, wanted_tokens
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.errors import CallerError, UnsupportedError
 from petalnet.p2p.fields import CODECS, FLOATS, INT8_BLOCK, Blob, Message, blob_size
 from petalnet.p2p.messages import (
-    KEEP_NONE,
     MAX_BLOCKS,
     MAX_HOPS,
     MAX_TOKENS,
@@ -25,6 +24,7 @@ from petalnet.p2p.messages import (
     Backward,
     Forward,
     Replay,
+    Resume,
     Step,
 )
 from petalnet.p2p.tensors import decode_tensor
@@ -68,11 +68,12 @@ class Checks:
         if not 1 <= rows <= self._limits.rows:
             raise CallerError(f"a batch has 1 to {self._limits.rows} rows, not {rows}")
 
-    def step(self, session: Session, request: Step, payload: int) -> list[int] | None:
+    def step(self, session: Session, request: Step, payload: int, *, pushes: bool = False) -> list[int] | None:
         """Which of the session's rows each row of a step continues (None: its own), where the step fits its session.
 
         Args:
             payload: bytes that the answer's message may hold.
+            pushes: whether the step goes on to another server from here.
         Raises:
             CallerError: it does not fit.
         """
@@ -87,8 +88,11 @@ class Checks:
             order = _order(request.order, rows, session.rows)
         elif position > 0 and rows != session.rows:
             raise CallerError(f"the step has {rows} rows, the session {session.rows}")
-        self._extras(request, blocks, position + new, session.max_length, pushes=session.pushes)
-        if session.pushes and len(request.spent) > 3 * (MAX_HOPS - 1):
+        if request.until and request.until < session.end:
+            raise CallerError(f"the step ends at block {request.until}, this session only at {session.end}")
+        most = blocks if not session.pushes or request.until == session.end else MAX_BLOCKS
+        self._extras(request, blocks, position + new, session.max_length, least=blocks + pushes, most=most)
+        if pushes and len(request.spent) > 3 * (MAX_HOPS - 1):
             raise CallerError(f"a chain has at most {MAX_HOPS} servers")
         if request.keep > new:
             raise CallerError(f"outputs of {request.keep} tokens are wanted of a step of {new}")
@@ -96,9 +100,26 @@ class Checks:
             self.rows(request.promise_rows)
         if request.names is not None:
             _names(request.names, rows, (position + new) // UNIT_TOKENS - position // UNIT_TOKENS)
-        kept = new if session.pushes else 0 if request.keep == KEEP_NONE else request.keep or new
-        self._answer(request, blocks if request.all_hidden else 1, kept, payload - (_extra_bytes(request) if session.pushes else 0))
+        kept = new if session.pushes and request.until != session.end else wanted_tokens(request)
+        self._answer(request, blocks if request.all_hidden else 1, kept, payload - (_extra_bytes(request) if pushes else 0))
         return order
+
+    def resume(self, session: Session, request: Resume) -> list[int] | None:
+        """The order into which a session's rows may have to be put, where it can go on as a `Resume` says.
+
+        Raises:
+            CallerError: it cannot.
+        """
+        if not session.rows:
+            raise CallerError("a session that has had no step cannot be resumed")
+        if request.position > session.position:
+            raise CallerError(f"the session holds only {session.position} KV entries, not {request.position}")
+        if request.pushes_to and not session.pushes:
+            raise CallerError("only a session that was opened to push can do so")
+        if request.order is None:
+            return None
+        self.rows(request.order.shape[0] if request.order.shape else 0)
+        return _order(request.order, request.order.shape[0], self._limits.rows)
 
     def attach(self, session: Session, request: Attach) -> int:
         """For how many rows a session asks for units by their names.
@@ -117,15 +138,20 @@ class Checks:
         return rows
 
     def replay(self, session: Session, request: Replay) -> None:
-        """Raises CallerError where a session can never have the outputs that are asked for once more."""
+        """Raises CallerError where a session can never have the outputs that are asked for once more, or should send on what it does not
+        have."""
         if not session.pushes:
             raise CallerError("only a session that pushes keeps its outputs")
         if request.position + request.tokens > session.max_length:
             raise CallerError(f"{request.position} + {request.tokens} tokens exceed the session's max_length {session.max_length}")
+        if request.until and request.until <= session.end:
+            raise CallerError(f"outputs of blocks up to {session.end} are no use to blocks up to {request.until}")
+        if request.until and request.position + request.tokens > session.position:
+            raise CallerError(f"the session holds only {session.position} KV entries, not {request.position} + {request.tokens}")
 
     def replayed(self, step: Step, payload: int) -> None:
-        """Raises CallerError where the output of such a step, which only tells its form, is too long for one message."""
-        self._answer(step, 1, step.hidden.shape[1], payload)
+        """Raises CallerError where such a step, of whose hidden states only the form counts, is too long for one message."""
+        self._answer(step, 1, step.hidden.shape[1], payload - _extra_bytes(step))
 
     def stateless(self, request: Message, payload: int) -> Forward | Backward:
         """The request, as a pass that can be run; `payload` and errors as for `step`."""
@@ -164,13 +190,22 @@ class Checks:
         self.rows(rows)
         return rows, tokens
 
-    def _extras(self, request: Step | Forward | Backward, blocks: int, total: int, longest: int, *, pushes: bool = False) -> None:
+    def _extras(
+        self,
+        request: Step | Forward | Backward,
+        blocks: int,
+        total: int,
+        longest: int,
+        *,
+        least: int | None = None,
+        most: int | None = None,
+    ) -> None:
         """Check mask, positions and prompts.
 
         Args:
             total: positions, the past included.
             longest: what prompts may not exceed.
-            pushes: whether the blocks' output goes on to others; then prompts are for these as well.
+            least, most: blocks that prompts may be for, where the blocks' output goes on to others; these blocks alone where not given.
         """
         rows, new, _ = request.hidden.shape
         mask, positions, prompts = request.mask, request.position_ids, request.prompts
@@ -188,12 +223,12 @@ class Checks:
         if prompts is not None:
             size, longest = self._span.hidden_size, min(longest, self._limits.prompt_tokens)
             given = prompts.shape[0] if prompts.shape else 0
-            enough = blocks < given <= MAX_BLOCKS if pushes else given == blocks
+            least, most = least or blocks, most or blocks
             expected = (rows, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
-            if prompts.dtype not in FLOATS or not enough or prompts.shape[1:] != expected:
-                least = f"over {blocks}" if pushes else blocks
-                raise CallerError(f"prompts must be floats [{least}, {rows}, length, {size}], not {_describe(prompts)}")
-            if pushes and prompts.codec == "int8" and blocks * math.prod(prompts.shape[1:]) % INT8_BLOCK:
+            if prompts.dtype not in FLOATS or not least <= given <= most or prompts.shape[1:] != expected:
+                allowed = blocks if most == blocks else f"over {blocks}" if least > blocks else f"at least {blocks}"
+                raise CallerError(f"prompts must be floats [{allowed}, {rows}, length, {size}], not {_describe(prompts)}")
+            if given > blocks and prompts.codec == "int8" and blocks * math.prod(prompts.shape[1:]) % INT8_BLOCK:
                 raise CallerError("prompts of these sizes cannot be cut in codec int8")
             if prompts.shape[2] > longest:
                 raise CallerError(f"prompts of {prompts.shape[2]} tokens are longer than {longest}")

@@ -2,27 +2,44 @@
 
 A session runs one step at a time, and gives outputs once more meanwhile. What is wrong with a request harms no other; a step that fails
 while it is computed ends the session, since half of it may be done and nobody could go on from there. Where outputs go is told when the
-session opens: to the client, or to the server of the blocks that follow.
+session opens: to the client, or to the server of the blocks that follow. When a server of the chain is lost, the client says where the
+session goes on from, and between which neighbours (`Resume`), whatever goes on here at that time.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
 
 from petalnet.blocks.checks import split_names
 from petalnet.blocks.links import LinkKey, OutgoingLink, Output, without_first
-from petalnet.blocks.outputs import encode_output
+from petalnet.blocks.replays import Replays
+from petalnet.blocks.requests import Requests
 from petalnet.blocks.scheduler import Task
 from petalnet.blocks.sessions import Session
-from petalnet.blocks.work import StepWork
+from petalnet.blocks.work import NotFinite, StepWork
 from petalnet.errors import CallerError, PeerLost, PetalnetError, UnsupportedError
-from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import Attach, Attached, Error, LinkOpened, OpenLink, OpenSession, Replay, Reserve, Reserved, Step, StepDone
+from petalnet.p2p.fields import Message
+from petalnet.p2p.messages import (
+    AskProgress,
+    Attach,
+    Attached,
+    Error,
+    LinkOpened,
+    OpenLink,
+    OpenSession,
+    Progress,
+    Replay,
+    Reserve,
+    Reserved,
+    Resume,
+    Resumed,
+    Step,
+    StepDone,
+)
 
 if TYPE_CHECKING:
     from petalnet.blocks.service import BlockService
@@ -32,43 +49,10 @@ log = logging.getLogger(__name__)
 
 WATCHED_TOKENS = 64
 """Where a step has more tokens, its stream is read while it waits and runs: a client that was interrupted in a long prompt wants none of
-it any more, and the next chunk of a prompt is here when this one is done. For a few tokens that would cost more than it saves."""
-MOST_REPLAYS = 16
-"""Replays that a session may wait for at a time."""
-
-
-class Requests:
-    """What comes on a stream, in its order; one request can be read ahead.
-
-    Attributes:
-        arrived: when the request that `next` gave last was here, by trio's clock.
-    """
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._ahead: tuple[Message, float] | None = None
-        self.arrived = 0.0
-
-    async def next(self) -> Message | None:
-        """The next request, None at the end of the stream. Raises as `Stream.receive`."""
-        if self._ahead is not None:
-            (ahead, self.arrived), self._ahead = self._ahead, None
-            return ahead
-        request = await self._stream.receive()
-        self.arrived = trio.current_time()
-        return request
-
-    async def read_ahead(self) -> bool:
-        """Read the next request already; False where the stream has ended instead, in one way or another."""
-        try:
-            request = await self._stream.receive(ahead=True)
-        except PetalnetError as error:
-            log.debug("peer %s sends no more requests: %s", self._stream.peer_id, error)
-            return False
-        if request is None:
-            return False
-        self._ahead = request, trio.current_time()
-        return True
+it any more, and the next chunk of a prompt is here when this one is done. For fewer that would cost more than it saves, unless they turn
+out to be slow."""
+RESUME_EVERY_S = 0.1
+"""Seconds from one `Resume` of a session to the next: each opens a link, and a chain is not mended more often."""
 
 
 class Hop:
@@ -90,35 +74,49 @@ class Hop:
             client: the stream on which it did.
         """
         self.session = session
-        self.key = LinkKey(request.session, session.first, request.takes_from) if request.takes_from else None
+        self.key = self._key(request.session, request.takes_from)
+        self._id = request.session
         self._service = service
         self._client = client
-        self._link: OutgoingLink | None = None
-        if request.pushes_to:
-            greeting = OpenLink(request.session, session.end)
-            self._link = OutgoingLink(service.open_link, request.pushes_to, greeting, client, service.link_counts)
-        self._last_step = -1
-        self._dtype = service.dtype  # of the hidden states that come
-        self._done_step = 0  # the number of the last step that was computed, where outputs are kept
-        self._step_done = trio.lowlevel.ParkingLot()
-        self._replays = 0
-        self._replaying = trio.Lock()  # one is made and sent at a time: it may be as long as a message can be
-        self._nursery: trio.Nursery | None = None
+        self._link = self._link_to(request.pushes_to)
+        self._replays = Replays(service, session, client)
+        self._requests = Requests(client, service.read_ahead, urgent=self._take_urgent, ended=self._end)
+        self._taken = 0  # the last step that came
+        self._answered = 0  # the last one whose output the client was sent
+        self._last_step = -1  # this one and all before are dropped
+        self._given_up = -1  # likewise, and nothing comes any more of those that were begun
+        self._resumed_at = float("-inf")
         self._turn = trio.Lock()
+        self._computing: trio.CancelScope | None = None  # of whoever waits for the computation of a step
+        self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
-        self._is_linked = False  # whether a link has come
-        self._link_scope = trio.CancelScope()
+        self._notices: list[Message] = []
+        self._links: set[Requests] = set()  # of links that came: the latest, and those that end
+        self._latest: Requests | None = None
+        self._is_over = False
 
     async def serve(self) -> None:
         """Serve the session until its client ends the stream, or the session has to end."""
-        if self.key is None and self._link is None:
-            await self._serve_client()
-            return
         try:
             with self._scope:
                 await self._serve_all()
         finally:
-            self._link_scope.cancel()  # of a link that comes only now as well
+            self._is_over = True
+            self._requests.forget()
+            for requests in self._links:
+                requests.forget()
+                requests.scope.cancel()
+
+    def say(self, notice: Message) -> None:
+        """Tell the client something unasked."""
+        if self._nursery is None:
+            self._notices.append(notice)
+        else:
+            self._nursery.start_soon(self._tell, notice)
+
+    def look(self, now: float) -> None:
+        """See whether the client's request is slow; to be called now and then."""
+        self._requests.look(now, self._nursery)
 
     async def _serve_all(self) -> None:
         """Serve the client, and keep up the link to the next server."""
@@ -127,60 +125,104 @@ class Hop:
             self._nursery = nursery
             if self._link is not None:
                 nursery.start_soon(self._run_link, self._link)
+            for notice in self._notices:
+                nursery.start_soon(self._tell, notice)
             try:
                 await self._serve_client()
             except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
                 failure = error
+            self._nursery = None
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
     async def serve_link(self, stream: Stream) -> None:
-        """Run the steps that come on a link, until that or the session ends.
+        """Run the steps that come on a link, until that or the session ends, or the same server has opened another.
 
         Raises:
-            CallerError: the session has its link.
+            CallerError: the session has ended.
             UnsupportedError: something else came than steps.
             PeerLost: of the link.
         """
-        if self._is_linked:
-            raise CallerError("the session has had its link")
-        self._is_linked = True
-        requests = Requests(stream)
-        with self._link_scope:
+        if self._is_over:
+            raise CallerError("the session has ended")
+        requests = Requests(stream, self._service.read_ahead, most=1)
+        former, self._latest = self._latest, requests
+        self._links.add(requests)
+        try:
+            if former is not None:
+                await former.close()
             await stream.send(LinkOpened())
-            while (request := await requests.next()) is not None:
+            while not requests.is_closed and await self._serve_steps(requests):
+                pass
+        finally:
+            requests.forget()
+            self._links.discard(requests)
+            if self._latest is requests:
+                self._latest = None
+
+    async def _serve_steps(self, requests: Requests) -> bool:
+        """Run the steps of a link; True where that was interrupted, and goes on."""
+        with trio.CancelScope() as requests.scope:
+            while not (requests.scope.cancel_called or requests.is_closed):
+                request = await requests.next()
+                if request is None:
+                    return False
                 if not isinstance(request, Step):
                     raise UnsupportedError(f"a link takes step, not {request.name}")
                 try:
-                    goes_on = await self._take(request, requests, needs_more=False)
+                    goes_on = await self._take(request, requests, self.key.takes_from if self.key is not None else "")
                 except PeerLost:  # the client's stream has ended
                     goes_on = False
                 if not goes_on:
-                    self._scope.cancel()
-                    return
+                    self._end()
+                    return False
+        return True
 
-    async def _run_link(self, link: OutgoingLink) -> None:
+    async def _run_link(self, link: OutgoingLink, may_tell: trio.Event | None = None) -> None:
         try:
-            await link.run()
+            await link.run(may_tell)
         except PeerLost:  # the client's stream has ended
-            self._scope.cancel()
+            self._end()
+
+    async def _tell(self, notice: Message) -> None:
+        try:
+            await self._client.send(notice)
+        except PetalnetError:  # the client's stream has ended
+            self._end()
+
+    def _end(self) -> None:
+        self._scope.cancel()
 
     async def _serve_client(self) -> None:
-        requests = Requests(self._client)
-        while (request := await self._next(requests)) is not None:
-            if isinstance(request, Step):
-                if not await self._take(request, requests, needs_more=True):
-                    return
-                continue
-            try:
-                if isinstance(request, Replay):
-                    self._start_replay(request, requests.arrived)
-                    continue
-                answer = await self._answer(request)
-            except PetalnetError as error:
-                answer = Error.of(error, request.step if isinstance(request, Replay) else 0)
-            await self._client.send(answer)
+        requests = self._requests
+        while not requests.is_closed:
+            with trio.CancelScope() as requests.scope:
+                while not requests.scope.cancel_called:
+                    request = await self._next(requests)
+                    if request is None or not await self._serve_request(request, requests):
+                        return
+
+    async def _serve_request(self, request: Message, requests: Requests) -> bool:
+        """False where the session is over."""
+        if isinstance(request, Step):
+            return await self._take(request, requests, "")
+        if await self._take_urgent(request):
+            return True
+        try:
+            if isinstance(request, Replay):
+                if request.until:
+                    await self._send_on(request, requests)
+                elif request.step > self._given_up and self._nursery is not None:
+                    self._replays.start(request, requests.arrived, self._nursery, self._end)
+                return True
+            answer = await self._answer(request)
+        except PeerLost:
+            raise
+        except PetalnetError as error:
+            answer = Error.of(error, request.step if isinstance(request, Replay) else 0)
+        await self._client.send(answer)
+        return True
 
     async def _next(self, requests: Requests) -> Message | None:
         """The client's next request; None at the end of the stream, or where the session is given up: no step came for too long, or for
@@ -217,108 +259,140 @@ class Hop:
                 service.sessions.reached(session, len(names), position)
             return Attached(position)
 
-    def _start_replay(self, request: Replay, arrived: float) -> None:
-        """Answer a replay when it can be, and other requests meanwhile."""
-        self._service.checks.replay(self.session, request)
-        if self._nursery is None or self._replays >= MOST_REPLAYS:
-            raise CallerError(f"a session answers {MOST_REPLAYS} replays at a time")
-        self._replays += 1
-        self._nursery.start_soon(self._replay, request, arrived)
+    # ---- when a server of the chain is lost
 
-    async def _replay(self, request: Replay, arrived: float) -> None:
-        try:
-            while True:
-                done = self._done_step
-                if done >= request.step and self.session.position >= request.position + request.tokens:
-                    async with self._replaying:
-                        if await self._send_outputs(request, arrived):
-                            return
-                while self._done_step == done:
-                    await self._step_done.park()
-        except PeerLost:  # the client's stream has ended
-            self._scope.cancel()
-        except PetalnetError as error:
-            with suppress(PeerLost):
-                await self._client.send(Error.of(error, request.step))
-        finally:
-            self._replays -= 1
+    async def _take_urgent(self, request: Message) -> bool:
+        """Answer what may not wait for a step that is under way; False for what is no such request."""
+        if isinstance(request, AskProgress):
+            sent = self._answered if self._link is None else max(self._answered, self._link.pushed)
+            await self._tell(Progress(request.nonce, self._taken, self._replays.done_step, sent))
+            return True
+        if isinstance(request, Resume):
+            answered = trio.Event()
+            try:
+                answer: Message = await self._resume(request, answered)
+            except PetalnetError as error:
+                answer = Error.of(error)
+            await self._tell(answer)
+            answered.set()
+            return True
+        return False
 
-    async def _send_outputs(self, request: Replay, arrived: float) -> bool:
-        """Send the outputs that are asked for once more; False where the session has gone back meanwhile."""
-        service, session, end = self._service, self.session, request.position + request.tokens
-
-        def encoded(step: Step) -> Blob | None:
-            found = service.runner.outputs(session, request.position, end)
-            return None if found is None or len(found) != step.hidden.shape[0] else encode_output(step, found)
-
-        shape = (session.rows, request.tokens, service.span.hidden_size)
-        step = Step(request.step, request.position, Blob(self._dtype, shape, "raw", b""), codec=request.codec)
-        service.checks.replayed(step, self._client.protocol.limits.payload)
-        output = await service.engine.ask(encoded, step)
-        if output is None:
-            return False
-        await self._client.send(StepDone(request.step, end, output, held_s=trio.current_time() - arrived))
-        return True
-
-    async def _take(self, step: Step, requests: Requests, *, needs_more: bool) -> bool:
-        """Run a step and send its output on; False where the session is over.
+    async def _resume(self, request: Resume, answered: trio.Event) -> Resumed:
+        """Give up what is under way, and go on as the client says.
 
         Args:
-            requests: where it came from, which is read ahead meanwhile.
-            needs_more: whether the end of these is the session's end.
+            answered: set when the client has the answer; what it hears of links before that, it takes to be of former ones.
+        Raises:
+            PetalnetError: the session cannot go on so.
         """
-        if math.prod(step.hidden.shape[:2]) <= WATCHED_TOKENS:
-            return await self._run(step, requests.arrived)
-        goes_on = False
-        failure: PetalnetError | None = None
-        async with trio.open_nursery() as nursery:
+        service, session = self._service, self.session
+        await trio.sleep_until(self._resumed_at + RESUME_EVERY_S)
+        self._resumed_at = trio.current_time()
+        order = service.checks.resume(session, request)
+        if order is not None:
+            service.sessions.admit(session, len(order))
+        key = self._key(self._id, request.takes_from)
+        has_moved = key != self.key
+        service.incoming_links.move(self, key)
+        self._given_up = max(self._given_up, request.step)
+        self._last_step = max(self._last_step, request.step)
+        self._replays.give_up(self._given_up)
+        if self._computing is not None:
+            self._computing.cancel()
+        if has_moved and self._latest is not None:
+            await self._latest.close()
+            self._latest = None
+        link = self._link
+        if link is not None and not link.stays(request.pushes_to, answered):
+            link.give_up()
+            link = None
+        if link is None:
+            self._link = link = self._link_to(request.pushes_to)
+            if link is not None and self._nursery is not None:
+                self._nursery.start_soon(self._run_link, link, answered)
+        async with self._turn:
+            rows, position = await service.engine.ask(service.runner.resume, session, request.position, order, request.order_step)
+            service.sessions.reached(session, rows, position)
+        if position < request.position:
+            raise CallerError(f"the session holds only {position} KV entries, not {request.position}")
+        service.recovery.resumed += 1
+        return Resumed(position, rows)
 
-            async def read_ahead() -> None:
-                if not await requests.read_ahead() and needs_more:
-                    nursery.cancel_scope.cancel()
+    async def _send_on(self, request: Replay, requests: Requests) -> None:
+        """Send outputs once more to the next server, in their turn. Raises a PetalnetError where that is refused."""
+        async with self._turn:
+            if self._link is not None:
+                await self._link.room()
+            if request.step <= self._given_up:
+                return
+            step = await self._replays.step(request)
+            if request.step <= self._given_up:
+                return
+            end = request.position + request.tokens
+            output = Output(step, end, step.hidden, step.prompts, 0.0, 0.0, requests.arrived)
+            if self._link is None:
+                await self._client.send(output.done())
+                self._answered = step.step
+            else:
+                await self._link.put(output)
 
-            nursery.start_soon(read_ahead)
-            try:
-                goes_on = await self._run(step, requests.arrived)
-            except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        return goes_on
+    def _key(self, session_id: str, takes_from: str) -> LinkKey | None:
+        return LinkKey(session_id, self.session.first, takes_from) if takes_from else None
 
-    async def _run(self, step: Step, arrived: float) -> bool:
-        """`_take`, of a step that came at `arrived`, in its turn."""
+    def _link_to(self, pushes_to: str) -> OutgoingLink | None:
+        if not pushes_to:
+            return None
+        greeting = OpenLink(self._id, self.session.end)
+        return OutgoingLink(self._service.open_link, pushes_to, greeting, self._client, self._service.link_counts)
+
+    # ---- steps
+
+    async def _take(self, step: Step, requests: Requests, brought_by: str) -> bool:
+        """Run a step in its turn and send its output on; False where the session is over.
+
+        Args:
+            requests: where it came from.
+            brought_by: the server that brought it; "" where the client did.
+        """
+        if math.prod(step.hidden.shape[:2]) > WATCHED_TOKENS:
+            requests.read_on(self._nursery)
+        self._taken = max(self._taken, step.step)
         try:
             self._turn.acquire_nowait()  # `acquire` would give others a turn
         except trio.WouldBlock:
             await self._turn.acquire()
         try:
+            if step.step <= self._last_step:
+                return True  # it came from the client as well, or nobody wants it any more
             if self.key is not None:
-                if step.step <= self._last_step:
-                    return True  # it came from the client as well
                 self._last_step = step.step
-            if self._link is not None:
-                await self._link.room()
+            link = self._link if step.until != self.session.end else None
+            if link is not None:
+                await link.room()
+                if step.step <= self._given_up:
+                    return True
             with self._service.sessions.computing(self.session):
-                return await self._run_now(step, arrived)
+                return await self._run(step, requests, link, brought_by)
         finally:
             self._turn.release()
 
-    async def _run_now(self, step: Step, arrived: float) -> bool:
+    async def _run(self, step: Step, requests: Requests, link: OutgoingLink | None, brought_by: str) -> bool:
         service, session = self._service, self.session
+        rows, new = 0, 0
         try:
-            order = service.checks.step(session, step, self._client.protocol.limits.payload)
+            order = service.checks.step(session, step, self._client.protocol.limits.payload, pushes=link is not None)
             rows, new, _ = step.hidden.shape
             service.sessions.admit(session, max(rows, step.promise_rows))
         except PetalnetError as error:
-            if self.key is not None or self._link is not None:
+            if self.key is not None or session.pushes:
                 # Its followers may be on their way: they must not take what was there before for what this step would have left.
                 service.sessions.reached(session, session.rows, min(session.position, step.position))
             await self._client.send(Error.of(error, step.step))
             return True
         session.begun = True
-        work = StepWork(session, step, order, None if step.names is None else split_names(step.names))
+        names = None if step.names is None else split_names(step.names)
+        work = StepWork(session, step, order, names, brought_by)
         position = step.position + new
         task = Task(
             peer=session.peer_id,
@@ -332,19 +406,30 @@ class Hop:
             weight=service.weight(session.first, session.end),
             network=session.promise.network,
         )
+        self._computing = requests.scope
         try:
             result = await service.engine.submit(task)
+        except NotFinite as error:
+            service.sessions.reached(session, rows, step.position)
+            await self._client.send(Error.of(error, step.step))
+            return True
         except PetalnetError as error:
             await self._client.send(Error.of(error, step.step))
             return False
+        finally:
+            self._computing = None
         service.sessions.reached(session, rows, position)
-        if self._link is None or step.all_hidden:
-            held_s = trio.current_time() - arrived
+        if step.step <= self._given_up:
+            return True
+        self._replays.computed(step)
+        if step.until:
+            service.recovery.rebuilt_tokens += rows * new
+        if link is None or step.all_hidden:
+            held_s = trio.current_time() - requests.arrived
             await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
-        if self._link is not None:
-            self._dtype, self._done_step = step.hidden.dtype, step.step
-            self._step_done.unpark_all()
+            self._answered = step.step
+        if link is not None and step.step > self._given_up:
             prompts = None if step.prompts is None else without_first(step.prompts, session.end - session.first)
             hidden = result.value if work.passed_on is None else work.passed_on
-            await self._link.put(Output(step, position, hidden, prompts, result.queue_s, result.compute_s, arrived, step.all_hidden))
+            await link.put(Output(step, position, hidden, prompts, result.queue_s, result.compute_s, requests.arrived, step.all_hidden))
         return True

@@ -2,7 +2,7 @@
 
 A link is a stream of its own. While it opens, outputs wait for it, a bounded number; once it is up, a step of a few tokens is sent in the
 turn of the task that computed it, and longer ones by a task of their own, so that a prompt's next chunk is computed meanwhile. A link that
-cannot be opened, or that breaks, stays down for the session: the client is told so, and gets the outputs from then on.
+cannot be opened, or that breaks, stays down until the session is resumed: the client is told so, and gets the outputs from then on.
 """
 
 from __future__ import annotations
@@ -128,24 +128,68 @@ class OutgoingLink:
         self._changed = trio.lowlevel.ParkingLot()  # the outbox, or what becomes of it
         self._up = trio.CancelScope()
         self._relaying = trio.Lock()
+        self._sending = 0  # outputs that are on their way into the stream
+        self._is_given_up = False
+        self._life = trio.CancelScope()  # of the opening and of the stream
+        self._may_tell: trio.Event | None = None  # the client is told nothing before this
+
+    @property
+    def pushed(self) -> int:
+        """The last step whose output went to the next server; 0 for none."""
+        return self._pushed
 
     async def room(self) -> None:
-        """Wait until another output may be computed."""
+        """Wait until another output may be computed, or the link is given up."""
         while len(self._outbox) >= OUTBOX_STEPS:
             await self._changed.park()
+
+    def stays(self, peer_id: str, may_tell: trio.Event) -> bool:
+        """Whether the link leads to that server, is up, and is not in the middle of an output. Then it is as if it had just been opened:
+        what waits to be sent is dropped, and the client is told nothing of it until the event."""
+        if self._peer_id != peer_id or self._stream is None or self._sending:
+            return False
+        self._may_tell = may_tell
+        self._drop_outbox()
+        return True
+
+    def give_up(self) -> None:
+        """Close the link, whatever it waits for; what waits to be sent is dropped, and the client is told nothing of it."""
+        self._is_given_up = True
+        self._down = self._down or "it was given up"
+        self._stream = None
+        self._life.cancel()
+        self._drop_outbox()
+
+    def _drop_outbox(self) -> None:
+        self._outbox.clear()
+        self._changed.unpark_all()
 
     async def put(self, output: Output) -> None:
         """Send an output to the next server, now or once those before it are sent; or to the client. Raises PeerLost of the client."""
         stream = self._stream
         if stream is not None and not self._outbox and len(output.hidden.data) <= INLINE_BYTES and await self._push(stream, output):
             return
+        if self._is_given_up:
+            return
         self._outbox.append(output)
         self._changed.unpark_all()
         if self._down is not None:
             await self._relay()
 
-    async def run(self) -> None:
-        """Open the link, keep watch over it, and fall back to the client when it is down. Raises PeerLost of the client."""
+    async def run(self, may_tell: trio.Event | None = None) -> None:
+        """Open the link, keep watch over it, and fall back to the client when it is down, which is told nothing before `may_tell`.
+
+        Raises PeerLost of the client.
+        """
+        self._may_tell = may_tell
+        with self._life:
+            await self._live()
+        if not self._is_given_up:
+            log.debug("the link to %s is down: %s", self._peer_id, self._down)
+            await self._relay()
+
+    async def _live(self) -> None:
+        """Open the link, and keep it up until it breaks."""
         try:
             with trio.fail_after(LINK_TIMEOUT_S):
                 stream = await self._open()
@@ -162,8 +206,6 @@ class OutgoingLink:
                 finally:
                     self._stream = None
                     self._counts.open -= 1
-        log.debug("the link to %s is down: %s", self._peer_id, self._down)
-        await self._relay()
 
     async def _open(self) -> Stream:
         if self._open_stream is None:
@@ -199,19 +241,24 @@ class OutgoingLink:
     async def _send_what_waits(self, stream: Stream) -> None:
         while True:
             while self._outbox:
-                if not await self._push(stream, self._outbox[0]):
+                output = self._outbox[0]
+                if not await self._push(stream, output):
                     return
-                self._outbox.popleft()
+                if self._outbox and self._outbox[0] is output:
+                    self._outbox.popleft()
                 self._changed.unpark_all()
             await self._changed.park()
 
     async def _push(self, stream: Stream, output: Output) -> bool:
         """Send an output to the next server; False where the link is down."""
+        self._sending += 1
         try:
             await stream.send(output.step())
         except PetalnetError as error:
             self._break(str(error))
             return False
+        finally:
+            self._sending -= 1
         if self._down is not None:
             return False  # it went down meanwhile, and the client has been told of those before only
         self._pushed = output.request.step
@@ -229,7 +276,9 @@ class OutgoingLink:
     async def _relay(self) -> None:
         """Tell the client that the link is down, once, and send it what waits, in its order."""
         async with self._relaying:
-            if not self._told:
+            if self._may_tell is not None:
+                await self._may_tell.wait()
+            if not self._told and not self._is_given_up:
                 self._told = True
                 await self._client.send(LinkDown(self._down or "", self._pushed))
             while self._outbox:
@@ -237,7 +286,8 @@ class OutgoingLink:
                 if not output.is_known:
                     await self._client.send(output.done())
                 self._counts.relayed_steps += 1
-                self._outbox.popleft()
+                if self._outbox and self._outbox[0] is output:
+                    self._outbox.popleft()
                 self._changed.unpark_all()
 
 
@@ -278,11 +328,21 @@ class IncomingLinks:
         if hop.key is not None:
             del self._hops[hop.key]
 
+    def move(self, hop: Hop, key: LinkKey | None) -> None:
+        """A session takes steps from another server from now on, or from none. Raises CallerError where there is such a one."""
+        if key == hop.key:
+            return
+        if key in self._hops:
+            raise CallerError("a session of this id is open on these blocks")
+        self.remove(hop)
+        hop.key = key
+        self.add(hop)
+
     async def find(self, key: LinkKey) -> Hop:
         """The session that a link is for, once its client has opened it.
 
         Raises:
-            CallerError: there is none within `LINK_TIMEOUT_S`.
+            CallerError: there is none within `LINK_TIMEOUT_S`, or the same server has asked again meanwhile.
             BusyError: too many links wait for theirs.
         """
         if key not in self._hops:
@@ -290,20 +350,23 @@ class IncomingLinks:
         return self._hops[key]
 
     async def _wait_for(self, key: LinkKey) -> None:
-        peer_id = key.takes_from
-        if key in self._waiting:
-            raise CallerError("another link waits for this session")
-        if len(self._waiting) >= MOST_WAITING or self._per_peer[peer_id] >= MOST_WAITING_PER_PEER:
+        peer_id, former = key.takes_from, self._waiting.get(key)
+        if former is None and (len(self._waiting) >= MOST_WAITING or self._per_peer[peer_id] >= MOST_WAITING_PER_PEER):
             raise BusyError("too many links wait for their session")
         self._waiting[key] = opened = trio.Event()
-        self._per_peer[peer_id] += 1
+        if former is None:
+            self._per_peer[peer_id] += 1
+        else:
+            former.set()  # the server has given that link up
         try:
             with trio.move_on_after(LINK_TIMEOUT_S):
                 await opened.wait()
+            is_latest = self._waiting.get(key) is opened
         finally:
-            del self._waiting[key]
-            self._per_peer[peer_id] -= 1
-            if not self._per_peer[peer_id]:
-                del self._per_peer[peer_id]
-        if key not in self._hops:
+            if self._waiting.get(key) is opened:
+                del self._waiting[key]
+                self._per_peer[peer_id] -= 1
+                if not self._per_peer[peer_id]:
+                    del self._per_peer[peer_id]
+        if not is_latest or key not in self._hops:
             raise CallerError("no session here takes steps from this peer under that id")

@@ -22,6 +22,7 @@ from petalnet.blocks.scheduler import Part
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.blocks.work import PassWork, StepWork
+from petalnet.errors import CallerError
 from petalnet.p2p.messages import UNIT_TOKENS
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,24 @@ class Runner:
             return None
         return self._kept.read(session.kv, start, end)
 
+    def resume(self, session: Session, position: int, order: list[int] | None, order_step: int) -> tuple[int, int]:
+        """Bring a session back to `position`, and its rows into an order unless the step that this came with has done so.
+
+        Returns:
+            its rows and its KV entries; less than `position` where it does not have so many, and then its order is as it was.
+        Raises:
+            CallerError: the order names rows that there are not.
+        """
+        kv = session.kv
+        if kv.length < position:
+            return len(kv), kv.length
+        self._go_back(session, position)
+        if order is not None and position and session.ordered < order_step:
+            if not all(0 <= row < len(kv) for row in order):
+                raise CallerError(f"the order must name rows 0 to {len(kv) - 1}")
+            self._reorder(session, order, order_step)
+        return len(kv), kv.length
+
     def release(self, session: Session) -> None:
         """Give a session's pages back; what is named of them is kept for later, as long as nobody needs the room."""
         try:
@@ -143,17 +162,23 @@ class Runner:
     def _begin(self, work: StepWork) -> None:
         """Bring the session to where the step begins."""
         session, position, rows = work.session, work.request.position, work.request.hidden.shape[0]
-        kv = session.kv
-        if kv.length > position:
-            kv.truncate(position)
-            session.names = [names[: position // UNIT_TOKENS] for names in session.names]
-        if position == 0 and len(kv) != rows:
-            kv.resize(rows)
+        self._go_back(session, position)
+        if position == 0 and len(session.kv) != rows:
+            session.kv.resize(rows)
         if work.order is not None:
-            kv.reorder(work.order)
-            session.names = [session.names[row].copy() for row in work.order]
+            self._reorder(session, work.order, work.request.step)
         if len(session.names) != rows:
             session.names = [[] for _ in range(rows)]
+
+    def _go_back(self, session: Session, position: int) -> None:
+        if session.kv.length > position:
+            session.kv.truncate(position)
+            session.names = [names[: position // UNIT_TOKENS] for names in session.names]
+
+    def _reorder(self, session: Session, order: list[int], step: int) -> None:
+        session.kv.reorder(order)
+        session.names = [session.names[row].copy() for row in order]
+        session.ordered = step
 
     def _run_pack(self, pack: list[Part]) -> dict[Part, Outcome | None]:
         """Run parts that share a pass, or each by itself where that fails."""
@@ -176,6 +201,7 @@ class Runner:
         """Account for a part that has run; the answer where it was the last of its task, else None."""
         work: StepWork = part.task.work
         session = work.session
+        work.check(part.start, part.end, piece)
         if session.pushes and self._kept is not None and piece is not None:
             self._kept.write(session.kv, session.kv.length, piece[-1] if work.request.all_hidden else piece)
         session.kv.advance(part.end - part.start)

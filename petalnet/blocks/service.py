@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -22,6 +22,7 @@ from petalnet.blocks.kv import KVStore
 from petalnet.blocks.links import LINK_TIMEOUT_S, IncomingLinks, LinkCounts, LinkKey, OpenStream
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
+from petalnet.blocks.requests import SLOW_S, Held
 from petalnet.blocks.runner import Runner
 from petalnet.blocks.scheduler import Scheduler, Task
 from petalnet.blocks.sessions import Session, SessionManager
@@ -30,7 +31,7 @@ from petalnet.blocks.throughput import Rates
 from petalnet.blocks.work import BackwardWork, ForwardWork
 from petalnet.errors import BusyError, CallerError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import CODECS, Message
-from petalnet.p2p.messages import Backward, BackwardDone, Error, Forward, ForwardDone, OpenLink, OpenSession, SessionOpened
+from petalnet.p2p.messages import Backward, BackwardDone, Draining, Error, Forward, ForwardDone, OpenLink, OpenSession, SessionOpened
 
 if TYPE_CHECKING:
     from petalnet.p2p.streams import Stream
@@ -42,6 +43,21 @@ USUAL_RATES = Rates(decode=20.0, prefill=200.0, forward=200.0)
 BACKWARD_WEIGHT = 3.0
 """A backward pass computes the forward pass again, and twice as much for the gradients."""
 DRAINING_RETRY_S = 60.0
+
+
+@dataclass
+class RecoveryCounts:
+    """What sessions that have lost a server of their chain did here, since the server started.
+
+    Attributes:
+        resumed: how often one went on between other neighbours.
+        replayed_tokens: KV tokens whose outputs were sent once more.
+        rebuilt_tokens: KV tokens that were computed in the place of another server.
+    """
+
+    resumed: int = 0
+    replayed_tokens: int = 0
+    rebuilt_tokens: int = 0
 
 
 class BlockService:
@@ -56,6 +72,8 @@ class BlockService:
         sessions: the open sessions.
         open_link, link_counts: how streams to other servers are opened, and what went over them.
         incoming_links: finds the sessions that other servers bring steps for.
+        read_ahead: what was read of sessions' streams while their requests were slow.
+        recovery: what sessions that have lost a server did here.
         draining: set by `drain`: open sessions go on, new work is refused as *busy*.
     """
 
@@ -102,15 +120,52 @@ class BlockService:
         self.open_link = open_link
         self.link_counts = LinkCounts()
         self.incoming_links = IncomingLinks()
+        self.read_ahead = Held()
+        self.recovery = RecoveryCounts()
+        self._hops: set[Hop] = set()
+        self._has_hops = trio.Event()
+        self._has_none = trio.lowlevel.ParkingLot()
         self._scopes: dict[str, set[trio.CancelScope]] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Compute until cancelled."""
-        await self.engine.run(task_status=task_status)
+        failure: RuntimeError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_at_hops)
+            try:
+                await self.engine.run(task_status=task_status)
+            except RuntimeError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
-    def drain(self) -> None:
-        """Take no new sessions and no stateless passes from now on."""
+    async def _look_at_hops(self) -> None:
+        """Find sessions whose requests are slow, while there are sessions: a watch of each session's own would cost every token."""
+        while True:
+            if not self._hops:
+                self._has_hops = trio.Event()
+                await self._has_hops.wait()
+            await trio.sleep(SLOW_S / 2)
+            now = trio.current_time()
+            for hop in self._hops:
+                hop.look(now)
+
+    def drain(self, grace_s: float | None = None) -> None:
+        """Take no new sessions and no stateless passes from now on.
+
+        Args:
+            grace_s: seconds after which the sessions that are left will be ended, which their clients are told now; None: they are not.
+        """
         self.draining = True
+        if grace_s is not None:
+            for hop in self._hops:
+                hop.say(Draining(grace_s))
+
+    async def empty(self) -> None:
+        """Wait until no session is left."""
+        while self._hops:
+            await self._has_none.park()
 
     def peer_lost(self, peer_id: str) -> None:
         """Drop at once what a vanished peer had open here; to be called in the trio thread when its last connection is gone."""
@@ -134,6 +189,7 @@ class BlockService:
             "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
             "kept_outputs_bytes": self._kept.bytes,
             "links": asdict(self.link_counts),
+            "recovery": asdict(self.recovery),
             "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
         }
 
@@ -203,6 +259,9 @@ class BlockService:
         finally:
             self.incoming_links.remove(hop)
             self.sessions.close(session)
+            self._hops.discard(hop)
+            if not self._hops:
+                self._has_none.unpark_all()
             log.debug("session of %s on blocks %d:%d closed at position %d", stream.peer_id, session.first, session.end, session.position)
 
     def _open(self, stream: Stream, request: OpenSession) -> Hop:
@@ -221,6 +280,8 @@ class BlockService:
         except PetalnetError:
             self.sessions.close(session)
             raise
+        self._hops.add(hop)
+        self._has_hops.set()
         return hop
 
     async def _serve_passes(self, stream: Stream) -> None:

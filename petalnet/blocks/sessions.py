@@ -29,9 +29,10 @@ class Session:
         peer_id: the client.
         max_length: the most positions of a row.
         promise: the pages that are set aside for it.
-        pushes: whether its outputs go to another server.
+        pushes: whether it was opened to send its outputs to another server; then they are kept.
         kv: the page tables of its rows; of the compute thread.
         names: for each row the names of its units, as far as all from the first on are named; of the compute thread.
+        ordered: the last step that has put its rows into another order, by its number; -1 for none; of the compute thread.
         begun: whether there was a first step, or an attempt to attach it to what is known.
         rows: rows that it has, as of the last step that was answered; 0 before its first step.
         position: KV entries of each row, likewise.
@@ -47,6 +48,7 @@ class Session:
     kv: Rows
     pushes: bool = False
     names: list[list[bytes]] = field(default_factory=list)
+    ordered: int = -1
     begun: bool = False
     rows: int = 0
     position: int = 0

@@ -11,11 +11,12 @@ from functools import cached_property
 
 import torch
 
-from petalnet.blocks.outputs import encode_output
+from petalnet.blocks.outputs import encode_output, is_finite, wanted_tokens
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span, SpanStep
+from petalnet.errors import ServerError
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import KEEP_NONE, Backward, Forward, Step
+from petalnet.p2p.messages import Backward, Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 GRAPH_BYTES = 2 * 2**30
@@ -51,13 +52,18 @@ class Arrays:
         )
 
 
+class NotFinite(ServerError):
+    """A step brought numbers that are not finite, or has come to such. The session goes on from where it began."""
+
+
 @dataclass(eq=False)
 class StepWork:
-    """A step of a session, run in parts: `part`, `wanted` and `take` for one run of new tokens after another, then `answer`.
+    """A step of a session, run in parts: `part`, `wanted`, `check` and `take` for one run of new tokens after another, then `answer`.
 
     Attributes:
         order: which of the session's rows each row continues; None for each its own.
         names: for each row the names of the units that the step completes; None where it names none.
+        brought_by: the server that brought the step on a link; "" where its client did.
         passed_on: with `all_hidden` in a session that pushes, the output of the last block alone; there once the answer is.
     """
 
@@ -65,6 +71,7 @@ class StepWork:
     request: Step
     order: list[int] | None = None
     names: list[list[bytes]] | None = None
+    brought_by: str = ""
     passed_on: Blob | None = None
     _pieces: list[torch.Tensor] = field(default_factory=list)
 
@@ -109,14 +116,31 @@ class StepWork:
         Args:
             outputs: [rows, end - start, hidden] of the last block, or of every block where the request asks for that.
         """
-        new, keep = self.request.hidden.shape[1], self.request.keep
-        unwanted = end - start if keep == KEEP_NONE else max(new - (keep or new) - start, 0)
+        unwanted = min(max(self.request.hidden.shape[1] - wanted_tokens(self.request) - start, 0), end - start)
         if self.session.pushes:
             unwanted = 0
         if unwanted >= end - start:
             return None
         output = torch.stack(outputs) if self.request.all_hidden else outputs[-1]
         return output[..., unwanted:, :] if unwanted else output
+
+    def check(self, start: int, end: int, piece: torch.Tensor | None) -> None:
+        """Raise NotFinite where new tokens start … end - 1 came from another server with numbers that are not finite, or where what was
+        `wanted` of their outputs is not, although they were. What is padding may be anything, and so may what a client has itself sent.
+        """
+        if piece is None:
+            if not self.brought_by:
+                return
+        elif is_finite(piece):
+            return
+        arrays, position = self._arrays, self.request.position
+        hidden, mask = arrays.hidden[:, start:end], arrays.mask
+        real = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask[:, position + start : position + end]
+        if not is_finite(hidden[real]):
+            if self.brought_by:
+                raise NotFinite(f"server {self.brought_by} brought step {self.request.step} with numbers that are not finite")
+        elif piece is not None and not is_finite(piece[..., real[:, -piece.shape[-2] :], :]):
+            raise NotFinite(f"the outputs of step {self.request.step} here are not finite, though its inputs are")
 
     def take(self, piece: torch.Tensor | None) -> None:
         """Keep what was `wanted`, part by part."""
@@ -131,6 +155,8 @@ class StepWork:
             rows, _, hidden = self.request.hidden.shape
             blocks = (self.session.end - self.session.first,) if self.request.all_hidden else ()
             output = torch.empty((*blocks, rows, 0, hidden))
+        if self.session.pushes and self.request.until == self.session.end:  # all was kept, but the step goes no further
+            output = output[..., output.shape[-2] - wanted_tokens(self.request) :, :]
         if self.session.pushes and self.request.all_hidden:
             self.passed_on = encode_output(self.request, output[-1])
         return encode_output(self.request, output)

@@ -11,6 +11,7 @@ nothing of it; where it is cancelled in the middle of one, the stream is reset, 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Protocol as Interface
@@ -110,7 +111,7 @@ class Stream:
         self._window = INITIAL_WINDOW  # what the peer may send ahead between two messages
         self._taken = 0  # of the budget
         self._kept = 0  # the part of it that lasts as long as the stream
-        self._last = 0  # the part of it that is the last message's
+        self._in_use: deque[int] = deque()  # the parts of it that are the latest messages', oldest first
         self._is_ahead = False  # whether what is received is read ahead
         self._is_long = protocol.limits.header + protocol.limits.payload > INITIAL_WINDOW  # whether its messages may need wide windows
         self._deadline = float("inf")  # for the message under way, whole
@@ -172,11 +173,11 @@ class Stream:
 
     # ---- receiving
 
-    async def receive(self, *, ahead: bool = False) -> Message | None:
+    async def receive(self, *, ahead: int = 0) -> Message | None:
         """The next message, or None where the peer closed the stream between two messages.
 
         Args:
-            ahead: the message before it is still in use, and counts for what the peer may take of this node's memory.
+            ahead: how many of the messages before it are still in use, and count for what the peer may take of this node's memory.
 
         On a served stream, a peer that sends what the protocol does not allow is told so before the error is raised here.
 
@@ -188,10 +189,11 @@ class Stream:
         """
         if self._closed:
             raise PeerLost(f"the stream to {self.peer_id} is closed", self.peer_id)
-        in_use = self._last if ahead else 0
-        self._is_ahead = ahead
+        while len(self._in_use) > ahead:
+            self._in_use.popleft()
+        in_use = sum(self._in_use)
+        self._is_ahead = ahead > 0
         self._give_back(self._taken - self._kept - in_use)
-        self._last = in_use
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
             while (frame := self._decoder.next_frame()) is None:
@@ -199,7 +201,7 @@ class Stream:
                     self._check_clean_end()
                     return None
             self._deadline = float("inf")
-            self._last = self._taken - self._kept - in_use
+            self._in_use.append(self._taken - self._kept - in_use)
             message = decode_message(frame)
         except (ProtocolError, UnsupportedError, BusyError) as error:
             if not isinstance(error, BusyError):
@@ -218,6 +220,11 @@ class Stream:
         elif self._is_long:
             self._window = self._limits.busy_window
         return message
+
+    def forget_latest(self) -> None:
+        """The message that was received last is not in use any more, whereas some before it are."""
+        if self._in_use and not self._closed:
+            self._give_back(self._in_use.pop())
 
     async def peer_ends(self) -> bool:
         """Wait until the peer has closed or reset the stream, or is gone (True), or sends something to be received (False).
