@@ -26,6 +26,8 @@ from petalnet.client.prefix import SentNames
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
+from petalnet.p2p.addresses import own_interfaces
+from petalnet.routing.expected import Client
 from petalnet.routing.observed import Observed
 from petalnet.routing.pace import refresh_every_s
 from petalnet.routing.records import ServerRecord, Work
@@ -48,6 +50,11 @@ LOOK_AGAIN_S = 5.0
 """Age of a look-up from which on servers that are full are a reason for another one."""
 MOST_WARM = 32
 WARM_WITHIN_S = 5.0
+OWN_WITHIN_S = 0.02
+"""A server on this machine answers within this, unless it has no time at all."""
+OWN_ADDRESSES_FOR_S = 60.0
+CUT_FOR_S = 60.0
+"""How long two servers count as not reaching each other: they try again at each session, and with other clients."""
 
 
 class Membership:
@@ -60,6 +67,9 @@ class Membership:
         self.idle_streams = IdleStreams()
         self.sent_names = SentNames()
         self.observed = Observed()
+        self._cut: dict[tuple[str, str], float] = {}
+        self._own_ips: frozenset[str] = frozenset()
+        self._own_ips_at = -math.inf
         self._peering: Peering
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join
@@ -142,6 +152,7 @@ class Membership:
         look: bool = True,
         kv_tokens: int = 0,
         like: Sequence[ServerRecord] | None = None,
+        direct: bool = True,
     ) -> list[Hop]:
         """The quickest chain of servers through blocks [first, end) of a model.
 
@@ -164,29 +175,17 @@ class Membership:
             records = view.servers(model, now=now, allowed=allowed, blocked=blocked)
             # Passes without a session spread over servers that are about as good; sessions take the best route.
             spread = self._random if work == "forward" else None
-            find = partial(
-                find_route,
-                first=first,
-                end=end,
-                round_trip=self.host.round_trip_s,
-                now=now,
-                work=work,
-                tokens=tokens,
-                rng=spread,
-                kv_tokens=kv_tokens,
-                like=like,
-            )
-            # A server that failed lately has its second chance where nobody else holds its blocks.
-            proven = [record for record in records if not view.on_probation(record.peer_id)]
-            if len(proven) < len(records):
-                with suppress(MissingBlocksError):
-                    return find(proven)
+            find = partial(find_route, first=first, end=end, now=now, work=work, tokens=tokens, rng=spread, kv_tokens=kv_tokens, like=like)
             try:
-                return find(records)
+                return find(records, client=self.outlook(records, direct=direct))
             except MissingBlocksError as error:
                 is_settled = trio.current_time() > self._joined_at + SETTLE_S
                 is_fresh = trio.current_time() <= self._looked_at.get(model, -math.inf) + LOOK_AGAIN_S
                 if (looked and is_settled) if look else (looked or (is_settled and is_fresh)):
+                    # Nobody else is to be found: rather a server that failed a moment ago than none.
+                    records = view.servers(model, now=now, allowed=allowed, blocked=blocked, last_resort=True)
+                    with suppress(MissingBlocksError):
+                        return find(records, client=self.outlook(records, direct=direct))
                     known = view.servers(model, now=now, include_failed=True)
                     raise MissingBlocksError(error.blocks, (record.peer_id for record in known), hint=error.hint) from None
             if looked:
@@ -201,6 +200,31 @@ class Membership:
     def start(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run `function()` beside everything else for as long as this is a member of the swarm; it has to deal with its own errors."""
         self._nursery.start_soon(function)
+
+    def outlook(self, records: Iterable[ServerRecord], *, direct: bool = True) -> Client:
+        """What is known here of servers beside their records.
+
+        The user's own are those on this machine: their connections lead to loopback or to one of this machine's addresses.
+        """
+        host, view, now, wall = self.host, self._peering.view, trio.current_time(), time.time()
+        if now - self._own_ips_at > OWN_ADDRESSES_FOR_S:
+            self._own_ips_at = now
+            self._own_ips = frozenset(str(interface.ip) for interface in own_interfaces())
+        near = [record.peer_id for record in records if (trip_s := host.round_trip_s(record.peer_id)) is not None and trip_s < OWN_WITHIN_S]
+        return Client(
+            round_trip=host.round_trip_s,
+            direct=direct,
+            own={peer_id for peer_id in near if host.remote_ip(peer_id) in self._own_ips},
+            cut={pair for pair, until in self._cut.items() if until > now},
+            doubtful={record.peer_id for record in records if view.is_doubtful(record.peer_id, now=wall)},
+            observed=self.observed,
+            clock=now,
+        )
+
+    def mark_cut(self, peer_id: str, next_id: str) -> None:
+        """A server does not reach another one: for a while, routes count with this client between them."""
+        now = trio.current_time()
+        self._cut = {pair: until for pair, until in self._cut.items() if until > now} | {(peer_id, next_id): now + CUT_FOR_S}
 
     def observe(self, peer_id: str, *, tokens: int, blocks: int, compute_s: float, queue_s: float, work: Work | None = None) -> None:
         """Note what a finished step took at a server, so that routes count with it; costs a few microseconds.
@@ -217,12 +241,18 @@ class Membership:
                 record, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, now=trio.current_time(), work=work
             )
 
-    def mark_failed(self, peer_id: str) -> None:
-        """Take a server out of all routes at once."""
-        until = self._peering.view.mark_failed(peer_id, now=time.time())
+    def mark_failed(self, peer_id: str, *, wrong: bool = False) -> None:
+        """Take a server out of all routes at once; `wrong` where it is there, and answered wrongly."""
+        until = self._peering.view.mark_failed(peer_id, now=time.time(), wrong=wrong)
         logger.info("server %s failed and is avoided for %.0f s", peer_id, until - time.time())
 
+    def mark_late(self, peer_id: str) -> None:
+        """A server, or the way to it, may hang: for some seconds others are preferred."""
+        self._peering.view.mark_late(peer_id, now=time.time())
+        logger.info("server %s was late: others are preferred for a moment", peer_id)
+
     def mark_ok(self, peer_id: str) -> None:
+        """A server has done its work."""
         self._peering.view.mark_ok(peer_id)
 
     def _warm(self, records: Iterable[ServerRecord]) -> None:

@@ -45,8 +45,8 @@ own work and its delays, and this part of the ways' time."""
 
 
 @dataclass(slots=True)
-class _Average:
-    """Of measurements, whose weight halves in each half-life."""
+class Average:
+    """Of measurements, whose weight halves in each half-life. `with_prior` is their average with what is expected without any."""
 
     total: float = 0.0
     weight: float = 0.0
@@ -69,8 +69,8 @@ class _Average:
 class _Seen:
     """What was seen of one server."""
 
-    blocks: dict[Work, _Average] = field(default_factory=dict)
-    queue: _Average = field(default_factory=_Average)
+    blocks: dict[Work, Average] = field(default_factory=dict)
+    queue: Average = field(default_factory=Average)
     strikes: int = 0  # how often it was found to be slow
     is_caught: bool = False  # whether that is so now
 
@@ -84,15 +84,15 @@ class Speed(NamedTuple):
 
     Attributes:
         block_s: seconds a token in one block.
-        queue_s: seconds that a step waits there before it is computed.
-        announced_s: `block_s` as it announces it; None where it does not.
+        announced_s: the same as it announces it; None where it does not.
         seen: how many steps' worth of own measurements is in it, up to `MOST`; 0 where it is as announced.
+        queue: what steps waited there lately; None where none did.
     """
 
     block_s: float
-    queue_s: float
-    announced_s: float | None
-    seen: float
+    announced_s: float | None = None
+    seen: float = 0.0
+    queue: Average | None = None
 
 
 class Observed:
@@ -117,12 +117,12 @@ class Observed:
             return
         seen = self._of(record.peer_id)
         work = work or ("decode" if tokens <= FEW_TOKENS else "prefill")
-        average = seen.blocks.setdefault(work, _Average(at=now))
+        average = seen.blocks.setdefault(work, Average(at=now))
         average.age(now, seen.half_life_s)
         announced_s = record.block_s(work) or UNKNOWN_BLOCK_S
         if average.weight < PRIOR / 2:
             seen.is_caught = False
-        value = min(compute_s / blocks / _alone(record, work, tokens), LONGEST_S)
+        value = min(compute_s / blocks / of_single(record, work, tokens), LONGEST_S)
         value = min(value, OUTLIER * max(average.with_prior(announced_s), UNKNOWN_BLOCK_S))
         average.add(value, min(1.0 + tokens / WHOLE_STEP_TOKENS, PRIOR))
         mean = average.total / average.weight
@@ -133,23 +133,19 @@ class Observed:
         seen.queue.age(now, QUEUE_HALF_LIFE_S)
         seen.queue.add(min(queue_s, LONGEST_S), 1.0)
 
-    def speed(self, record: ServerRecord, work: Work, queue_s: float, now: float) -> Speed:
-        """What to expect of a server for this kind of work.
-
-        Args:
-            queue_s: seconds of waiting, by the load that it announces.
-        """
+    def speed(self, record: ServerRecord, work: Work, now: float) -> Speed:
+        """What to expect of a server for this kind of work."""
         announced_s = record.block_s(work)
         block_s = UNKNOWN_BLOCK_S if announced_s is None else announced_s
         seen = self._seen.get(record.peer_id)
         if seen is None:
-            return Speed(block_s, queue_s, announced_s, 0.0)
+            return Speed(block_s, announced_s)
         seen.queue.age(now, QUEUE_HALF_LIFE_S)
         average = seen.blocks.get(work)
         if average is None:
-            return Speed(block_s, seen.queue.with_prior(queue_s), announced_s, 0.0)
+            return Speed(block_s, announced_s, 0.0, seen.queue)
         average.age(now, seen.half_life_s)
-        return Speed(average.with_prior(block_s), seen.queue.with_prior(queue_s), announced_s, average.weight)
+        return Speed(average.with_prior(block_s), announced_s, average.weight, seen.queue)
 
     def forget(self, peer_id: str) -> None:
         """Whoever has this peer id now is another machine, or does other blocks."""
@@ -163,7 +159,7 @@ class Observed:
         return seen
 
 
-def _alone(record: ServerRecord, work: Work, tokens: int) -> float:
+def of_single(record: ServerRecord, work: Work, tokens: int) -> float:
     """How many times as long as a single token a step of so many takes in a block, by the shape of what the server announces.
 
     In a prompt and a pass each token counts. A few tokens in a step take little longer than one, since the weights are read once.
@@ -171,8 +167,8 @@ def _alone(record: ServerRecord, work: Work, tokens: int) -> float:
     if work != "decode":
         return float(tokens)
     one_s, more_s = record.block_s("decode"), record.block_s("prefill")
-    if one_s is None or more_s is None or tokens == 1:
-        return 1.0
+    if one_s is None or more_s is None:
+        return float(tokens)
     return 1.0 + (tokens - 1) * min(more_s / one_s, 1.0)
 
 
@@ -190,3 +186,7 @@ def unaccounted(held: Sequence[float], wall_s: float, network_s: float) -> float
     if not held:
         return 0.0
     return max(wall_s - sum(held) - network_s * (1 + SLACK) - SLACK_S, 0.0) / len(held)
+
+
+NOTHING_SEEN = Observed()
+"""For whoever has seen nothing yet; never added to."""

@@ -42,6 +42,9 @@ class Peering:
     def round_trip_s(self, peer_id: str) -> float | None:
         return {"near": 0.001}.get(peer_id)
 
+    def remote_ip(self, peer_id: str) -> str | None:
+        return None
+
     async def connect(self, peer_id: str, addrs: Any, timeout_s: float) -> None:
         raise PeerUnreachable(f"peer {peer_id} did not answer within {timeout_s:g} s", peer_id)
 
