@@ -24,6 +24,7 @@ from petalnet.p2p.gossip import Gossip
 from petalnet.p2p.hole_punching import HolePunching
 from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.identity import Identity
+from petalnet.p2p.known_peers import KnownPeers
 from petalnet.p2p.offences import Offences
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.rates import Rates
@@ -86,11 +87,11 @@ class Peering:
             listen.
     """
 
-    def __init__(self, host: Host, *, server: bool, relay: bool = False) -> None:
+    def __init__(self, host: Host, *, server: bool, relay: bool = False, known: KnownPeers | None = None) -> None:
         self.host = host
         self.view = SwarmView(host.peer_id)
         self._gossip = Gossip(host)
-        self.discovery = Discovery(host, server=server, on_record=self._take, neighbours=self._gossip.neighbours)
+        self.discovery = Discovery(host, server=server, on_record=self._take, neighbours=self._gossip.neighbours, known=known)
         self.reachability = reachability = Reachability(host) if (server or relay) and host.addrs else None
         if relay and reachability is not None:
             Relay(host, is_reachable=lambda: reachability.verdict.state != "unreachable")
@@ -234,6 +235,7 @@ async def open_peering(
     must_join: bool = True,
     access: Access = Access(),  # noqa: B008  # a value that never changes
     limits: Limits = Limits(),  # noqa: B008  # likewise
+    known: KnownPeers | None = None,
 ) -> AsyncIterator[Peering]:
     """A membership that has tried to join.
 
@@ -245,6 +247,7 @@ async def open_peering(
         must_join: give up where initial peers were given and none of them answers; otherwise go on trying.
         access: the swarm's key, and who may be connected.
         limits: what peers may take of this node.
+        known: the peers that an earlier life of this node knew, tried where the initial ones do not answer; those of this one are added.
 
     Raises:
         AddressInUse: an address is taken.
@@ -255,7 +258,7 @@ async def open_peering(
     open_at = partial(open_host, identity, announce=announce, admission=admission, limits=limits)
     async with AsyncExitStack() as stack:
         host = await (_open_on_free_port(stack, open_at) if listen is None else stack.enter_async_context(open_at(listen=listen)))
-        peering = Peering(host, server=server, relay=relay)
+        peering = Peering(host, server=server, relay=relay, known=known)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(peering.run, initial_peers)
         if initial_peers and not peering.discovery.joined:
@@ -264,7 +267,9 @@ async def open_peering(
             if must_join and refusal is not None:
                 raise NotAdmitted(f"no swarm was joined: {refusal}", refusal.peer_id)
             if must_join:
-                raise PeerUnreachable(f"no swarm was reached: none of the initial peers answered ({named})")
+                raise PeerUnreachable(
+                    f"no swarm was reached: none of the initial peers answered ({named}); any running node of the swarm will do"
+                )
             logger.warning("none of the initial peers answers yet (%s); trying on", named if refusal is None else refusal)
         try:
             yield peering

@@ -28,12 +28,14 @@ MAY_IMPORT = {
     "state": {"config", "errors"},
     "inspection": {"config", "errors"},
     "overview": {"errors", "routing"},
+    "remembering": {"errors", "p2p", "state"},
     "peering": BASE | {"config", "p2p", "routing"},
     "announcing": {"errors", "routing", "version"},
     "capacity": {"blocks", "errors", "models"},
     "linking": {"errors", "p2p", "peering", "routing"},
     "serving": BASE | {"announcing", "blocks", "capacity", "config", "linking", "models", "p2p", "peering", "routing"},
-    "node": BASE | {"blocks", "client", "config", "http", "inspection", "models", "overview", "p2p", "peering", "serving", "state"},
+    "node": BASE
+    | {"blocks", "client", "config", "http", "inspection", "models", "overview", "p2p", "peering", "remembering", "serving", "state"},
     "demo": {"errors"},
 }
 """What each part may import of the others. `cli` may import everything, and nothing imports `cli`."""

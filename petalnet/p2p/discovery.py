@@ -25,6 +25,7 @@ from petalnet.p2p.avoidance import Avoidance, Reason
 from petalnet.p2p.fields import Message
 from petalnet.p2p.gossip import MIN_NEIGHBOURS
 from petalnet.p2p.host import Host
+from petalnet.p2p.known_peers import KnownPeers
 from petalnet.p2p.messages import Error, Find, Records, Store, Stored
 from petalnet.p2p.protocols import RECORDS
 from petalnet.p2p.record_keeper import MAX_ANSWER_RECORDS, RecordKeeper, RecordService
@@ -51,6 +52,9 @@ LOOK_UP_TIMEOUT_S = 0.8
 LOOK_UP_FROM = 20
 """Peers in the table (a bucket's worth) below which it holds the whole swarm, so that there is nobody nearer to be found."""
 JOIN_TIMEOUT_S = 8.0
+KNOWN_TIMEOUT_S = 3.0
+"""Seconds for peers that are remembered: who begins a swarm again, all of whose members are gone, does not wait for longer."""
+KNOWN_AT_ONCE = 12
 REFRESH_TIMEOUT_S = 1.0
 MAINTAIN_EVERY_S = 2.0
 REFRESH_EVERY_S = 60.0
@@ -72,10 +76,12 @@ class Discovery:
         server: whether it keeps records and routes for others; clients that come and go do not.
         on_record: is given the signed bytes of each record that a server has just stored on this node.
         neighbours: the peers that gossip with this node, which looks for more where they are few; by default all that are connected.
+        known: the peers that are remembered from before; they are tried where the entries of the swarm do not answer.
         clock: unix time.
 
     Attributes:
         joined: whether the swarm was reached, or there was none to reach.
+        known: the peers by which the swarm is found again.
         crowds: how many records there are under each key that this node announced itself under, as most of its keepers say.
         newest_own: the highest sequence number that keepers remember of this node's own records, though one of them may have lied.
     """
@@ -87,9 +93,11 @@ class Discovery:
         server: bool,
         on_record: Callable[[bytes], object],
         neighbours: Callable[[], Sequence[str]] | None = None,
+        known: KnownPeers | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.joined = False
+        self.known = KnownPeers() if known is None else known
         self.crowds: dict[bytes, int] = {}
         self.newest_own = 0
         self._host = host
@@ -329,16 +337,26 @@ class Discovery:
     # ---- staying in touch
 
     async def _join(self) -> None:
-        if not self._bootstrap:
-            self.joined = True
-            return
-        await self._connect_to_any([*self._bootstrap])
-        if self.joined:
+        await self._connect_to_any(self._bootstrap)
+        if not self.joined and (remembered := self.known.peers(KNOWN_AT_ONCE)):
+            await self._connect_to_any(remembered, timeout_s=KNOWN_TIMEOUT_S)
+            if self.joined:
+                why = "none of the initial peers answers; " if self._bootstrap else ""
+                logger.info("%sthe swarm was found again through a peer that was remembered", why)
+        connected, self.joined = self.joined, self.joined or not self._bootstrap
+        if connected:
             with trio.move_on_after(REFRESH_TIMEOUT_S):
                 await self._table.refresh()
 
-    async def _connect_to_any(self, peers: Sequence[PeerAddress]) -> None:
-        """Connect to as many of the peers as answer; returns with the first, and goes on with the rest for a moment."""
+    async def _connect_to_any(self, peers: Sequence[PeerAddress], *, timeout_s: float | None = None) -> set[str]:
+        """Connect to as many of the peers as answer; returns with the first, and goes on with the rest for a moment.
+
+        Returns those that did not answer, as far as that was waited for.
+        """
+        failed: set[str] = set()
+        if not peers:
+            return failed
+        within_s = JOIN_TIMEOUT_S if timeout_s is None else timeout_s
         first = trio.Event()
         addrs: dict[str, list[str]] = {}
         for peer in peers:
@@ -346,9 +364,10 @@ class Discovery:
 
         async def connect(peer_id: str) -> None:
             try:
-                await self._host.connect(peer_id, addrs[peer_id], timeout_s=JOIN_TIMEOUT_S)
+                await self._host.connect(peer_id, addrs[peer_id], timeout_s=within_s)
                 await self._host.check_version(peer_id)
             except PeerUnreachable as error:
+                failed.add(peer_id)
                 logger.debug("%s", error)
             else:
                 self.joined = True
@@ -366,6 +385,7 @@ class Discovery:
                 for peer_id in random.sample(list(addrs), len(addrs)):
                     dials.start_soon(connect, peer_id)
             nursery.cancel_scope.cancel()
+        return failed
 
     async def _maintain(self) -> None:
         """Keep neighbours, which gossip needs, and a routing table that knows who is there."""
@@ -376,6 +396,7 @@ class Discovery:
             self._avoidance.expire(trio.current_time())
             if len(self._neighbours()) < MIN_NEIGHBOURS:
                 await self._find_neighbours()
+            self._remember_peers()
             if trio.current_time() - refreshed > REFRESH_EVERY_S:
                 refreshed = trio.current_time()
                 with trio.move_on_after(5 * REFRESH_TIMEOUT_S):
@@ -387,11 +408,22 @@ class Discovery:
         chosen = random.sample(known, min(len(known), 2 * MIN_NEIGHBOURS))
         peers = [PeerAddress(peer_id, addr) for peer_id in chosen for addr in self._host.known_addrs(peer_id)]
         peers += [peer for peer in self._bootstrap if peer.peer_id not in connected]
-        if peers:
-            await self._connect_to_any(peers)
-        for peer_id in chosen:
+        tried = {peer.peer_id for peer in peers}
+        remembered = [
+            peer for peer in self.known.peers(KNOWN_AT_ONCE) if peer.peer_id not in connected | tried and self._may_ask(peer.peer_id)
+        ]
+        failed = await self._connect_to_any([*peers, *remembered])
+        for peer_id in {*chosen, *(peer.peer_id for peer in remembered if peer.peer_id in failed)}:
             if not self._host.is_connected(peer_id):
                 self._avoid(peer_id, Reason.UNREACHABLE)
+
+    def _remember_peers(self) -> None:
+        now = self._clock()
+        self.known.expire(now)
+        others_reach = set(self._table.peers())
+        for status in self._host.peers():
+            if status.peer_id in others_reach:
+                self.known.note(status, self._host.known_addrs(status.peer_id), now=now)
 
     def _on_peer_found(self, peer_id: str) -> None:
         self._avoidance.connected(peer_id, trio.current_time())
