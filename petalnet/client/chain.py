@@ -17,17 +17,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
 import trio
 
 from petalnet.client.chunks import chunk_ends, stages_of
-from petalnet.client.inputs import Inputs, Names, columns, encode_names, steps_of
+from petalnet.client.history import History
+from petalnet.client.inputs import Inputs, Names, columns, encode_names
 from petalnet.client.links import Link, close_links, gravity, open_links
 from petalnet.client.pipeline import Pending, Pipeline, Send
-from petalnet.client.precision import step_on_the_wire
+from petalnet.client.precision import step_on_the_wire, step_once_more
+from petalnet.client.recovery import Recovery
 from petalnet.client.requests import (
     Answer,
     Full,
@@ -39,10 +40,10 @@ from petalnet.client.requests import (
     silent,
 )
 from petalnet.client.trace import HopTimes, StepTimes
+from petalnet.client.visit import Visit
 from petalnet.errors import CallerError, PeerLost, PetalnetError, ProtocolError, ServerError, one_line
-from petalnet.p2p.fields import Blob, Message, blob_size
+from petalnet.p2p.fields import Blob, Message, blob_size, size_of
 from petalnet.p2p.messages import UNIT_TOKENS, Attach, Attached, Error, LinkDown, Replay, Reserve, Reserved, Step, StepDone
-from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,21 @@ REMEMBERED_STEPS = 8
 
 @dataclass(frozen=True)
 class Counts:
-    """What went through the client since the chain was opened: outputs that it carried from one server to the next, and outputs that it
-    asked for once more because they may have been lost on the way."""
+    """What went through the client.
+
+    Attributes:
+        relayed_steps: since the chain was opened, outputs that it carried from one server to the next.
+        replays: likewise, outputs that it asked for once more because they may have been lost on the way.
+        recoveries: in all of the session, how often servers that were lost had to be replaced.
+        rebuilt_tokens: KV entries of a row that others computed anew for that.
+        uploaded_bytes: what the client sent for it: arrays, without headers.
+    """
 
     relayed_steps: int
     replays: int
+    recoveries: int = 0
+    rebuilt_tokens: int = 0
+    uploaded_bytes: int = 0
 
 
 class Chain:
@@ -71,26 +82,35 @@ class Chain:
 
     Attributes:
         links: as opened.
+        history: what the session's KV entries were computed from.
         promised_rows: rows for which all servers have set aside room.
         failure: what broke the chain, None while it can be used.
+        is_new: whether no server has had a step.
+        uploaded_bytes: what was sent to compute entries anew: arrays, without headers.
+        recoveries: of the session, so far.
         trace_sink: is told of each step that is complete.
     """
 
-    def __init__(self, target: Target, links: list[Link], promised_rows: int = 0) -> None:
+    def __init__(self, target: Target, links: list[Link], promised_rows: int = 0, history: History | None = None) -> None:
         """
         Args:
             promised_rows: that the sessions were opened with.
+            history: is kept up to date.
         """
         self.target = target
         self.links = links
+        self.history = history or History()
         self.promised_rows = promised_rows
         self.failure: Exception | None = None
+        self.uploaded_bytes = 0
+        self.recoveries: Sequence[Recovery] = ()
+        self.is_new = True
         self.trace_sink: Callable[[StepTimes], None] | None = None
         self._last = len(links) - 1
         self._codecs = frozenset.intersection(*(frozenset(link.opened.codecs) for link in links))
         self._pipeline = Pipeline([link.hop for link in links], target.settings.direct_chains)
         self._number = 0  # of the last step
-        self._is_new = True  # no server has had a step
+        self._is_rebuilding = False  # the steps under way were computed before, elsewhere
         self._has_backlog = False  # whether answers of a step that was given up may be on their way
         self._error: Exception | None = None  # what the step under way met
         self._waiting: trio.CancelScope | None = None  # of the step or request under way
@@ -99,26 +119,31 @@ class Chain:
         self._network_s: deque[float] = deque(maxlen=REMEMBERED_STEPS)
 
     @classmethod
-    async def open(cls, target: Target, max_length: int, promise_rows: int = 0, full: Full | None = None) -> Chain:
+    async def open(
+        cls, target: Target, max_length: int, promise_rows: int = 0, full: Full | None = None, history: History | None = None
+    ) -> Chain:
         """Find a route and open a session of `max_length` KV entries a row on each of its servers, with room for `promise_rows` rows.
 
         Args:
             promise_rows: 0 to ask for room with the first step.
             full: servers that have no room, as far as that is known.
+            history: what the session's entries were computed from, in another chain; it is kept up to date.
         Raises: as `retrying`.
         """
 
         async def attempt(peers: frozenset[str]) -> Chain:
-            return await cls.open_once(target, max_length, promise_rows, peers)
+            return await cls.open_once(target, max_length, promise_rows, peers, history)
 
         return await retrying(target, attempt, full)
 
     @classmethod
-    async def open_once(cls, target: Target, max_length: int, promise_rows: int, full: frozenset[str]) -> Chain:
+    async def open_once(
+        cls, target: Target, max_length: int, promise_rows: int, full: frozenset[str], history: History | None = None
+    ) -> Chain:
         """`open`, without the servers in `full`, and without another try. Raises Busy, CallerError, MissingBlocksError, ServerError."""
         hops = await find_hops(target, full)
         links = await open_links(target, hops, max_length, promise_rows)
-        chain = cls(target, links, promise_rows)
+        chain = cls(target, links, promise_rows, history)
         target.swarm.membership.start(chain._read_all)
         if target.settings.show_route:
             logger.info("route: %s", describe_route(hops))
@@ -130,7 +155,9 @@ class Chain:
 
     @property
     def counts(self) -> Counts:
-        return Counts(sum(self._pipeline.relayed_steps), self._pipeline.replays)
+        recoveries = self.recoveries
+        tokens, uploaded = sum(recovery.tokens for recovery in recoveries), sum(recovery.uploaded_bytes for recovery in recoveries)
+        return Counts(sum(self._pipeline.relayed_steps), self._pipeline.replays, len(recoveries), tokens, uploaded)
 
     @property
     def round_trip_s(self) -> float | None:
@@ -139,39 +166,65 @@ class Chain:
 
     # ---- steps
 
-    async def step(self, hidden: Blob, position: int, order: Blob | None, inputs: Inputs) -> list[Blob]:
-        """Run new tokens through all blocks, from KV entry `position` on.
+    async def step(self, visit: Visit) -> list[Blob]:
+        """Run new tokens through all blocks, from where the history ends on.
 
         Returns:
-            the output of the last `inputs.keep` tokens (0: all); with `inputs.all_hidden` each hop's, [blocks, rows, new, hidden].
+            as `Visit.outputs`; what the servers have answered is noted there and in the history also where others fail.
         Raises:
             CallerError, Busy: a server refused; the chain goes on, and servers before it roll back with the next step.
             ServerError: the chain is broken; `close` it.
         """
         self._require_whole()
-        rows, new, _ = hidden.shape
+        history, inputs = self.history, visit.inputs
+        if self.is_new:
+            self.is_new = False
+            if inputs.names is not None and not history.position:
+                await self._attach(visit, inputs.names)
         began = time.perf_counter()
-        named = inputs.names
-        if self._is_new:
-            self._is_new = False
-            if position == 0 and named is not None and (attached := await self._attach(hidden, inputs, named)):
-                position, hidden = attached, columns(hidden, attached, new)
-                rest = tuple(row[attached // UNIT_TOKENS :] for row in named)
-                inputs = replace(inputs, names=rest if rest[0] else None)
-        requests = steps_of(hidden, position, order, inputs, number=self._number + 1, ends=self._ends(hidden, position, inputs))
+        hidden, inputs = visit.rest(history.position)
+        requests = visit.steps(history.position, self._number + 1, self._ends(hidden, history.position, inputs))
         self._number = requests[-1].step
-        finished = await self._run(requests)
+        try:
+            await self._run(requests)
+        finally:
+            self._pipeline.abandon()
+            finished = self._pipeline.finished
+            for pending in finished:
+                self._note(pending)
+                visit.answered([pending.answers[hop] for hop in sorted(pending.answers)])
+        rows = hidden.shape[0]
         self.promised_rows = max(self.promised_rows, rows, inputs.promise_rows)
         membership = self.target.swarm.membership
         for link in self.links:
             membership.mark_ok(link.hop.peer_id)
-            for row in named or ():
+            for row in visit.inputs.names or ():
                 membership.sent_names.note(link.hop.peer_id, row)
         self._note_times(finished, hidden.shape[1], time.perf_counter() - began)
-        if len(finished) == 1:
-            answers = finished[0].answers
-            return [answers[hop] for hop in sorted(answers)]
-        return [_joined([pending.answers[hop] for pending in finished]) for hop in sorted(finished[0].answers)]
+        return visit.outputs()
+
+    def _note(self, pending: Pending) -> None:
+        sent = pending.sent or pending.request
+        self.history.note(pending.request, sent.hidden, sent.codec)
+
+    async def rebuild(self) -> None:
+        """Have the servers of a new chain compute all entries of the history. Raises as `step`."""
+        self.is_new = False
+        requests = self.history.steps(self._cut, self._number + 1)
+        self._number = requests[-1].step
+        self._is_rebuilding = True
+        try:
+            await self._run(requests)
+        except Exception as error:
+            self._break(error)
+            raise
+        finally:
+            self._is_rebuilding = False
+
+    def _cut(self, rows: int, new: int, position: int) -> list[int]:
+        """Where to cut what is computed anew."""
+        shape = (rows, new, self.history.hidden_size)
+        return self._ends(Blob("float32", shape, "raw", b""), position, Inputs())
 
     def _ends(self, hidden: Blob, position: int, inputs: Inputs) -> list[int]:
         """Where to cut a step into chunks: one past the last token of each."""
@@ -226,7 +279,14 @@ class Chain:
     async def _send(self, index: int, message: Message) -> None:
         """Send to a hop. A failure breaks the chain."""
         try:
-            await self.links[index].stream.send(self._on_the_wire(index, message) if type(message) is Step else message)
+            if type(message) is Step:
+                step = self._on_the_wire(index, message)
+                if step is not message and not index:
+                    self._pipeline.sent(step)
+                message = step
+            if self._is_rebuilding:
+                self.uploaded_bytes += size_of(message)
+            await self.links[index].stream.send(message)
         except ValueError as error:  # CallerError is not among what `send` raises: the message is too long
             self._stop(CallerError(str(error)))
         except PetalnetError as error:
@@ -235,6 +295,8 @@ class Chain:
     def _on_the_wire(self, index: int, step: Step) -> Step:
         """A step with its hidden states in the form in which a hop gets them."""
         precision, opened = self.target.settings.wire_precision, self.links[index].opened
+        if self._is_rebuilding:
+            return step_once_more(step, opened.dtype, self._codecs)
         if precision == "exact" and opened.dtype == step.hidden.dtype:
             return step  # as for most tokens: nothing could be shorter
         if precision != "auto":
@@ -389,21 +451,22 @@ class Chain:
             await self._ask_all(Reserve(rows), Reserved)
             self.promised_rows = rows
 
-    async def _attach(self, hidden: Blob, inputs: Inputs, named: Names) -> int:
-        """Have the servers begin the session with what they know of the named rows; the KV entries that all of them have then.
+    async def _attach(self, visit: Visit, named: Names) -> None:
+        """Have the servers begin the session with what they know of the named rows; the history begins with what all of them have then.
 
         Asks only where every server may know something, and never for tokens whose outputs are wanted.
         """
-        units = (hidden.shape[1] - inputs.keep) // UNIT_TOKENS
-        if not inputs.keep or units < LEAST_UNITS_TO_ATTACH:
-            return 0
+        hidden, keep = visit.hidden, visit.inputs.keep
+        units = (hidden.shape[1] - keep) // UNIT_TOKENS
+        if not keep or units < LEAST_UNITS_TO_ATTACH:
+            return
         rows = [row[:units] for row in named]
         sent = self.target.swarm.membership.sent_names
         for link in self.links:
             if not link.opened.shares_prefixes:
                 units = min(units, *(sent.known(link.hop.peer_id, row) for row in rows))
         if units < LEAST_UNITS_TO_ATTACH:
-            return 0
+            return
         rows = [row[:units] for row in rows]
         replies = await self._ask_all(Attach(encode_names(tuple(rows))), Attached)
         for index, (link, reply) in enumerate(zip(self.links, replies, strict=True)):
@@ -412,7 +475,10 @@ class Chain:
                 self._require_whole()
             for row in rows:
                 sent.forget(link.hop.peer_id, row[reply.position // UNIT_TOKENS :])
-        return min(reply.position for reply in replies)
+        attached = min(reply.position for reply in replies)
+        if attached:
+            step = self._on_the_wire(0, Step(0, 0, columns(hidden, 0, attached), reach=visit.end))
+            self.history.note(step, step.hidden, step.codec)
 
     async def _ask_all(self, request: Message, expected: type[Answer]) -> list[Answer]:
         """Send all servers a request that is no step, and wait for their answers, which are of the expected type.
@@ -462,8 +528,3 @@ class Chain:
         self._break(PeerLost("the chain was closed"))
         self._reading.cancel()
         await close_links(self.links)
-
-
-def _joined(outputs: list[Blob]) -> Blob:
-    """[…, tokens, hidden] one after another along the tokens."""
-    return encode_tensor(torch.cat([decode_tensor(output) for output in outputs], dim=-2))

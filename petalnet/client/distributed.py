@@ -25,6 +25,7 @@ from petalnet.client.generation import IMPLICIT_MAX_LENGTH, DistributedGeneratio
 from petalnet.client.remote import RemoteSequential
 from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.errors import ModelError, UsageError
+from petalnet.models.frequencies import Frequencies
 
 _kept: ContextVar[int] = ContextVar("petalnet_kept", default=0)
 """Inside of the `forward` of a model with a head: of how many of the last positions it uses the hidden states; 0 for all of them."""
@@ -122,6 +123,7 @@ def distribute(model: PreTrainedModel) -> None:
         if isinstance(module, PreTrainedModel):
             module.__class__ = distributed_class(type(module))
     owner.layers_name = name
+    getattr(owner, name).frequencies = Frequencies.of(model)._replace(growing=())
     _settle_layer_form(owner, getattr(owner, name))
 
 

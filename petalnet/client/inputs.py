@@ -30,7 +30,9 @@ class Inputs:
     names: Names | None = None
 
 
-def steps_of(hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *, number: int, ends: Sequence[int]) -> list[Step]:
+def steps_of(
+    hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *, number: int, ends: Sequence[int], reach: int = 0
+) -> list[Step]:
     """The steps, one after another, that are the same as one step over all tokens.
 
     Args:
@@ -38,6 +40,7 @@ def steps_of(hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *,
         position: KV entries before the first of these tokens; `inputs.names` begin with the unit that it lies in.
         number: of the first step; the others count on.
         ends: for each step one past its last new token, ascending; the last one is `new`.
+        reach: as in `Step`, where these tokens are themselves only the rest of what belongs together.
     Returns:
         each with the prompts for all blocks of the target, which only the first one has.
     """
@@ -57,10 +60,10 @@ def steps_of(hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *,
                 keep=inputs.keep,
                 promise_rows=inputs.promise_rows,
                 names=names,
+                reach=reach,
             )
         ]
-    # The positions of all of them, where they are not the usual ones: less than the KV entries where rows are padded.
-    reach = position + new if inputs.position_ids is None else int(decode_tensor(inputs.position_ids).max()) + 1
+    reach = reach or reach_of(position, new, inputs)
     steps: list[Step] = []
     start = 0
     for end in ends:
@@ -83,6 +86,11 @@ def steps_of(hidden: Blob, position: int, order: Blob | None, inputs: Inputs, *,
         )
         start = end
     return steps
+
+
+def reach_of(position: int, new: int, inputs: Inputs) -> int:
+    """One past the last position of new tokens: less than their KV entries where rows are padded."""
+    return position + new if inputs.position_ids is None else int(decode_tensor(inputs.position_ids).max()) + 1
 
 
 def wanted_tokens(request: Step) -> int:

@@ -42,6 +42,7 @@ class Pending:
 
     Attributes:
         request: as given, with the prompts for all blocks of the chain.
+        sent: what the first hop got, where that is in another form.
         answers: what each hop has answered, for whoever gave the step: the last hop's output, and all other hops' where they are wanted.
         onward: what waits to be carried from a hop to the next one.
         spent: for each hop what it and those before have taken, as in `Step.spent`.
@@ -51,6 +52,7 @@ class Pending:
     """
 
     request: Step
+    sent: Step | None = None
     answers: dict[int, Blob] = field(default_factory=dict)
     onward: dict[int, Blob] = field(default_factory=dict)
     spent: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -118,9 +120,18 @@ class Pipeline:
             sends.append(Send(0, self._request_to(0, request)))
         return sends
 
+    def sent(self, step: Step) -> None:
+        """A step under way went to the first hop in another form than it was given."""
+        pending = self._pending.get(step.step)
+        if pending is not None:
+            pending.sent = step
+
     def abandon(self) -> None:
-        """Forget what is under way: what comes of it is ignored from now on."""
-        self._pending.clear()
+        """Forget what is under way: what comes of it is ignored from now on. What was done after a step that was not counts as not done."""
+        if self._pending:
+            oldest = self.oldest.request.step
+            self.finished = [pending for pending in self.finished if pending.request.step < oldest]
+            self._pending.clear()
 
     def answered(self, hop: int, done: StepDone) -> list[Send]:
         """A hop has answered a step; answers of steps that are not under way (any more) are ignored.

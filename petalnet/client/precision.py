@@ -104,6 +104,13 @@ def step_on_the_wire(
     return step if sent is hidden and allowed == step.codec else replace(step, hidden=sent, codec=allowed)
 
 
+def step_once_more(step: Step, server_dtype: str, codecs: Collection[str]) -> Step:
+    """A step that was computed before, elsewhere: its hidden states are what had arrived there, and lose nothing more; its outputs may be
+    rounded as they were then."""
+    codec = choose_codec("exact", step.hidden.dtype, server_dtype, codecs, 0)
+    return replace(step, hidden=encoded(step.hidden, codec, server_dtype), codec=step.codec if step.codec in codecs else "raw")
+
+
 def pass_on_the_wire(
     request: Forward, wire_precision: str, server_dtype: str, bytes_s: float | None = None, compute_s: float = 0.0
 ) -> Forward:

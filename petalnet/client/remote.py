@@ -27,6 +27,7 @@ from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.speculation import DraftPolicy
 from petalnet.client.swarm import Swarm
 from petalnet.errors import MissingBlocksError
+from petalnet.models.frequencies import Frequencies
 from petalnet.p2p.tensors import encode_tensor
 from petalnet.routing.routes import Hop
 
@@ -58,12 +59,20 @@ class RemoteSequential(nn.Module):
         hidden_size: size of the last dimension of what goes in and comes out.
         draft_policy, assistant_policy: what answers have taught about drafts, their own and a draft model's; another answer goes on from
             there.
+        frequencies: of the model's rotary embeddings, without their modules.
     """
 
-    def __init__(self, target: Target, hidden_size: int, template: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        hidden_size: int,
+        template: nn.Module | None = None,
+        frequencies: Frequencies = Frequencies(),  # noqa: B008  # a value that never changes
+    ) -> None:
         super().__init__()
         self.target = target
         self.hidden_size = hidden_size
+        self.frequencies = frequencies
         self.gradient_checkpointing = False
         self.draft_policy = DraftPolicy()
         self.assistant_policy = DraftPolicy(steady=True)
@@ -97,7 +106,7 @@ class RemoteSequential(nn.Module):
     def part(self, start: int, stop: int) -> RemoteSequential:
         """Blocks [start, stop) of this list, whatever it presents itself as."""
         target = replace(self.target, first=self.target.first + start, end=self.target.first + stop)
-        return RemoteSequential(target, self.hidden_size, self.__dict__["template"])
+        return RemoteSequential(target, self.hidden_size, self.__dict__["template"], self.frequencies)
 
     def __iter__(self) -> Iterator[Any]:
         if self._current_pass() is not None:
@@ -105,7 +114,7 @@ class RemoteSequential(nn.Module):
         return (self.part(index, index + 1) for index in range(self.target.end - self.target.first))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
-        same = RemoteSequential(self.target, self.hidden_size, self.__dict__["template"])
+        same = RemoteSequential(self.target, self.hidden_size, self.__dict__["template"], self.frequencies)
         same.__dict__["returns_tuple"] = self.__dict__["returns_tuple"]
         same.training = self.training
         memo[id(self)] = same

@@ -29,6 +29,7 @@ from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 if TYPE_CHECKING:
     from petalnet.client.cache import SessionCache
+    from petalnet.client.recovery import Recovery
     from petalnet.client.remote import RemoteSequential
     from petalnet.routing.routes import Hop
 
@@ -66,7 +67,7 @@ class InferenceSession:
         self._closed: str | None = None
         self._lock = threading.RLock()
         self._portal = blocks.target.swarm.portal
-        self._server_side = ServerSide(blocks.target, max_length, promise_rows)
+        self._server_side = ServerSide(blocks.target, max_length, promise_rows, blocks.frequencies)
         self._portal.start(self._server_side.prepare)
         # Not at exit: then the portal winds down as a whole.
         self._finalizer = weakref.finalize(self, self._portal.start, self._server_side.close)
@@ -134,6 +135,11 @@ class InferenceSession:
         return [] if chain is None else chain.hops
 
     @property
+    def recoveries(self) -> list[Recovery]:
+        """What was done so far to go on without servers that were lost."""
+        return list(self._server_side.recoveries)
+
+    @property
     def trace(self) -> Trace:
         """Where the time went: of the answer under way or, until another step, of the last one; of steps by hand, of all since then."""
         return self._server_side.trace
@@ -154,7 +160,8 @@ class InferenceSession:
             [rows, new, hidden], of the dtype and on the device of `hidden_states`, without gradient.
         Raises:
             ValueError: wrong shape or dtype, or more than `max_length` entries; nothing was sent.
-            ServerError: a server failed in mid-session; the session is over.
+            MissingBlocksError, ServerError: servers failed, and nobody took their place within the bounds of the settings; the session is
+                as it was before, for another try.
         """
         if hypo_ids is not None:
             self.reorder(hypo_ids)
@@ -226,8 +233,7 @@ class InferenceSession:
             try:
                 outputs = self._portal.run(self._server_side.step, sent, position, order, inputs)
             except BaseException as error:
-                # An interrupted step may yet arrive at some servers; and a reordering that some have done must not be done again.
-                if not isinstance(error, Exception) or (order is not None and not isinstance(error, SessionClosed)):
+                if not isinstance(error, Exception):  # the step may yet arrive at some servers
                     self.close(f"a step was interrupted ({type(error).__name__})")
                 raise
             self._rows, self._order, self._mask, self._position = sent.shape[0], None, full_mask, position + new

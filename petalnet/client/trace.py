@@ -10,9 +10,12 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from petalnet.client.trace_text import counted, describe_seconds, lines_of
+
+if TYPE_CHECKING:
+    from petalnet.client.recovery import Recovery
 
 MOST_PAUSES = 16384
 """Tokens whose times are remembered, the latest of an answer: enough for any, and a bound for a session that is stepped without end."""
@@ -113,6 +116,7 @@ class Trace:
         waiting_s: until there were servers with room, other tries included.
         network_s: on the way between this machine and servers and from server to server.
         chain: the servers of the last step, first block to last.
+        recoveries: what was done to go on without servers that were lost.
         error: what cut the answer short; None where nothing did.
     """
 
@@ -128,6 +132,7 @@ class Trace:
         self.waiting_s = 0.0
         self.network_s = 0.0
         self.chain: tuple[HopTotals, ...] = ()
+        self.recoveries: list[Recovery] = []
         self.error: str | None = None
         self._started = self._last = started
         self._ended: float | None = None
@@ -181,6 +186,11 @@ class Trace:
             totals.relayed_steps += totals.relayed
             route.append(totals)
         self.chain = tuple(route)
+
+    def recovered(self, recovery: Recovery) -> None:
+        """The session goes on without servers that it had lost; what that took is waiting for servers."""
+        if not self.complete:
+            self.recoveries.append(recovery)
 
     def visit_begins(self, now: float) -> None:
         """A step is asked for, which may have to wait for servers first."""
@@ -351,6 +361,7 @@ class Trace:
                 }
                 for hop in self.hops
             ],
+            "recoveries": [recovery.to_dict() for recovery in self.recoveries],
             "slowest": self.slowest,
             "error": self.error,
         }

@@ -20,6 +20,7 @@ def lines_of(trace: Trace) -> Iterator[str]:
     yield f"{counted(trace.steps, 'step')}; {prompt}" if trace.steps else "no step was completed"
     if trace.drafted:
         yield f"{counted(trace.drafted, 'token')} guessed ahead, {trace.accepted} of them right"
+    yield from map(str, trace.recoveries)
     steps = max(trace.steps, 1)
     rows: list[tuple[str, ...]] = [("", "share", "total", "a step", "queue", "compute", "other", "output goes")]
     for hop in trace.hops:

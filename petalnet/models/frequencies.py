@@ -7,6 +7,7 @@ scaling has other frequencies for each length beyond that.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -51,6 +52,12 @@ class Frequencies(NamedTuple):
     def alike(self) -> int | None:
         """The length up to which all sequences have the same frequencies; None where all have."""
         return min([*self.switches, *([] if self.unlike is None else [self.unlike])], default=None)
+
+    def regime(self, length: int) -> Hashable:
+        """Equal for two lengths whose sequences have the same frequencies."""
+        if self.unlike is not None and length > self.unlike:
+            return length
+        return tuple(length > switch for switch in self.switches)
 
     def room(self, length: int) -> int | None:
         """How many tokens more a sequence of so many may have without getting other frequencies; None for any number."""

@@ -144,6 +144,12 @@ def message_type(name: str) -> Callable[[M], M]:
     return register
 
 
+def size_of(message: Message) -> int:
+    """Bytes of a message's arrays."""
+    blobs = [getattr(message, name) for name, check, _ in message.layout if check is None]
+    return sum([len(blob.data) for blob in blobs if blob is not None])
+
+
 def decode_blob(description: Any, payload: memoryview, offset: int) -> tuple[Blob, int]:
     if (
         type(description) is not list

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ import trio
 from transformers import AutoModelForCausalLM
 from trio.testing import MockClock
 
+from petalnet.client.chain import Chain
 from petalnet.client.inputs import Inputs
-from petalnet.client.requests import Busy, Patience, retrying
+from petalnet.client.requests import Busy, Full, Patience, retrying
 from petalnet.client.server_side import ServerSide
 from petalnet.client.settings import ClientSettings
-from petalnet.errors import BusyError, MissingBlocksError, SessionClosed, TooLargeError
+from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
 from petalnet.p2p.messages import OpenSession, Step
 from petalnet.p2p.tensors import encode_tensor
 
@@ -175,32 +177,50 @@ def test_how_long_is_waited(settings: dict[str, Any], seconds: float) -> None:
     assert [later - earlier for earlier, later in zip(asked, asked[1:], strict=False)][:1] in ([], [4.0])
 
 
-def test_a_session_that_a_full_server_closed_is_not_waited_for() -> None:
-    class Closed:
+def test_a_session_that_a_full_server_closed_goes_on_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_peers: list[frozenset[str]] = []
+
+    class FakeChain:
         promised_rows = 1
         failure: Exception | None = None
+        is_new = False
+        hops: tuple[Any, ...] = ()
+        uploaded_bytes = 0
+        is_full = True
 
-        async def step(self, *_: Any) -> None:
-            self.failure = Busy(BusyError("no memory for the message", 5.0), "peer")
-            raise self.failure
+        async def step(self, *_: Any) -> list[Any]:
+            if self.is_full:
+                self.failure = Busy(BusyError("no memory for the message", 5.0), "peer")
+                raise self.failure
+            return ["answer"]
+
+        async def rebuild(self) -> None:
+            pass
 
         async def close(self) -> None:
             pass
 
     class FakeTarget:
         settings = ClientSettings(max_retries=3)
+        swarm = SimpleNamespace(membership=SimpleNamespace(start=lambda function: None))
+
+    async def reopened(target: Any, max_length: int, rows: int, full: Full, history: Any) -> FakeChain:
+        full_peers.append(full.peers)
+        chain = FakeChain()
+        chain.is_full, chain.is_new = False, True
+        return chain
 
     async def attempt() -> None:
         side = ServerSide(FakeTarget(), 8)  # type: ignore[arg-type]
-        side.chain = Closed()  # type: ignore[assignment]
-        step = encode_tensor(torch.zeros(1, 1, 4)), 3, None, Inputs()
-        with pytest.raises(BusyError, match="no memory for the message"):
-            await side.step(*step)
-        with pytest.raises(SessionClosed, match="no memory for the message"):
-            await side.step(*step)
+        side.chain = FakeChain()  # type: ignore[assignment]
+        before, token = encode_tensor(torch.zeros(1, 3, 4)), encode_tensor(torch.zeros(1, 1, 4))
+        side._history.note(Step(1, 0, before), before, "raw")
+        assert await side.step(token, 3, None, Inputs()) == ["answer"]
+        assert len(side.recoveries) == 1
 
+    monkeypatch.setattr(Chain, "open", reopened)
     _, end = in_virtual_time(attempt)
-    assert end == 0
+    assert end == 0 and full_peers == [frozenset({"peer"})]
 
 
 def test_all_servers_are_asked_before_one_is_waited_for() -> None:

@@ -135,7 +135,10 @@ def test_the_server_that_is_late_is_blamed(
 ) -> None:
     """The others show that they have done the step."""
     monkeypatch.setattr(chain_module, "PROBE_WITHIN_S", 1.0)
-    with serving(bloom_path, [(0, 2), (2, 4), (4, 6)]) as servers, connect(bloom_path, servers.peers, request_timeout=2) as model:
+    with (
+        serving(bloom_path, [(0, 2), (2, 4), (4, 6)]) as servers,
+        connect(bloom_path, servers.peers, request_timeout=2, max_retries=0) as model,
+    ):
         session = model.transformer.h.inference_session(max_length=8)
         session.step(torch.zeros(1, 2, 32))
         wire.clear()
