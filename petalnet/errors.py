@@ -4,20 +4,33 @@ An error has a class, and the class decides who acts on it:
 
 - *caller*: the request itself is wrong; it is raised to the user at once, never retried, and the server is not blamed;
 - *too large*: the server will never have the room; go elsewhere, and where nobody else is it is the caller's fault;
-- *busy*: the server has no room now; wait within a bound or go elsewhere, nobody is avoided for being full;
+- *busy*: the server has no room now, or is about to leave; wait within a bound or go elsewhere, nobody is avoided for being full;
+- *moved*: the blocks are not with this server any more; go elsewhere, nobody is avoided for that;
 - *server*: the server is dead, late or wrong; the route changes and the server is avoided for a while;
 - *unsupported*: the peer speaks a newer or older dialect; treated as the server's fault by a caller, harmless otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+LONGEST_ANSWER = 200
+"""Characters of what one peer answered, in the error of a request that several were asked for."""
+MOST_NAMED = 8
+"""Peers that such an error names; its attributes have all of them."""
 
 
 class PetalnetError(Exception):
-    """Base of every error that petalnet raises on purpose. `code` is its class on the wire."""
+    """Base of every error that petalnet raises on purpose. `code` is its class on the wire.
+
+    Attributes:
+        answers: in the last error of a request that servers were asked for: what each of them answered, one line, by its peer id, in the
+            order in which they were asked.
+    """
 
     code = "server"
+    answers: Mapping[str, str] = MappingProxyType({})
 
 
 class UsageError(PetalnetError, ValueError):
@@ -66,22 +79,34 @@ class BusyError(PetalnetError):
         self.fits_tokens = fits_tokens
 
 
+class MovedError(BusyError):
+    """The blocks that were asked for are not served here, or not any more: what the asking side knows of this server is out of date."""
+
+    code = "moved"
+
+
 class ServerError(PetalnetError, RuntimeError):
     """A peer failed at something that it should have done.
 
     Attributes:
-        peer_id: the peer, or None where it is not known.
+        peer_id: the peer, or None where it is not known or nobody is to blame.
+        said: what was wrong, without who it was; "" where the message has no more than that.
     """
 
     code = "server"
 
-    def __init__(self, message: str, peer_id: str | None = None) -> None:
+    def __init__(self, message: str, peer_id: str | None = None, *, said: str = "") -> None:
         super().__init__(message)
         self.peer_id = peer_id
+        self.said = said
 
 
 class PeerLost(ServerError, ConnectionError):
     """The connection or the stream to a peer ended in the middle of work."""
+
+
+class PeerLate(PeerLost):
+    """A peer does not answer for the moment: it hangs, or the network on the way to it does. It may be back before long."""
 
 
 class PeerUnreachable(ServerError, ConnectionError):
@@ -119,12 +144,29 @@ class MissingBlocksError(PetalnetError, RuntimeError):
         hint: why, where that is known; empty otherwise.
     """
 
-    def __init__(self, blocks: Iterable[int], peers_asked: Iterable[str] = (), *, hint: str = "") -> None:
+    def __init__(
+        self, blocks: Iterable[int], peers_asked: Iterable[str] = (), *, hint: str = "", answers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.blocks = sorted(set(blocks))
-        self.peers_asked = sorted(set(peers_asked))
+        self.peers_asked = sorted({*peers_asked, *answers})
         self.hint = hint
-        asked = f"asked {len(self.peers_asked)} peers: {', '.join(self.peers_asked)}" if self.peers_asked else "no server is known"
+        self.answers = answers
+        silent = [peer_id for peer_id in self.peers_asked if peer_id not in answers]
+        named = describe_peers({**answers, **dict.fromkeys(silent, "")})
+        asked = f"asked {len(self.peers_asked)} peers: {named}" if self.peers_asked else "no server is known"
         super().__init__(f"no server holds {describe_blocks(self.blocks)} ({asked}){': ' + hint if hint else ''}")
+
+
+def short_id(peer_id: str) -> str:
+    """A peer as it is named to people, who compare the ends of ids."""
+    return f"…{peer_id[-6:]}"
+
+
+def describe_peers(answers: Mapping[str, str]) -> str:
+    """Peers and what they answered ("" for nothing), on one line: "…abc123: it has no room; …def456"."""
+    shown = [f"{short_id(peer_id)}: {answer}" if answer else short_id(peer_id) for peer_id, answer in answers.items()]
+    more = f"; and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
+    return "; ".join(shown[:MOST_NAMED]) + more
 
 
 def describe_blocks(blocks: Iterable[int]) -> str:
@@ -159,6 +201,8 @@ def from_wire(code: str, message: str, retry_after_s: float, fits_tokens: int, p
         return TooLargeError(message)
     if code == "busy":
         return BusyError(message, retry_after_s, fits_tokens)
+    if code == "moved":
+        return MovedError(message, retry_after_s, fits_tokens)
     if code == "unsupported":
         return UnsupportedError(message, peer_id)
     return ServerError(f"peer {peer_id} failed: {message}", peer_id)

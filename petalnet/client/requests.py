@@ -14,17 +14,25 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
+from petalnet.client.attempts import FIRST_PAUSE_S as FIRST_PAUSE_S
+from petalnet.client.attempts import LONGEST_PAUSE_S as LONGEST_PAUSE_S
+from petalnet.client.attempts import Attempts as Attempts
+from petalnet.client.attempts import Busy, Full, Retries
+from petalnet.client.attempts import Patience as Patience
 from petalnet.client.settings import ClientSettings
 from petalnet.client.swarm import Swarm
 from petalnet.errors import (
     BusyError,
     CallerError,
     MissingBlocksError,
+    PeerLate,
     PeerLost,
+    PeerUnreachable,
     ProtocolError,
     ServerError,
     TooLargeError,
     describe_blocks,
+    short_id,
 )
 from petalnet.p2p.fields import Blob, Message, blob_size
 from petalnet.p2p.messages import Error
@@ -39,11 +47,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Answer = TypeVar("Answer", bound=Message)
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
-"""Pause before the second retry, doubled with each further one; the first retry comes at once, since it goes to other servers."""
-BUSY_S_PER_RETRY = 30.0
-"""How long full servers are waited for, for each retry that the settings allow."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -56,66 +59,6 @@ class Target:
     settings: ClientSettings
 
 
-class Busy(Exception):
-    """A server had no room, or never will have (TooLargeError); internal to the choice of a route."""
-
-    def __init__(self, error: BusyError | TooLargeError, peer_id: str) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.peer_id = peer_id
-
-
-class Full:
-    """Servers that had no room, and how long they are waited for: see `Patience`."""
-
-    def __init__(self, settings: ClientSettings) -> None:
-        self._patience = Patience(settings)
-        self._busy: dict[str, BusyError] = {}
-        self._too_small: dict[str, TooLargeError] = {}
-
-    @property
-    def peers(self) -> frozenset[str]:
-        """What to do without for now."""
-        return frozenset(self._busy.keys() | self._too_small.keys())
-
-    def add(self, busy: Busy) -> None:
-        """One more."""
-        if isinstance(busy.error, TooLargeError):
-            self._too_small[busy.peer_id] = busy.error
-        else:
-            self._busy[busy.peer_id] = busy.error
-
-    async def wait(self) -> None:
-        """Wait until those that may have room later are worth asking again. Raises an error of `peers` where that would be in vain."""
-        if not self._busy:
-            raise next(reversed(self._too_small.values()))
-        await self._patience.wait(next(reversed(self._busy.values())))
-        self._busy.clear()
-
-
-class Patience:
-    """How long full servers are waited for: `BUSY_S_PER_RETRY` for each retry that the settings allow, `request_timeout` at most."""
-
-    def __init__(self, settings: ClientSettings) -> None:
-        retries = settings.max_retries
-        self._longest = settings.request_timeout if retries is None else min(settings.request_timeout, retries * BUSY_S_PER_RETRY)
-        self._until: float | None = None
-
-    async def wait(self, busy: BusyError) -> None:
-        """Sleep for as long as the server said. Raises its error when that would be in vain: patience is at its end."""
-        now = trio.current_time()
-        if self._until is None:
-            self._until = now + self._longest
-        if now >= self._until:
-            if not self._longest:
-                raise busy
-            message = f"{busy}; waited for {self._longest:g} s, which is what request_timeout and max_retries allow"
-            raise BusyError(message, busy.retry_after_s, busy.fits_tokens) from busy
-        pause = min(max(busy.retry_after_s, FIRST_PAUSE_S), LONGEST_PAUSE_S, self._until - now)
-        logger.info("waiting %.1f s: %s", pause, busy)
-        await trio.sleep(pause)
-
-
 async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable[T]], full: Full | None = None) -> T:
     """`attempt(servers to do without)` until it succeeds, within the bounds of the target's settings.
 
@@ -123,34 +66,36 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
         full: servers that are known to have no room, and how long they have been waited for; others that are met are added.
 
     A server's fault is tried again elsewhere (the server is out of the routes by then), a full server is left out of the next tries until
-    nobody else holds its blocks, then waited for; one that is too small is not.
+    nobody else holds its blocks, then waited for; one that is too small is not. Where servers have failed and nobody holds their blocks any
+    more, somebody who does is waited for.
 
-    Raises:
-        CallerError, MissingBlocksError: at once.
+    Raises: the last error, which tells what all servers answered that were asked:
+        CallerError: at once.
+        MissingBlocksError: at once where nobody held some blocks in the first place; when patience is used up otherwise.
         ServerError: when the retries are used up.
         BusyError: when patience is.
     """
     full = full or Full(target.settings)
-    retries = 0
+    retries = Retries(target.settings)
     while True:
         try:
             return await attempt(full.peers)
         except Busy as busy:
             full.add(busy)
-        except MissingBlocksError:
-            if not full.peers:
-                raise
-            await full.wait()
+            retries.attempts.note(busy.peer_id, busy.error)
+        except MissingBlocksError as error:
+            if full.peers and not full.have_moved:
+                try:
+                    await full.wait()
+                except (BusyError, TooLargeError) as refused:
+                    raise retries.attempts.told(refused)  # noqa: B904  # it has its cause
+            else:
+                await retries.missing(error)
+                full.clear()
         except CallerError:
             raise
         except ServerError as error:
-            limit = target.settings.max_retries
-            if limit is not None and retries >= limit:
-                raise
-            pause = min(FIRST_PAUSE_S * 2 ** (retries - 1), LONGEST_PAUSE_S) if retries else 0.0
-            retries += 1
-            logger.info("trying again (%d): %s", retries, error)
-            await trio.sleep(pause)
+            await retries.after(error)
 
 
 async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Work = "decode", tokens: int = 1) -> list[Hop]:
@@ -176,7 +121,7 @@ async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Wo
 
 
 def describe_route(hops: list[Hop]) -> str:
-    return " → ".join(f"{hop.first}:{hop.end} at …{hop.peer_id[-6:]}" for hop in hops)
+    return " → ".join(f"{hop.first}:{hop.end} at {short_id(hop.peer_id)}" for hop in hops)
 
 
 async def open_stream(target: Target, hop: Hop, protocol: Protocol) -> Stream:
@@ -214,17 +159,29 @@ async def blaming(target: Target, hop: Hop) -> AsyncIterator[None]:
         raise blamed(target, hop, silent(target, hop)) from None
     except (ServerError, BusyError, TooLargeError) as error:
         raise blamed(target, hop, error) from error
-    target.swarm.membership.mark_ok(hop.peer_id)
 
 
-def blamed(target: Target, hop: Hop, error: Exception) -> Exception:
+def blamed(target: Target, hop: Hop, error: Exception, before: Hop | None = None) -> Exception:
     """What an error that came of a request to a hop's server is for whoever made the request.
 
     A server's fault takes the server out of the routes and names it; BusyError and TooLargeError become `Busy`; others are as they are.
+
+    Args:
+        before: the hop whose server brought the request, where this client did not: either of the two may be wrong, so both are only
+            doubted, unless the hop's server is gone.
     """
+    membership = target.swarm.membership
     if isinstance(error, ServerError):
-        target.swarm.membership.mark_failed(hop.peer_id)
-        return type(error)(f"{_describe(hop)}: {error}", hop.peer_id)
+        if isinstance(error, PeerLate):
+            membership.mark_late(hop.peer_id)
+        elif isinstance(error, (PeerLost, PeerUnreachable)):
+            membership.mark_failed(hop.peer_id)
+        elif before is not None:
+            membership.mark_late(before.peer_id)
+            membership.mark_late(hop.peer_id)
+        else:
+            membership.mark_failed(hop.peer_id, wrong=True)
+        return type(error)(f"{_describe(hop)}: {error}", hop.peer_id, said=str(error))
     if isinstance(error, (BusyError, TooLargeError)):
         return Busy(error, hop.peer_id)
     return error
