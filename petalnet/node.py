@@ -103,7 +103,7 @@ class Node:
     def _stop(self, why: str) -> None:
         """Begin to leave in good order."""
         if self._usable and self._server is not None:
-            sessions, within_s = len(self._server.service.sessions), self._settings.drain_time
+            sessions, within_s = self._server.sessions, self._settings.drain_time
             self._waits = {"sessions": sessions, "within_s": within_s}
             plural = "s have" if sessions != 1 else " has"
             waits = f": no new sessions; {sessions} running one{plural} up to {within_s:g} s to move to other servers or to end"
@@ -263,7 +263,7 @@ class Node:
             "public_name": self._settings.public_name,
             "addrs": self._peering.host.addrs,
             "swarm_key": None if key is None else key.fingerprint,
-            "engine": None if self._server is None or not self._usable else self._server.service.describe(),
+            "engine": None if self._server is None or not self._usable else self._server.describe(),
             "peers": peers,
         }
 

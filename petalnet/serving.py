@@ -1,20 +1,29 @@
-"""A server's life: open the model, choose blocks, load them, serve, and leave in good order."""
+"""A server's life: open the model, choose blocks, load them, serve, go to other blocks where the swarm needs it more, and leave in good
+order.
+
+What others hear of it is always true, and always said first: "joining" with the blocks to be before they are loaded, "draining" before
+sessions are sent away, "online" once requests are answered.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from petalnet.announcing import LIFETIME_S, Announcer, Load
-from petalnet.config import Settings
-from petalnet.errors import UsageError
+from petalnet.answering import Answering
+from petalnet.config import DEFAULT_DRAIN_S, Settings
+from petalnet.errors import PetalnetError, UsageError
 from petalnet.linking import Linking
+from petalnet.loaded import Loaded, load, release_memory
 from petalnet.peering import Peering
-from petalnet.routing.placement import choose_span
+from petalnet.placing import SECOND_LOOKS, Placing
+from petalnet.routing.placement import Move
 from petalnet.routing.records import MAX_ADDRS, ServerRecord
 from petalnet.threads import in_thread
 
@@ -22,13 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from petalnet.blocks.service import BlockService
-    from petalnet.blocks.throughput import Rates
     from petalnet.models.checkpoint import ModelSource
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 10.0
-"""How long a server that is to stop, or to serve other blocks, waits for the sessions that it still has, where nobody said how long."""
 WITHDRAW_WITHIN_S = 2.0
 MAX_NAME = 128
 """Characters of a model's name in a record."""
@@ -86,9 +92,8 @@ class Server:
     """One server of blocks of a model.
 
     Attributes:
-        span: the blocks [a, b) that it serves.
+        span: the blocks [a, b) that it serves, or is loading.
         model_name: what the model is called.
-        service: what answers requests.
     """
 
     def __init__(self, settings: Settings, peering: Peering, model: Model) -> None:
@@ -97,49 +102,73 @@ class Server:
         self._model = model
         self.span = (0, 0)
         self.model_name = model.source.name
-        self.service: BlockService
+        self._answering = Answering(peering.host)
+        self._placing = Placing(peering, peering.host.peer_id, model.key, model.num_blocks)
         self._announcer: Announcer
         self._linking: Linking
         self._online = False
+        self._leaving = trio.Event()
+        self._wanted: Move | None = None
+        self._asked = trio.Event()
+        self._settled = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once the swarm has been told that the blocks are online."""
+        movable = not isinstance(self._settings.serve, tuple)
         self.span = await self._choose_span()
-        name = self._model.source.name
-        logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, name, self._model.num_blocks)
-        self._announcer = self._make_announcer()
-        self._linking = Linking(self._peering, self._model.key, self.span[1])
+        self._announcer = self._make_announcer(movable)
         async with trio.open_nursery() as nursery:
             # "joining", renewed for as long as loading takes: others then choose other blocks meanwhile.
             nursery.start_soon(self._announcer.tell)
             nursery.start_soon(self._announcer.run)
-            await self._load(nursery)
-            nursery.start_soon(self._linking.keep_warm)
-            self._online = True
-            stored = await self._say("online")
-            others = f"its record is stored on {stored - 1} other peer{'s' * (stored > 2)}" if stored > 1 else "no other peer knows it yet"
-            logger.info("online: blocks %d:%d of %s; %s", *self.span, name, others)
-            task_status.started()
-            await trio.sleep_forever()
+            if movable and self._peering.host.connected_peers():
+                await self._look_again()
+            loaded = await self._load()
+            while True:
+                async with trio.open_nursery() as blocks:
+                    await self._go_online(blocks, loaded)
+                    del loaded  # nothing may refer to it once it goes
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                    if movable:
+                        blocks.start_soon(self._look_out)
+                    move = await self._until_gone()
+                    blocks.cancel_scope.cancel()
+                loaded = await self._load_other(move.span)
 
-    async def _say(self, state: str) -> int:
-        self._announcer.change(state=state)
-        return await self._announcer.tell()
+    async def move(self, span: tuple[int, int]) -> None:
+        """Serve blocks [a, b) instead, if others serve those that it has now; returns once it is online again, wherever that is.
 
-    async def drain(self, grace_s: float = GRACE_S) -> None:
+        Raises:
+            UsageError: there are no such blocks.
+        """
+        if not 0 <= span[0] < span[1] <= self._model.num_blocks:
+            raise UsageError(f"blocks {span[0]}:{span[1]} are out of range: {self.model_name} has {self._model.num_blocks}")
+        self._want(Move(self._peering.host.peer_id, span, self._placing.lacks(span), (0, 0)))
+        await self._settled.wait()
+
+    async def drain(self, grace_s: float = DEFAULT_DRAIN_S) -> None:
         """Take no new sessions, wait up to `grace_s` seconds for the present ones to end or to be moved, and tell the swarm goodbye."""
         if not self._online:
             return
-        self.service.drain()
-        with trio.move_on_after(WITHDRAW_WITHIN_S):
+        self._leaving.set()
+        service = self._answering.service
+        if service is not None:
+            service.drain(grace_s)
             await self._say("draining")
-        if len(self.service.sessions):
-            logger.info("waiting up to %.0f s for %d sessions to end", grace_s, len(self.service.sessions))
-        with trio.move_on_after(grace_s):
-            while len(self.service.sessions):  # noqa: ASYNC110  (a tenth of a second at the end of a node's life)
-                await trio.sleep(0.1)
-        with trio.move_on_after(WITHDRAW_WITHIN_S):
-            await self._say("left")
+            await self._wait_for_sessions(service, grace_s)
+        await self._say("left")
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open here."""
+        return 0 if self._answering.service is None else len(self._answering.service.sessions)
+
+    def describe(self) -> dict[str, Any] | None:
+        """What goes on in the blocks, for the node's own user; None while there are none."""
+        return None if self._answering.service is None else self._answering.service.describe()
+
+    # ---- which blocks
 
     async def _choose_span(self) -> tuple[int, int]:
         settings, model = self._settings, self._model
@@ -153,12 +182,19 @@ class Server:
             count = serve
         else:
             raise UsageError("a server needs --serve")
-        await self._peering.look_up(model.key)
-        now = time.time()
-        others = self._peering.view.servers(model.key, now=now, states=("joining", "online"), include_failed=True)
-        span = choose_span((other for other in others if other.peer_id != self._peering.host.peer_id), model.num_blocks, count, now=now)
+        span = await self._placing.choose(count)
         logger.info("chose blocks %d:%d: the swarm can do these least", *span)
         return span
+
+    async def _look_again(self) -> None:
+        """Choose anew where others chose at the same moment."""
+        for _ in range(SECOND_LOOKS):
+            span = await self._placing.reconsider(self._announcer.record)
+            if span is None:
+                return
+            logger.info("others chose the same blocks at the same moment: taking %d:%d instead", *span)
+            self.span = span
+            await self._say("joining", span=span)
 
     def _count_that_fits(self) -> int:
         from petalnet.capacity import blocks_that_fit
@@ -166,7 +202,9 @@ class Server:
         model = self._model
         return blocks_that_fit(model.source, dtype=model.dtype, device=model.device, max_memory=self._settings.max_memory)
 
-    def _make_announcer(self) -> Announcer:
+    # ---- what others hear
+
+    def _make_announcer(self, movable: bool) -> Announcer:
         now = time.time()
         host, model = self._peering.host, self._model
         record = ServerRecord(
@@ -182,70 +220,124 @@ class Server:
             issued=now,
             expires=now + LIFETIME_S,
             public_name=self._settings.public_name,
+            movable=movable,
         )
         return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs)
 
     def _load_now(self) -> Load:
-        if not self._online:
-            return Load(0, 0)
-        return Load(self.service.sessions.free_tokens, self.service.engine.queue_length)
+        service = self._answering.service
+        return Load(0, 0) if service is None else Load(service.sessions.free_tokens, service.engine.queue_length)
 
-    async def _load(self, nursery: trio.Nursery) -> None:
-        """Load the blocks, measure them and answer requests from then on."""
-        from petalnet.p2p.protocols import FORWARD, INFERENCE, PUSH
+    async def _say(self, state: str, **fields: Any) -> int:
+        """Tell the swarm; returns on how many peers that is stored, 0 where it could not be told now: the next beat tells it."""
+        self._announcer.change(state=state, **fields)
+        with trio.move_on_after(WITHDRAW_WITHIN_S if state in ("draining", "left") else math.inf):
+            try:
+                return await self._announcer.tell()
+            except PetalnetError as error:
+                logger.warning("the swarm could not be told that this server is %s (%s)", state, error)
+        return 0
 
+    # ---- loading and serving
+
+    async def _load(self) -> Loaded:
         model = self._model
+        logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, model.source.name, model.num_blocks)
         began = trio.current_time()
-
-        self.service, rates = await in_thread(self._load_blocking)
-        span = self.service.span
-        self._announcer.change(
-            decode_tokens_s=rates.decode, prefill_tokens_s=rates.prefill, forward_tokens_s=rates.forward, block_digests=tuple(span.digests)
-        )
+        self._linking = Linking(self._peering, model.key, self.span[1])
+        loaded = await in_thread(load, self._settings, model, self.span, self._linking.open)
+        rates = loaded.rates
         logger.info(
             "loaded in %.1f s in %s on %s: %.0f tokens/s one by one, %.0f in a prompt, room for %d KV tokens",
             trio.current_time() - began, self._announcer.record.dtype, model.device, rates.decode, rates.prefill,
-            self.service.sessions.max_tokens,
+            loaded.service.sessions.max_tokens,
         )  # fmt: skip
-        await nursery.start(self.service.run)
-        host = self._peering.host
-        host.on_peer_lost(self.service.peer_lost)
-        host.serve(INFERENCE, self.service.handle_inference)
-        host.serve(PUSH, self.service.handle_push)
-        host.serve(FORWARD, self.service.handle_forward)
+        return loaded
 
-    def _load_blocking(self) -> tuple[BlockService, Rates]:
-        """The service of the loaded span, with memory for its KV tokens, and the rates to announce."""
-        import torch
+    async def _go_online(self, nursery: trio.Nursery, loaded: Loaded) -> None:
+        """Answer requests from now on, and tell the swarm."""
+        rates = loaded.rates
+        await nursery.start(loaded.service.run)
+        self._answering.begin(loaded.service)
+        nursery.start_soon(self._linking.keep_warm)
+        self._online = True
+        digests = tuple(loaded.service.span.digests)
+        stored = await self._say(
+            "online", decode_tokens_s=rates.decode, prefill_tokens_s=rates.prefill, forward_tokens_s=rates.forward, block_digests=digests
+        )
+        others = f"its record is stored on {stored - 1} other peer{'s' * (stored > 2)}" if stored > 1 else "no other peer knows it yet"
+        logger.info("online: blocks %d:%d of %s; %s", *self.span, self._model.source.name, others)
+        self._settled.set()
 
-        from petalnet.blocks.service import USUAL_RATES, BlockService
-        from petalnet.blocks.span import Span
-        from petalnet.blocks.throughput import Rates, measure
-        from petalnet.capacity import kv_tokens, require_room, too_large
+    # ---- going to other blocks
 
-        settings, model = self._settings, self._model
-        require_room(model.source, *self.span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory)
+    async def _look_out(self) -> None:
+        """Find out, while the blocks are served, when it is this server's turn to go to others."""
+        while True:
+            move = await self._placing.next_move(lambda: self._announcer.record)
+            now, then = move.strength
+            why = "nobody serves some of them" if move.fills else f"the weakest block would get {then / now:.1f} times as strong"
+            logger.info("wanted at blocks %d:%d: %s", *move.span, why)
+            self._want(move)
+            await self._settled.wait()
+
+    def _want(self, move: Move) -> None:
+        self._wanted = move
+        self._settled = trio.Event()
+        self._asked.set()
+
+    async def _until_gone(self) -> Move:
+        """Wait until this server is to go to other blocks, and no session is left that it would leave behind."""
+        while True:
+            await self._asked.wait()
+            self._asked = trio.Event()
+            move = self._wanted
+            if move is not None and await self._took_leave(move):
+                return move
+            if self._leaving.is_set():
+                await trio.sleep_forever()  # the node is about to end: nothing is loaded any more
+            self._settled.set()
+
+    async def _took_leave(self, move: Move) -> bool:
+        """Tell others, wait for sessions to be moved, and say whether the blocks may go now; if not, all is as it was."""
+        service = self._answering.service
+        if service is None or self._leaving.is_set() or move.span == self.span or not self._placing.may_leave(self._announcer.record, move):
+            return False
+        await self._say("draining")
+        cleared = await self._placing.clear_to_go(self._announcer.record, move)
+        if cleared and not self._leaving.is_set():
+            grace_s = self._settings.drain_time
+            service.drain(grace_s)
+            await self._wait_for_sessions(service, grace_s)
+            cleared = self._placing.may_leave(self._announcer.record, move)  # a server may have died meanwhile
+        if self._leaving.is_set():
+            return False
+        if not cleared:
+            logger.info("staying: others leave, or have left, the same blocks")
+            service.draining = False
+            await self._say("online")
+        return cleared
+
+    async def _wait_for_sessions(self, service: BlockService, grace_s: float) -> None:
+        if len(service.sessions):
+            logger.info("waiting up to %.0f s for %d sessions to go to other servers or to end", grace_s, len(service.sessions))
+        with trio.move_on_after(grace_s):
+            await service.empty()
+
+    async def _load_other(self, span: tuple[int, int]) -> Loaded:
+        """Other blocks in place of those by which nobody is served any more; the old ones again where that fails."""
+        before = self.span
+        await self._answering.end()
+        await in_thread(release_memory)
         try:
-            span = Span.load(model.source, *self.span, dtype=model.dtype, device=model.device, may_pack=model.packs)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise too_large(model.source, *self.span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory) from error
-        tokens = kv_tokens(span, model.source, device=model.device, max_memory=settings.max_memory, wanted=settings.attn_cache_tokens)
-        span.speed_up()
-        rate = settings.throughput
-        rates = measure(span, model=model.key) if rate is None else Rates(rate, rate, rate)
-        _ = span.digests  # computed here, on this thread, and kept by the span
-        try:
-            service = BlockService(
-                span,
-                model=model.key,
-                kv_tokens=tokens,
-                rates=rates if rate is None else USUAL_RATES,  # what somebody chose to announce says little of how fast this machine is
-                share_prefixes=settings.share_prefixes,
-                open_link=self._linking.open,
-            )
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise UsageError(
-                f"blocks {span.first}:{span.end} are loaded, but there is no memory left for {tokens} KV tokens on {model.device}: give a "
-                "smaller --attn-cache-tokens, or serve fewer blocks"
-            ) from error
-        return service, rates
+            return await self._load_after_telling(span)
+        except Exception as error:
+            # Whatever it is that keeps these from being loaded, a file that cannot be had or a full memory: the ones before were loaded.
+            logger.warning("blocks %d:%d could not be loaded, going back to %d:%d: %s", *span, *before, error)
+        await in_thread(release_memory)
+        return await self._load_after_telling(before)
+
+    async def _load_after_telling(self, span: tuple[int, int]) -> Loaded:
+        self.span = span
+        await self._say("joining", span=span, block_digests=())
+        return await self._load()

@@ -33,7 +33,11 @@ MAY_IMPORT = {
     "announcing": {"errors", "routing", "version"},
     "capacity": {"blocks", "errors", "models"},
     "linking": {"errors", "p2p", "peering", "routing"},
-    "serving": BASE | {"announcing", "blocks", "capacity", "config", "linking", "models", "p2p", "peering", "routing"},
+    "answering": {"blocks", "errors", "p2p"},
+    "placing": BASE | {"routing"},
+    "loaded": {"blocks", "capacity", "config", "errors", "serving"},
+    "serving": BASE
+    | {"announcing", "answering", "blocks", "capacity", "config", "linking", "loaded", "models", "p2p", "peering", "placing", "routing"},
     "node": BASE
     | {"blocks", "client", "config", "http", "inspection", "models", "overview", "p2p", "peering", "remembering", "serving", "state"},
     "demo": {"errors"},

@@ -121,14 +121,12 @@ def may_leave(records: Iterable[ServerRecord], own: ServerRecord, move: Move, *,
 
 
 def yields_to(records: Iterable[ServerRecord], own: ServerRecord, *, now: float) -> bool:
-    """Whether a server that drains to move should stay, because another drains that has a block of its own and the smaller peer id."""
-    return any(
-        record.state == "draining"
-        and record.expires > now
-        and record.peer_id < own.peer_id
-        and max(record.span[0], own.span[0]) < min(record.span[1], own.span[1])
-        for record in records
-    )
+    """Whether a server that has said that it drains, to move, should stay after all: others with smaller peer ids drain as well, and one of
+    them has a block of its own, or they are as many as may move at a time."""
+    others = [record for record in records if record.expires > now and record.peer_id != own.peer_id]
+    before = [record for record in others if record.state == "draining" and record.peer_id < own.peer_id]
+    shared = any(max(record.span[0], own.span[0]) < min(record.span[1], own.span[1]) for record in before)
+    return shared or len(before) > len(others) // SERVERS_A_MOVER
 
 
 def _in_turn(places: Sequence[Place], target: Sequence[Place], strength: Sequence[int], holders: Sequence[int]) -> list[Place]:

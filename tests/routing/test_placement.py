@@ -229,7 +229,10 @@ def test_a_mover_leaves_only_what_others_have_online(record: Build, now: float) 
 def test_of_two_that_drain_the_one_with_the_smaller_peer_id_goes(record: Build, now: float) -> None:
     a, b = (movable(record, peer, (0, 6), state="draining") for peer in "AB")
     assert yields_to([a], b, now=now) and not yields_to([b], a, now=now)
-    assert not yields_to([movable(record, "A", (6, 12), state="draining")], b, now=now)
+    elsewhere = movable(record, "A", (6, 12), state="draining")
+    assert yields_to([elsewhere], b, now=now), "both might go to the same place"
+    many = [movable(record, peer, (0, 12)) for peer in PEERS] + [movable(record, f"Q{peer}", (0, 12)) for peer in PEERS]
+    assert not yields_to([elsewhere, *many], b, now=now), "in a large swarm more than one may"
 
 
 def settle_down(servers: list[ServerRecord]) -> int:

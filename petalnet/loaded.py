@@ -1,0 +1,76 @@
+"""Blocks in memory: a span with room for its KV tokens, measured and ready to answer, and how all of that goes away again."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from petalnet.errors import UsageError
+
+if TYPE_CHECKING:
+    from petalnet.blocks.links import OpenStream
+    from petalnet.blocks.service import BlockService
+    from petalnet.blocks.throughput import Rates
+    from petalnet.config import Settings
+    from petalnet.serving import Model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The service of the loaded span, and the rates to announce."""
+
+    service: BlockService
+    rates: Rates
+
+
+def load(settings: Settings, model: Model, span: tuple[int, int], open_link: OpenStream) -> Loaded:
+    """Load blocks [a, b) of a model. Blocks: reads files, measures.
+
+    Raises:
+        UsageError: they do not fit into memory; the message says what would.
+    """
+    import torch
+
+    from petalnet.blocks.service import USUAL_RATES, BlockService
+    from petalnet.blocks.span import Span
+    from petalnet.blocks.throughput import Rates, measure
+    from petalnet.capacity import kv_tokens, require_room, too_large
+
+    require_room(model.source, *span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory)
+    try:
+        blocks = Span.load(model.source, *span, dtype=model.dtype, device=model.device, may_pack=model.packs)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise too_large(model.source, *span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory) from error
+    tokens = kv_tokens(blocks, model.source, device=model.device, max_memory=settings.max_memory, wanted=settings.attn_cache_tokens)
+    blocks.speed_up()
+    rate = settings.throughput
+    rates = measure(blocks, model=model.key) if rate is None else Rates(rate, rate, rate)
+    _ = blocks.digests  # computed here, on this thread, and kept by the span
+    try:
+        service = BlockService(
+            blocks,
+            model=model.key,
+            kv_tokens=tokens,
+            rates=rates if rate is None else USUAL_RATES,  # what somebody chose to announce says little of how fast this machine is
+            share_prefixes=settings.share_prefixes,
+            open_link=open_link,
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UsageError(
+            f"blocks {blocks.first}:{blocks.end} are loaded, but there is no memory left for {tokens} KV tokens on {model.device}: give a "
+            "smaller --attn-cache-tokens, or serve fewer blocks"
+        ) from error
+    return Loaded(service, rates)
+
+
+def release_memory() -> None:
+    """Give back the memory of blocks that nobody refers to any more. Blocks for up to a second."""
+    import torch
+
+    # The node froze what was there when it had started, the first blocks among it: the collector would not look at that.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

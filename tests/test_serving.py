@@ -1,0 +1,193 @@
+"""Servers of the demo model in one process, over real connections: how one goes to other blocks, and what others hear of it."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+import trio
+
+from petalnet import placing, serving
+from petalnet.config import Settings
+from petalnet.errors import UsageError
+from petalnet.p2p.identity import Identity
+from petalnet.p2p.messages import Error, Forward, ForwardDone, OpenSession, SessionOpened
+from petalnet.p2p.protocols import FORWARD, INFERENCE
+from petalnet.p2p.tensors import encode_tensor
+from petalnet.peering import Peering, open_peering
+from petalnet.routing.records import ServerRecord
+from petalnet.serving import Model, Server, open_model
+
+HIDDEN = torch.zeros(1, 2, 160)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return open_model(Settings(serve=1, dtype="float32", device="cpu"), None)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "TOLD_S", 0.3)
+
+
+class Swarm:
+    """Servers that know each other, and a watcher that remembers what each has said."""
+
+    def __init__(self, nursery: trio.Nursery, model: Model, watcher: Peering) -> None:
+        self._nursery = nursery
+        self._model = model
+        self.watcher = watcher
+        self.said: dict[str, list[tuple[str, tuple[int, int]]]] = {}
+        nursery.start_soon(self._watch)
+
+    async def start(self, serve: tuple[int, int] | int, **options: object) -> Server:
+        settings = Settings(serve=serve, dtype="float32", device="cpu", throughput=10.0, attn_cache_tokens=512, **options)  # type: ignore[arg-type]
+        opened = open_peering(Identity.generate(), initial_peers=self.watcher.host.addrs, listen=["/ip4/127.0.0.1/tcp/0"], server=True)
+        peering = await self._nursery.start(_keep_open, opened)
+        server = Server(settings, peering, self._model)
+        await self._nursery.start(server.run)
+        with trio.fail_after(10):
+            while self.record(server).state != "online":
+                await trio.sleep(0.01)
+        return server
+
+    def record(self, server: Server) -> ServerRecord:
+        record = self.watcher.view.record(server._peering.host.peer_id)
+        assert record is not None
+        return record
+
+    def heard(self, server: Server) -> list[tuple[str, tuple[int, int]]]:
+        return self.said[server._peering.host.peer_id]
+
+    async def _watch(self) -> None:
+        while True:
+            for record in self.watcher.view.servers(now=time.time(), states=("joining", "online", "draining", "left"), include_failed=True):
+                said = self.said.setdefault(record.peer_id, [])
+                if said[-1:] != [(record.state, record.span)]:
+                    said.append((record.state, record.span))
+            await trio.sleep(0.005)
+
+
+async def _keep_open(opened, *, task_status) -> None:
+    async with opened as peering:
+        task_status.started(peering)
+        await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def swarm_of(model: Model) -> AsyncIterator[Swarm]:
+    async with (
+        open_peering(Identity.generate(), initial_peers=[], listen=["/ip4/127.0.0.1/tcp/0"], server=True) as watcher,
+        trio.open_nursery() as nursery,
+    ):
+        yield Swarm(nursery, model, watcher)
+        nursery.cancel_scope.cancel()
+
+
+async def runs(swarm: Swarm, server: Server, first: int, end: int) -> bool:
+    """Whether the server runs these blocks for whoever asks."""
+    stream = await swarm.watcher.host.open_stream(server._peering.host.peer_id, FORWARD, timeout_s=5)
+    async with stream:
+        await stream.send(Forward(swarm._model.key, first, end, encode_tensor(HIDDEN)))
+        answer = await stream.receive()
+    assert isinstance(answer, (Error, ForwardDone))
+    return isinstance(answer, ForwardDone)
+
+
+async def test_a_server_goes_to_other_blocks_and_says_so_first(model: Model) -> None:
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 6))
+        mover = await swarm.start(6)
+        assert mover.span == (6, 12)
+        await swarm.start((6, 12))
+        service = weakref.ref(mover._answering.service)
+        weights = weakref.ref(mover._answering.service.span)
+        await mover.move((3, 9))
+        assert mover.span == (3, 9)
+        assert service() is None and weights() is None, "the old blocks' memory is given back"
+        assert await runs(swarm, mover, 3, 9) and not await runs(swarm, mover, 9, 12)
+        with trio.fail_after(5):
+            while swarm.record(mover).state != "online":
+                await trio.sleep(0.01)
+        states = swarm.heard(mover)
+        assert states[-4:] == [("online", (6, 12)), ("draining", (6, 12)), ("joining", (3, 9)), ("online", (3, 9))]
+        assert len(swarm.record(mover).block_digests) == 6
+
+
+async def test_a_server_stays_where_nobody_else_has_its_blocks(model: Model) -> None:
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 8))
+        only = await swarm.start(6)
+        await only.move((0, 6))
+        assert only.span == (6, 12) and await runs(swarm, only, 6, 12)
+        assert "draining" not in [state for state, _ in swarm.heard(only)]
+        with pytest.raises(UsageError, match="out of range"):
+            await only.move((8, 13))
+
+
+async def test_old_blocks_come_back_where_new_ones_cannot_be_loaded(model: Model, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    load = serving.load
+
+    def fails(settings, model, span, open_link):
+        if span == (0, 6):
+            raise OSError("no such file")
+        return load(settings, model, span, open_link)
+
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 12))
+        mover = await swarm.start((6, 12))
+        monkeypatch.setattr(serving, "load", fails)
+        await mover.move((0, 6))
+        assert mover.span == (6, 12) and await runs(swarm, mover, 6, 12)
+        assert "no such file" in caplog.text
+        states = swarm.heard(mover)
+    assert states[-4:] == [("draining", (6, 12)), ("joining", (0, 6)), ("joining", (6, 12)), ("online", (6, 12))]
+
+
+async def test_sessions_are_told_and_waited_for(model: Model) -> None:
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 12))
+        mover = await swarm.start((0, 6), drain_time=30.0)
+        stream = await swarm.watcher.host.open_stream(mover._peering.host.peer_id, INFERENCE, timeout_s=5)
+        async with trio.open_nursery() as nursery:
+            await stream.send(OpenSession("s", model.key, 0, 6, 64))
+            assert isinstance(await stream.receive(), SessionOpened)
+            assert mover.sessions == 1
+            nursery.start_soon(mover.move, (6, 12))
+            assert (await stream.receive()).name == "draining"
+            assert mover.span == (0, 6)
+            await stream.close()
+        assert mover.span == (6, 12) and mover.sessions == 0
+
+
+async def test_a_server_that_is_told_to_stop_while_it_moves_leaves(model: Model) -> None:
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 12))
+        mover = await swarm.start((0, 6), drain_time=30.0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mover.move, (6, 12))
+            with trio.fail_after(5):
+                while swarm.heard(mover)[-1][0] != "draining":
+                    await trio.sleep(0.01)
+            await mover.drain(1.0)
+            await trio.sleep(0.5)
+            assert swarm.heard(mover)[-1] == ("left", (0, 6)) and mover.span == (0, 6)
+            nursery.cancel_scope.cancel()
+
+
+async def test_newcomers_at_the_same_moment_take_different_blocks(model: Model) -> None:
+    async with swarm_of(model) as swarm:
+        servers: list[Server] = []
+
+        async def start() -> None:
+            servers.append(await swarm.start(4))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(start)
+        assert sorted(server.span for server in servers) == [(0, 4), (4, 8), (8, 12)]
