@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -27,13 +28,14 @@ from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
 from petalnet.p2p.addresses import own_interfaces
-from petalnet.routing.expected import Client
-from petalnet.routing.observed import Observed
+from petalnet.routing.expected import HOP_S, Client, Expected
+from petalnet.routing.observed import FEW_TOKENS, Observed, unaccounted
 from petalnet.routing.pace import refresh_every_s
 from petalnet.routing.records import ServerRecord, Work
 from petalnet.routing.routes import Hop, find_route
 
 if TYPE_CHECKING:
+    from petalnet.client.trace import HopTimes, StepTimes
     from petalnet.p2p.host import Host
     from petalnet.peering import Peering
 
@@ -53,6 +55,7 @@ WARM_WITHIN_S = 5.0
 OWN_WITHIN_S = 0.02
 """A server on this machine answers within this, unless it has no time at all."""
 OWN_ADDRESSES_FOR_S = 60.0
+WAYS_FOR_S = 5.0
 CUT_FOR_S = 60.0
 """How long two servers count as not reaching each other: they try again at each session, and with other clients."""
 
@@ -70,6 +73,7 @@ class Membership:
         self._cut: dict[tuple[str, str], float] = {}
         self._own_ips: frozenset[str] = frozenset()
         self._own_ips_at = -math.inf
+        self._ways: tuple[tuple[tuple[str, bool], ...], float, float] | None = None  # of a chain: when they were worked out, seconds
         self._peering: Peering
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join
@@ -124,15 +128,19 @@ class Membership:
             if self._joined_at < math.inf:
                 self._nursery.start_soon(self._refresh, model)
 
-    async def look_up(self, model: str) -> None:
-        """Ask the swarm who serves a model. One look-up at a time: a second caller waits for the end of the one under way."""
+    async def look_up(self, model: str, *, thorough: bool = False) -> None:
+        """Ask the swarm who serves a model. One look-up at a time: a second caller waits for the end of the one under way.
+
+        Args:
+            thorough: ask all that may know, where some block has no server.
+        """
         under_way = self._look_ups.get(model)
         if under_way is not None:
             await under_way.wait()
             return
         self._look_ups[model] = done = trio.Event()
         try:
-            await self._peering.look_up(model)
+            await self._peering.look_up(model, thorough=thorough)
         finally:
             del self._look_ups[model]
             self._looked_at[model] = trio.current_time()
@@ -191,7 +199,7 @@ class Membership:
             if looked:
                 await trio.sleep(RETRY_LOOKUP_S)
             try:
-                await self.look_up(model)
+                await self.look_up(model, thorough=True)
             except PetalnetError:
                 if look:
                     raise
@@ -240,6 +248,39 @@ class Membership:
             self.observed.note(
                 record, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, now=trio.current_time(), work=work
             )
+
+    def observe_step(self, step: StepTimes, *, rows: int = 1) -> None:
+        """Note what a finished step of a session took, at all of its servers.
+
+        What servers say of themselves is checked by this client's own clock: what they and their ways do not account for is counted as
+        theirs (see `unaccounted`), and what a server held a step for without a reason as waiting there.
+        """
+        extra_s = 0.0
+        if step.chunks == 1 and step.tokens * rows <= FEW_TOKENS:
+            held = [max(hop.held_s, hop.queue_s + hop.compute_s) for hop in step.hops]
+            extra_s = unaccounted(held, step.wall_s, self._ways_s(step.hops))
+        for hop in step.hops:
+            idle_s = max(hop.held_s - hop.queue_s - hop.compute_s - HOP_S, 0.0) if step.chunks == 1 else 0.0
+            self.observe(
+                hop.peer_id,
+                tokens=step.tokens * rows,
+                blocks=hop.end - hop.first,
+                compute_s=hop.compute_s + extra_s,
+                queue_s=hop.queue_s + idle_s,
+            )
+
+    def _ways_s(self, hops: Sequence[HopTimes]) -> float:
+        """Seconds that a token is expected to be on the way through a chain; worked out anew every few seconds."""
+        key = tuple((hop.peer_id, hop.direct) for hop in hops)
+        now = trio.current_time()
+        if self._ways is None or self._ways[0] != key or now - self._ways[1] > WAYS_FOR_S:
+            known = (self._peering.view.record(hop.peer_id) for hop in hops)
+            cut = {(hop.peer_id, after.peer_id) for hop, after in pairwise(hops) if not hop.direct}
+            expected = Expected([record for record in known if record is not None], Client(round_trip=self.host.round_trip_s, cut=cut))
+            ways = [expected.between(one.peer_id, other.peer_id) for one, other in pairwise(hops)]
+            ways += [expected.half(hops[0].peer_id), expected.half(hops[-1].peer_id)]
+            self._ways = key, now, sum(ways) / 1e9
+        return self._ways[2]
 
     def mark_failed(self, peer_id: str, *, wrong: bool = False) -> None:
         """Take a server out of all routes at once; `wrong` where it is there, and answered wrongly."""

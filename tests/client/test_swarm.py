@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from petalnet.client.swarm import LOOK_AGAIN_S, SETTLE_S, Membership
+from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.errors import MissingBlocksError, PeerUnreachable, ServerError
 from petalnet.p2p.access import Access
 from petalnet.routing.records import ServerRecord
@@ -27,8 +29,10 @@ class Peering:
         self.unheard_of: list[ServerRecord] = []
         self.look_ups = 0
         self.failure: Exception | None = None
+        self.trips = {"near": 0.001}
+        self.ips: dict[str, str] = {}
 
-    async def look_up(self, model: str) -> None:
+    async def look_up(self, model: str, *, thorough: bool = False) -> None:
         await trio.sleep(0.01)
         self.look_ups += 1
         if self.failure is not None:
@@ -40,10 +44,10 @@ class Peering:
         return []
 
     def round_trip_s(self, peer_id: str) -> float | None:
-        return {"near": 0.001}.get(peer_id)
+        return self.trips.get(peer_id)
 
     def remote_ip(self, peer_id: str) -> str | None:
-        return None
+        return self.ips.get(peer_id)
 
     async def connect(self, peer_id: str, addrs: Any, timeout_s: float) -> None:
         raise PeerUnreachable(f"peer {peer_id} did not answer within {timeout_s:g} s", peer_id)
@@ -127,5 +131,70 @@ def test_a_look_up_that_fails_does_not_hide_that_servers_are_full() -> None:
                 await membership.route(MODEL, 0, 4, blocked={"busy"}, look=False)
             with pytest.raises(ServerError):
                 await membership.route(MODEL, 0, 4, blocked={"busy"})
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def other(peer_id: str, **changes: Any) -> ServerRecord:
+    return replace(record(peer_id), decode_tokens_s=100.0, **changes)
+
+
+def test_what_steps_took_changes_the_next_route() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, _ = await join(nursery, other("quick"), other("true"))
+            membership.host.trips.update({"quick": 0.001, "true": 0.002})
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["quick"]
+            for _ in range(20):
+                membership.observe("quick", tokens=1, blocks=4, compute_s=0.2, queue_s=0.0)
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["true"]
+            membership.observe("nobody", tokens=1, blocks=4, compute_s=0.2, queue_s=0.0)
+            await trio.sleep(600)
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["quick"], "it is forgiven"
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_server_that_says_little_of_what_it_takes_is_found_out_by_the_clients_clock() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, _ = await join(nursery, other("fraud"), other("true"))
+            membership.host.trips.update({"fraud": 0.001, "true": 0.002})
+            times = HopTimes("fraud", 0, 4, 0.0, 0.001, 0.001, False)
+            for _ in range(8):
+                membership.observe_step(StepTimes(1, 1, 0.3, (times,)))
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["true"]
+            # Of an honest chain nothing is left over.
+            for _ in range(50):
+                times = HopTimes("true", 0, 4, 0.0, 0.010, 0.0105, False)
+                membership.observe_step(StepTimes(1, 1, 0.016, (times,)))
+            speed = membership.observed.speed(other("true"), "decode", trio.current_time())
+            assert speed.block_s == pytest.approx(0.0025) and speed.seen
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_session_is_led_to_servers_with_room_and_a_lost_one_is_replaced_by_its_like() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, _ = await join(nursery, other("crowded"), other("roomy", free_kv_tokens=4096), other("short", dtype="float16"))
+            membership.host.trips.update({"crowded": 0.001, "roomy": 0.01, "short": 0.005})
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["crowded"]
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4, kv_tokens=2048)] == ["roomy"]
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4, like=[other("x", dtype="float16")])] == ["short"]
+            with pytest.raises(MissingBlocksError):
+                await membership.route(MODEL, 0, 4, like=[other("x", dtype="bfloat16")])
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_the_users_own_server_goes_first() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, _ = await join(nursery, other("mine"), replace(record("theirs"), decode_tokens_s=150.0))
+            membership.host.trips.update({"mine": 0.001, "theirs": 0.001})
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["theirs"]
+            membership.host.ips["mine"] = "127.0.0.1"
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["mine"], "though it is a little slower"
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
