@@ -80,6 +80,7 @@ class Announcer:
     addrs: Callable[[], Sequence[str]] | None = None
     _told: Load = field(default=Load(0, 0), init=False)
     _told_at: float = field(default=0.0, init=False)
+    _alone: bool = field(default=False, init=False)  # whether nobody else has taken the last announcement in, as on a busy machine
 
     def change(self, **fields: Any) -> None:
         """Change these fields of the record; told with the next announcement."""
@@ -101,7 +102,9 @@ class Announcer:
             issued=now,
             expires=now + (LEFT_LIFETIME_S if self.record.state == "left" else LIFETIME_BEATS * self.swarm.beat_s),
         )
-        return await self.swarm.announce(_fitting(self.record))
+        stored = await self.swarm.announce(_fitting(self.record))
+        self._alone = stored <= 1
+        return stored
 
     async def run(self) -> None:
         """Announce at every beat and when the load or the addresses have changed, until cancelled."""
@@ -112,7 +115,8 @@ class Announcer:
             capacity = max(capacity, load.free_kv_tokens)
             since = trio.current_time() - self._told_at
             moved = self._addrs_now() != self.record.addrs
-            if moved or since >= self.swarm.beat_s or (since >= LOAD_GAP_S and load.differs(self._told, capacity)):
+            news = load.differs(self._told, capacity) or self._alone
+            if moved or since >= self.swarm.beat_s or (since >= LOAD_GAP_S and news):
                 try:
                     await self.tell()
                 except PetalnetError as error:

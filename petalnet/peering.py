@@ -37,6 +37,7 @@ from petalnet.routing.records import SWARM_KEY, RecordForged, ServerRecord, disc
 from petalnet.routing.sequences import Sequences
 from petalnet.routing.swarm import MAX_REMEMBERED, SwarmView
 from petalnet.version import PROTOCOL
+from petalnet.waking import LOOK_EVERY_S, Gap, Waking
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ PORTS_TRIED = 20
 ASK_ALL_EVERY_S = 60.0
 """Seconds between two look-ups that ask all keepers of a key."""
 RESTART_S = 1.0
+AWAKE_WITHIN_S = 2.0
+"""Seconds for peers to show that connections of before a sleep still stand."""
 FEW_KEEPERS = 3
 """Keepers that a look-up in between asks: each tells all it has, so more would mostly say the same."""
 
@@ -103,6 +106,7 @@ class Peering:
         self._listed_at = float("-inf")
         self._list_every_s = BEAT_S
         self._asked_all: dict[bytes, float] = {}
+        self._waking = Waking(trio.current_time, time.time)
         host.on_peer_lost(self._on_peer_lost)
         host.on_peer_found(self._on_peer_found)
 
@@ -112,6 +116,7 @@ class Peering:
             nursery.start_soon(_keep_going, "hole punching", self._hole_punching.run)
             if self.reachability is not None:
                 nursery.start_soon(_keep_going, "reachability", self.reachability.run)
+            nursery.start_soon(_keep_going, "the watch over the clocks", self._watch_clocks)
             self._gossip.subscribe(GOSSIP_TOPIC, self._accept, lambda peer_id, data: None)
             await nursery.start(self._gossip.run)
             await nursery.start(self.discovery.run, initial_peers)
@@ -122,13 +127,17 @@ class Peering:
         """Seconds after which a server should announce itself again: the more there are of its model, the longer."""
         return beat_s(0 if self._announced is None else self.discovery.crowds.get(self._announced.keys[0], 0))
 
-    async def look_up(self, model: str | None = None) -> None:
-        """Ask the swarm who serves a model (None: any): all that keep its records once in a minute, a few of them in between."""
+    async def look_up(self, model: str | None = None, *, thorough: bool = False) -> None:
+        """Ask the swarm who serves a model (None: any): all that keep its records once in a minute, a few of them in between.
+
+        Args:
+            thorough: ask all of them now: somebody is missing.
+        """
         key = SWARM_KEY if model is None else discovery_key(model)
         if model is not None:
             self.view.follow(model)
         now = trio.current_time()
-        everybody = now - self._asked_all.get(key, float("-inf")) >= ASK_ALL_EVERY_S
+        everybody = thorough or now - self._asked_all.get(key, float("-inf")) >= ASK_ALL_EVERY_S
         if everybody:
             self._asked_all[key] = now
         for kept in await self.discovery.find(key, keepers=REPLICAS if everybody else FEW_KEEPERS):
@@ -219,8 +228,39 @@ class Peering:
 
     def _on_peer_lost(self, peer_id: str) -> None:
         record = self.view.record(peer_id)
-        if record is not None and record.state != "left":
+        if record is not None and record.state != "left" and not self._waking.is_drowsy:
             self.view.mark_failed(peer_id, now=time.time())
+
+    async def _watch_clocks(self) -> None:
+        """Be back in the swarm as soon as this machine wakes up, or its clock is set."""
+        while True:
+            await trio.sleep(LOOK_EVERY_S)
+            self._waking.look()
+            gap = self._waking.take()
+            if gap is not None:
+                await self._wake_up(gap)
+
+    async def _wake_up(self, gap: Gap) -> None:
+        logger.warning("%s: connecting to the swarm again", gap)
+        self._asked_all.clear()
+        self.view.expire(time.time())
+        async with trio.open_nursery() as nursery:
+            for peer_id in self.host.connected_peers():
+                nursery.start_soon(self._check_connection, peer_id)
+        await self.discovery.wake()
+        for model in (None, *self.view.followed):
+            try:
+                await self.look_up(model)
+            except PetalnetError as error:
+                logger.debug("the swarm could not be looked up: %s", error)
+
+    async def _check_connection(self, peer_id: str) -> None:
+        """End a connection whose other end has given it up: it may stand here for a long time."""
+        try:
+            await self.host.ping(peer_id, AWAKE_WITHIN_S)
+        except PetalnetError as error:
+            logger.debug("a connection did not survive: %s", error)
+            await self.host.disconnect(peer_id)
 
 
 @asynccontextmanager

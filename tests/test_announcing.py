@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from petalnet.announcing import BEAT_S, LIFETIME_S, Announcer, Load
+from petalnet.announcing import BEAT_S, LIFETIME_S, LOAD_GAP_S, Announcer, Load
 from petalnet.routing.pace import LEFT_LIFETIME_S
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import SwarmView
@@ -22,11 +22,12 @@ class Listener:
         self.view = SwarmView()
         self.beat_s = BEAT_S
         self.heard: list[tuple[float, ServerRecord]] = []
+        self.stored = 3
 
     async def announce(self, record: ServerRecord) -> int:
         await trio.lowlevel.checkpoint()
         self.heard.append((trio.current_time(), ServerRecord.decode(record.encode())))
-        return 1
+        return self.stored
 
 
 def make_record(peer_id: str = "A", span: tuple[int, int] = (0, 4)) -> ServerRecord:
@@ -73,6 +74,23 @@ async def test_load_that_flutters_is_told_no_faster_than_the_gap(autojump_clock:
         await announcer.run()
     times = [at for at, _ in listener.heard]
     assert len(times) > 10 and min(b - a for a, b in zip(times, times[1:], strict=False)) >= 3
+
+
+async def test_what_nobody_took_in_is_told_again_soon(autojump_clock: MockClock) -> None:
+    listener = Listener()
+    listener.stored = 1
+    announcer = Announcer(listener, make_record(), lambda: Load(5, 2), lambda peer_id: None)
+    await announcer.tell()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run)
+        await trio.sleep(LOAD_GAP_S + 0.5)
+        assert len(listener.heard) == 2
+        listener.stored = 2
+        await trio.sleep(LOAD_GAP_S)
+        listener.heard.clear()
+        await trio.sleep(BEAT_S - LOAD_GAP_S)
+        nursery.cancel_scope.cancel()
+    assert not listener.heard, "somebody has it: the next beat will do"
 
 
 async def test_times_and_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
