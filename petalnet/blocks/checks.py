@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from petalnet.blocks.outputs import output_codec, wanted_tokens
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
-from petalnet.errors import CallerError, UnsupportedError
+from petalnet.errors import CallerError, MovedError, UnsupportedError
 from petalnet.p2p.fields import CODECS, FLOATS, INT8_BLOCK, Blob, Message, blob_size
 from petalnet.p2p.messages import (
     MAX_BLOCKS,
@@ -159,7 +159,8 @@ class Checks:
             raise UnsupportedError(f"this protocol takes forward and backward, not {request.name}")
         span = self._span
         if not span.first <= request.first < request.end <= span.end:
-            raise CallerError(f"blocks {request.first}:{request.end} are not served here, only {span.first}:{span.end}")
+            refusal = MovedError if request.first < request.end else CallerError
+            raise refusal(f"blocks {request.first}:{request.end} are not served here, only {span.first}:{span.end}")
         rows, length = self._hidden(request.hidden)
         blocks = request.end - request.first
         if not 1 <= rows * length <= self._limits.forward_tokens:

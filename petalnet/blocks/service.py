@@ -29,7 +29,7 @@ from petalnet.blocks.sessions import Session, SessionManager
 from petalnet.blocks.span import Span
 from petalnet.blocks.throughput import Rates
 from petalnet.blocks.work import BackwardWork, ForwardWork
-from petalnet.errors import BusyError, CallerError, PeerLost, PetalnetError, UnsupportedError
+from petalnet.errors import BusyError, CallerError, MovedError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import CODECS, Message
 from petalnet.p2p.messages import Backward, BackwardDone, Draining, Error, Forward, ForwardDone, OpenLink, OpenSession, SessionOpened
 
@@ -352,7 +352,7 @@ class BlockService:
 
     def _check_model(self, model: str) -> None:
         if model != self.model:
-            raise CallerError("another model is served here")
+            raise MovedError("another model is served here")
         if self.draining:
             raise BusyError("the server is shutting down", DRAINING_RETRY_S)
 

@@ -18,7 +18,7 @@ import trio
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.promises import SHORTEST_WAIT_S, NoRoom, Promise, Promises
 from petalnet.blocks.span import Span
-from petalnet.errors import BusyError, CallerError, TooLargeError
+from petalnet.errors import BusyError, CallerError, MovedError, TooLargeError
 
 
 @dataclass(eq=False)
@@ -120,12 +120,14 @@ class SessionManager:
             pushes: whether its outputs go to another server.
             network: from which the peer is connected, by which it counts as well; "" where that is not known.
         Raises:
-            CallerError: the blocks are not served here, or the model knows no sessions of that length.
+            MovedError: the blocks are not served here.
+            CallerError: they are none, or the model knows no sessions of that length.
             TooLargeError: a single row of that length can never fit.
             BusyError: there are too many sessions.
         """
         if not self._span.first <= first < end <= self._span.end:
-            raise CallerError(f"blocks {first}:{end} are not served here, only {self._span.first}:{self._span.end}")
+            refusal = MovedError if first < end else CallerError  # the record that the client chose this server by is out of date
+            raise refusal(f"blocks {first}:{end} are not served here, only {self._span.first}:{self._span.end}")
         limit = self._span.max_positions
         if limit is not None and max_length > limit:
             raise CallerError(f"a session of max_length {max_length} is longer than the {limit} positions that the model knows")

@@ -375,8 +375,8 @@ async def test_gradients(served: Served, with_prompts: bool) -> None:
 @pytest.mark.parametrize(
     ("request_", "code", "match"),
     [
-        (replace(OPEN, model="other"), "caller", "another model is served here"),
-        (replace(OPEN, first=0), "caller", "blocks 0:3 are not served here, only 1:3"),
+        (replace(OPEN, model="other"), "moved", "another model is served here"),
+        (replace(OPEN, first=0), "moved", "blocks 0:3 are not served here, only 1:3"),
         (replace(OPEN, first=2, end=2), "caller", "blocks 2:2 are not served here"),
         (replace(OPEN, max_length=1025), "too_large", "exceed the 1024 tokens of KV cache"),
         (step(X, 0), "unsupported", "a session begins with open_session, not step"),
@@ -437,21 +437,21 @@ async def test_a_wrong_step_is_refused_and_the_session_goes_on(served: Served, r
 
 
 @pytest.mark.parametrize(
-    ("request_", "match"),
+    ("request_", "code", "match"),
     [
-        (Forward("other", FIRST, END, encode_tensor(X)), "another model is served here"),
-        (Forward(MODEL, 0, 2, encode_tensor(X)), "blocks 0:2 are not served here"),
-        (Forward(MODEL, FIRST, END, encode_tensor(X[:, :0])), "a pass has 1 to 32768 tokens, not 3 × 0"),
-        (Forward(MODEL, FIRST, END, encode_tensor(torch.zeros(8, 4097, HIDDEN))), "a pass has 1 to 32768 tokens"),
-        (Forward(MODEL, FIRST, END, encode_tensor(X), mask=encode_tensor(MASK[:, 1:])), "the mask must be bool [3, 10]"),
-        (Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(X[:2])), "the gradient float32 [2, 10, 32] does not match"),
-        (Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(X.int())), "the gradient int32"),
-        (Ping(1), "this protocol takes forward and backward, not ping"),
+        (Forward("other", FIRST, END, encode_tensor(X)), "moved", "another model is served here"),
+        (Forward(MODEL, 0, 2, encode_tensor(X)), "moved", "blocks 0:2 are not served here"),
+        (Forward(MODEL, FIRST, END, encode_tensor(X[:, :0])), "caller", "a pass has 1 to 32768 tokens, not 3 × 0"),
+        (Forward(MODEL, FIRST, END, encode_tensor(torch.zeros(8, 4097, HIDDEN))), "caller", "a pass has 1 to 32768 tokens"),
+        (Forward(MODEL, FIRST, END, encode_tensor(X), mask=encode_tensor(MASK[:, 1:])), "caller", "the mask must be bool [3, 10]"),
+        (Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(X[:2])), "caller", "the gradient float32 [2, 10, 32] does not match"),
+        (Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(X.int())), "caller", "the gradient int32"),
+        (Ping(1), "unsupported", "this protocol takes forward and backward, not ping"),
     ],
 )
-async def test_a_wrong_pass_is_refused_and_the_stream_goes_on(served: Served, request_: Message, match: str) -> None:
+async def test_a_wrong_pass_is_refused_and_the_stream_goes_on(served: Served, request_: Message, code: str, match: str) -> None:
     async with await served.stream(FORWARD) as stream:
-        await refused(stream, request_, "unsupported" if isinstance(request_, Ping) else "caller", match)
+        await refused(stream, request_, code, match)
         answer: Any = await ask(stream, Forward(MODEL, FIRST, END, encode_tensor(X)))
         torch.testing.assert_close(decode_tensor(answer.output), whole(served.span, X)[0], atol=1e-5, rtol=1e-4)
 

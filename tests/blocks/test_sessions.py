@@ -14,7 +14,7 @@ from petalnet.blocks.pages import PagePool
 from petalnet.blocks.promises import FIRST_LIFETIME_S
 from petalnet.blocks.sessions import Session, SessionManager
 from petalnet.blocks.span import Span
-from petalnet.errors import BusyError, CallerError
+from petalnet.errors import BusyError, CallerError, MovedError
 from petalnet.models.checkpoint import ModelSource
 
 PAGE = 10
@@ -118,9 +118,9 @@ def test_what_can_never_fit_is_the_callers_fault(span: Span) -> None:
         sessions.admit(session, 2)
 
 
-@pytest.mark.parametrize("blocks", [(0, 4), (2, 2), (3, 1)])
-def test_blocks_that_are_not_served(span: Span, blocks: tuple[int, int]) -> None:
-    with pytest.raises(CallerError, match="are not served here, only 0:3"):
+@pytest.mark.parametrize(("blocks", "error"), [((0, 4), MovedError), ((2, 2), CallerError), ((3, 1), CallerError)])
+def test_blocks_that_are_not_served(span: Span, blocks: tuple[int, int], error: type[Exception]) -> None:
+    with pytest.raises(error, match="are not served here, only 0:3"):
         managed(span)[0].open("a", *blocks, 10)
 
 
