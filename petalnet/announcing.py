@@ -116,7 +116,9 @@ class Announcer:
             since = trio.current_time() - self._told_at
             moved = self._addrs_now() != self.record.addrs
             news = load.differs(self._told, capacity) or self._alone
-            if moved or since >= self.swarm.beat_s or (since >= LOAD_GAP_S and news):
+            # By both clocks: while a machine sleeps, one of them stands, and its record expires.
+            is_due = since >= self.swarm.beat_s or not 0 <= time.time() - self.record.issued < self.swarm.beat_s + LOAD_CHECK_S
+            if moved or is_due or (since >= LOAD_GAP_S and news):
                 try:
                     await self.tell()
                 except PetalnetError as error:

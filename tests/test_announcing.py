@@ -137,3 +137,21 @@ async def test_a_record_that_would_be_too_long_goes_without_digests() -> None:
     await announcer.tell()
     assert listener.heard[0][1].block_digests == () and listener.heard[0][1].span == (0, 400)
     assert len(announcer.record.block_digests) == 400
+
+
+async def test_a_machine_that_slept_speaks_at_once(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it slept its monotonic clock stood, so no beat is due by that one; its record has expired all the same."""
+    listener = Listener()
+    announcer = Announcer(listener, make_record(), lambda: Load(5, 2), lambda peer_id: None)
+    await announcer.tell()
+    now = time.time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run)
+        for step in (3600.0, -7200.0):  # it slept for an hour; and a clock that was set back
+            heard, now = len(listener.heard), now + step
+            monkeypatch.setattr(time, "time", lambda now=now: now)
+            await trio.sleep(1.5)
+            assert len(listener.heard) == heard + 1 and listener.heard[-1][1].issued == now
+            await trio.sleep(5)
+            assert len(listener.heard) == heard + 1
+        nursery.cancel_scope.cancel()

@@ -77,6 +77,10 @@ class Avoidance:
         if known is not None and known.reason in _LIFTED_BY_CONNECTING:
             known.until = min(known.until, now)
 
+    def forgive(self) -> None:
+        """Forget all failures but lies: it was this node that was away."""
+        self._peers = {peer_id: known for peer_id, known in self._peers.items() if known.reason is Reason.LYING}
+
     def expire(self, now: float) -> None:
         """Forget failures that are long past."""
         self._peers = {peer_id: known for peer_id, known in self._peers.items() if known.forgotten > now}

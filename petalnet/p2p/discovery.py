@@ -336,6 +336,12 @@ class Discovery:
 
     # ---- staying in touch
 
+    async def wake(self) -> None:
+        """This node was away for a while: who did not answer meanwhile has a new chance, and neighbours are looked for at once."""
+        self._avoidance.forgive()
+        self._store.expire(self._clock())
+        await self._find_neighbours()
+
     async def _join(self) -> None:
         await self._connect_to_any(self._bootstrap)
         if not self.joined and (remembered := self.known.peers(KNOWN_AT_ONCE)):

@@ -21,6 +21,8 @@ from petalnet.p2p.signed import open_signed
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.sequences import Sequences
 
+SET_BACK_S = 1.0
+"""Seconds by which what was received lies in the future, from which on the clock was set back since."""
 REMEMBERED = 4
 """Times as many sequence numbers as records are kept, of records that are kept or were: 200 bytes each."""
 _SAMPLE = 32
@@ -171,6 +173,9 @@ class RecordStore:
 
     def expire(self, now: float) -> None:
         """Drop what has expired."""
+        for entry in self._entries.values():
+            if entry.kept.received > now + SET_BACK_S:  # our clock was set back: from now on it is as old as it can be seen to be
+                self._replace(entry, replace(entry.kept, received=now, expires=now + entry.kept.expires - entry.kept.received))
         for peer_id in [peer_id for peer_id, entry in self._entries.items() if entry.kept.expires <= now]:
             self.remove(peer_id)
         self._sequences.expire(now)

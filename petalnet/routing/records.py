@@ -172,7 +172,7 @@ class ServerRecord:
         if signer != self.peer_id:
             raise RecordForged(f"a record of {self.peer_id} is signed by {signer}")
         if self.protocol != PROTOCOL:
-            raise RecordRejected(f"server {self.peer_id} speaks version {self.protocol} of petalnet's protocols; this is version {PROTOCOL}")
+            raise RecordRejected(f"peer {self.peer_id} speaks version {self.protocol} of petalnet's protocols; this is version {PROTOCOL}")
         if self.issued > now + CLOCK_TOLERANCE:
             raise RecordOutOfTime(f"a record of {self.peer_id} comes from {self.issued - now:.0f} s in the future, if the clocks are right")
         if self.sequence > (now + 3 * CLOCK_TOLERANCE) * 1000:

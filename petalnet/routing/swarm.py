@@ -41,6 +41,8 @@ MAX_SERVERS = 10_000
 """At up to 4 KB a record: 40 MB. A swarm of strangers must not be able to fill our memory by making up peers."""
 MAX_REMEMBERED = 4 * MAX_SERVERS
 """Servers whose last sequence number is remembered, 200 bytes each, and those that were connected to."""
+SET_BACK_S = 1.0
+"""Seconds by which a record is from the future, from which on our clock was set back since it came."""
 _SAMPLE = 32
 """Records among which the one that gives way is chosen; to look at all of them for each newcomer would be the next attack."""
 
@@ -112,6 +114,11 @@ class SwarmView:
         """A model, by its key, is in use here: its servers are the last to give way."""
         self._models.add(model)
 
+    @property
+    def followed(self) -> tuple[str, ...]:
+        """The models that are in use here, by their keys."""
+        return tuple(self._models)
+
     def is_news(self, peer_id: str, sequence: int) -> bool:
         """Whether a record of this number would be taken in, if it holds: cheaper to ask before its signature is checked."""
         return self._sequences.is_news(peer_id, sequence)
@@ -147,6 +154,12 @@ class SwarmView:
 
     def expire(self, now: float) -> None:
         """Drops records that have expired and failures that are long past."""
+        for peer_id, record in self._records.items():
+            if record.issued > now + SET_BACK_S:  # our clock was set back: what is remembered counts from now on
+                self._records[peer_id] = record.received(now)
+        for failure in self._failures.values():
+            if failure.at > now + SET_BACK_S:
+                failure.at, failure.until = now, now + failure.until - failure.at
         gone = [peer_id for peer_id, record in self._records.items() if record.expires <= now]
         for peer_id in gone:
             del self._records[peer_id]

@@ -205,3 +205,10 @@ def test_an_answer_is_shared_fairly(sizes: list[int], most: int) -> None:
     got = Counter(entry.source for entry in answer)
     short = [got[str(place)] for place, size in enumerate(sizes) if got[str(place)] < size]  # those that had more to give
     assert not short or max(got.values()) - min(short) <= 1
+
+
+def test_a_clock_that_is_set_back_keeps_no_record_for_longer() -> None:
+    store = RecordStore()
+    store.add(replace(kept("a", 1, KEYS[0]), received=7200.0, expires=7230.0), now=7200)
+    store.expire(0.0)
+    assert found(store, KEYS[0], now=29.0) == {b"a/1"} and found(store, KEYS[0], now=30.0) == set()

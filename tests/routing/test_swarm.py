@@ -333,3 +333,16 @@ class ViewMachine(RuleBasedStateMachine):
 def test_a_view_agrees_with_its_history(record: Build) -> None:
     ViewMachine.build = staticmethod(record)
     run_state_machine_as_test(ViewMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+
+
+def test_a_clock_that_is_set_back_keeps_nobody_for_longer(record: Build, now: float) -> None:
+    """Neither the record of a server that is gone, nor its penalty, lasts for the hours by which the clock was ahead."""
+    view = SwarmView()
+    view.add(record("A"), now=now)
+    until = view.mark_failed("A", now=now)
+    back = now - 7200.0
+    view.expire(back)
+    assert view.failed_until("A", now=back + (until - now) - 0.1) is not None
+    assert view.failed_until("A", now=back + (until - now) + 0.1) is None
+    view.expire(back + 91.0)
+    assert view.record("A") is None
