@@ -72,7 +72,7 @@ class Attempts:
 
     def told(self, error: PetalnetError) -> PetalnetError:
         """An error that ends the request, with what everybody answered."""
-        answers = dict(self.answers)
+        answers = {**error.answers, **self.answers}
         others = {peer_id: answer for peer_id, answer in answers.items() if peer_id != getattr(error, "peer_id", None)}
         told = error
         if isinstance(error, MissingBlocksError):
