@@ -34,6 +34,7 @@ from petalnet.version import __version__
 
 if TYPE_CHECKING:
     from petalnet.peering import Peering
+    from petalnet.remembering import PeerFile
     from petalnet.serving import Model, Server
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Node:
         self._role = trio.CancelScope()
         self._waits = {"sessions": 0, "within_s": 0.0}
         self._peering: Peering
+        self._peer_file: PeerFile
         self._server: Server | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -150,6 +152,7 @@ class Node:
             else:
                 await self._peering.look_up()
                 services.start_soon(self._peering.keep_fresh)
+            services.start_soon(self._peer_file.keep)
             await self._start_http(services)
             if self.role == "client":
                 await services.start(self._keep_state)
@@ -165,19 +168,26 @@ class Node:
             self._remove_files()
             if self._server is not None:
                 await self._server.drain(self._settings.drain_time)
+            self._peer_file.store()
 
     async def _join(self, stack: AsyncExitStack) -> None:
         from petalnet.p2p.identity import Identity
         from petalnet.p2p.protocols import Limits
         from petalnet.peering import open_peering
+        from petalnet.remembering import PeerFile
 
         settings = self._settings
         if self._access.swarm_key is not None:
             logger.info("private swarm, key %s: only nodes with the same key can connect", self._access.swarm_key.fingerprint)
         path = settings.identity_path or stack.enter_context(claim_identity_path(settings.public_name or self.role))
+        identity = Identity.load_or_create(path)
+        key = self._access.swarm_key
+        self._peer_file = peer_file = PeerFile(path, self._initial_peers, None if key is None else key.fingerprint)
+        if not settings.new_swarm:
+            peer_file.load()
         self._peering = await stack.enter_async_context(
             open_peering(
-                Identity.load_or_create(path),
+                identity,
                 initial_peers=self._initial_peers,
                 listen=settings.host_maddrs or None,
                 announce=settings.announce_maddrs,
@@ -186,6 +196,7 @@ class Node:
                 must_join=self.role != "bootstrap",
                 access=self._access,
                 limits=Limits() if settings.max_connections is None else Limits(max_connections=settings.max_connections),
+                known=peer_file.known,
             )
         )
 

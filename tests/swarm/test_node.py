@@ -135,7 +135,7 @@ async def test_a_second_signal_ends_a_draining_node_at_once(nodes, find_record) 
             await stream.send(OpenSession("s", record.model, 0, 2, 10))
             assert isinstance(await stream.receive(), SessionOpened)
             node.process.send_signal(signal.SIGINT)
-            while "sessions to end" not in node.log():
+            while "1 running one has up to 10 s to move" not in node.log():
                 assert node.process.poll() is None
                 await trio.sleep(0.02)
             assert not node.ready_file.exists()
