@@ -67,7 +67,7 @@ class Attempts:
         """A server, where one is to blame or is full, has answered."""
         if peer_id is not None and (peer_id in self.answers or len(self.answers) < MOST_ANSWERS):
             said = error.said if isinstance(error, ServerError) and error.said else str(error)
-            line = one_line(said).replace(peer_id, short_id(peer_id))
+            line = one_line(said).removeprefix(f"peer {peer_id} ").replace(peer_id, short_id(peer_id))
             self.answers[peer_id] = line if len(line) <= LONGEST_ANSWER else line[: LONGEST_ANSWER - 1] + "…"
 
     def told(self, error: PetalnetError) -> PetalnetError:

@@ -1,0 +1,229 @@
+"""Passes without a session go on elsewhere when a server fails, each class of error as it should be, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from petalnet.client import passes
+from petalnet.client.inputs import Inputs
+from petalnet.client.requests import Target
+from petalnet.client.settings import ClientSettings
+from petalnet.client.streams import IdleStreams
+from petalnet.errors import CallerError, MissingBlocksError, PeerLost, PeerUnreachable, PetalnetError
+from petalnet.p2p.fields import Blob, Message
+from petalnet.p2p.messages import Backward, BackwardDone, Error, Forward, ForwardDone
+from petalnet.routing.routes import Hop
+
+Answer = Callable[["Server", Forward | Backward], Awaitable[Message]]
+
+
+@pytest.fixture
+def autojump_clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
+
+
+async def works(server: Server, request: Forward | Backward) -> Message:
+    """Adds one for each block to every byte, so that what comes out tells which blocks it went through."""
+    data = bytes((byte + request.end - request.first) % 256 for byte in bytes(request.hidden.data))
+    output = Blob(request.hidden.dtype, request.hidden.shape, "raw", data)
+    return ForwardDone(output) if isinstance(request, Forward) else BackwardDone(request.grad_output)
+
+
+async def hangs(server: Server, request: Forward | Backward) -> Message:
+    server.answers_pings = False
+    return await trio.sleep_forever()
+
+
+async def takes_a_minute(server: Server, request: Forward | Backward) -> Message:
+    await trio.sleep(60)
+    return await works(server, request)
+
+
+async def hangs_for_a_minute(server: Server, request: Forward | Backward) -> Message:
+    server.answers_pings = False
+    answer = await takes_a_minute(server, request)
+    server.answers_pings = True
+    return answer
+
+
+def answers(code: str) -> Answer:
+    async def answer(server: Server, request: Forward | Backward) -> Message:
+        return Error(code, "as it was told to")
+
+    return answer
+
+
+async def dies(server: Server, request: Forward | Backward) -> Message:
+    raise PeerLost("the stream broke", server.peer_id)
+
+
+async def answers_garbage(server: Server, request: Forward | Backward) -> Message:
+    return ForwardDone(Blob("float32", (1, 1, 1), "raw", bytes(4)))
+
+
+class Server:
+    """One server; `answer` is what it does with a request, once `times` are over it works."""
+
+    def __init__(self, peer_id: str, first: int, end: int, answer: Answer = works, times: int = 10**9) -> None:
+        self.peer_id, self.first, self.end, self.answer, self.times = peer_id, first, end, answer, times
+        self.answers_pings = True
+        self.asked = 0
+
+
+class FakeStream:
+    def __init__(self, server: Server) -> None:
+        self.server, self.peer_id = server, server.peer_id
+
+    async def send(self, request: Message) -> None:
+        self.request: Any = request
+
+    async def receive(self) -> Message:
+        self.server.asked += 1
+        if self.server.asked > self.server.times:
+            return await works(self.server, self.request)
+        return await self.server.answer(self.server, self.request)
+
+    async def reset(self) -> None:
+        pass
+
+    close = reset
+
+
+class Membership:
+    """Routes over servers in their order, without those that failed and with late ones last."""
+
+    def __init__(self, servers: list[Server]) -> None:
+        self.servers = servers
+        self.marks: list[tuple[str, str]] = []
+        self.worked: list[str] = []
+        self.failed: set[str] = set()
+        self.late: set[str] = set()
+        self.idle_streams = IdleStreams()
+        self.host = SimpleNamespace(ping=self.ping, round_trip_s=lambda peer_id: 0.01, bytes_s=lambda peer_id: None)
+
+    async def ping(self, peer_id: str, timeout_s: float) -> float:
+        if next(server for server in self.servers if server.peer_id == peer_id).answers_pings:
+            return 0.01
+        await trio.sleep(timeout_s)
+        raise PeerUnreachable("no answer", peer_id)
+
+    async def route(self, model: str, first: int, end: int, *, blocked: frozenset[str], **_: Any) -> list[Hop]:
+        hops: list[Hop] = []
+        usable = [server for server in self.servers if server.peer_id not in blocked | self.failed]
+        while first < end:
+            fit = [server for server in usable if server.first <= first < server.end]
+            if not fit:
+                raise MissingBlocksError([first])
+            server = min(fit, key=lambda server: server.peer_id in self.late)
+            hops.append(Hop(server.peer_id, (), first, min(server.end, end)))
+            first = hops[-1].end
+        return hops
+
+    def mark_failed(self, peer_id: str, wrong: bool = False) -> None:
+        self.marks.append(("wrong" if wrong else "lost", peer_id))
+        self.failed.add(peer_id)
+
+    def mark_late(self, peer_id: str) -> None:
+        self.marks.append(("late", peer_id))
+        self.late.add(peer_id)
+
+    def mark_ok(self, peer_id: str) -> None:
+        self.worked.append(peer_id)
+
+    def observe(self, peer_id: str, **_: Any) -> None:
+        pass
+
+
+def swarm(monkeypatch: pytest.MonkeyPatch, *servers: Server, **settings: Any) -> tuple[Target, Membership]:
+    membership = Membership(list(servers))
+
+    async def open_stream(target: Target, hop: Hop, protocol: Any) -> FakeStream:
+        return FakeStream(next(server for server in servers if server.peer_id == hop.peer_id))
+
+    monkeypatch.setattr(passes, "open_stream", open_stream)
+    target = Target(swarm=SimpleNamespace(membership=membership), model="m", first=0, end=8, settings=ClientSettings(**settings))  # type: ignore[arg-type]
+    return target, membership
+
+
+HIDDEN = Blob("float32", (1, 2, 1), "raw", bytes(8))
+
+
+async def forward(target: Target) -> list[str]:
+    """The servers that did it, in order; what came out has gone through all blocks, once."""
+    hops, outputs = await passes.forward(target, HIDDEN, Inputs())
+    assert bytes(outputs[-1].data) == bytes([target.end - target.first]) * 8
+    return [hop.peer_id for hop in hops]
+
+
+async def test_a_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    target, membership = swarm(monkeypatch, Server("a", 0, 4), Server("b", 4, 8, hangs), Server("c", 4, 8))
+    began = trio.current_time()
+    assert await forward(target) == ["a", "c"]
+    assert trio.current_time() - began < 10 and membership.marks == [("late", "b")] and membership.worked == ["a", "c"]
+    hops, _ = await passes.forward(target, HIDDEN, Inputs())
+    target, membership = swarm(monkeypatch, Server("b", 0, 8, hangs), Server("c", 0, 8))
+    gradient, _ = await passes.backward(target, HIDDEN, HIDDEN, Inputs())
+    assert gradient == HIDDEN and membership.marks == [("late", "b")]
+
+
+async def test_a_server_that_computes_is_waited_for(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    target, membership = swarm(monkeypatch, Server("a", 0, 8, takes_a_minute), Server("b", 0, 8))
+    assert await forward(target) == ["a"] and trio.current_time() >= 60 and not membership.marks
+
+
+async def test_a_server_that_hangs_and_is_the_only_one_is_waited_for(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    target, membership = swarm(monkeypatch, Server("a", 0, 4), Server("b", 4, 8, hangs_for_a_minute))
+    assert await forward(target) == ["a", "b"] and not membership.marks
+    target, membership = swarm(monkeypatch, Server("a", 0, 8, hangs), request_timeout=30, max_retries=0)
+    with pytest.raises(PeerLost, match="no answer within 30 s"):
+        await forward(target)
+    assert membership.marks == [("lost", "a")], "the user's bound is over"
+
+
+@pytest.mark.parametrize(
+    ("answer", "marks"),
+    [
+        (dies, [("lost", "b")]),
+        (answers("server"), [("wrong", "b")]),
+        (answers("unheard of"), [("wrong", "b")]),
+        (answers_garbage, [("wrong", "b")]),
+        (answers("busy"), []),
+        (answers("moved"), []),
+        (answers("too_large"), []),
+    ],
+)
+async def test_a_failed_hop_is_run_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock, answer: Answer, marks: list[tuple[str, str]]
+) -> None:
+    first = Server("a", 0, 4)
+    target, membership = swarm(monkeypatch, first, Server("b", 4, 8, answer), Server("c", 4, 6), Server("d", 6, 8))
+    assert await forward(target) == ["a", "c", "d"]
+    assert membership.marks == marks and first.asked == 1, "what was done is not done again"
+    assert trio.current_time() == 0
+
+
+async def test_the_callers_fault_is_raised_at_once(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    second = Server("b", 0, 8)
+    target, membership = swarm(monkeypatch, Server("a", 0, 8, answers("caller")), second)
+    with pytest.raises(CallerError, match="as it was told to"):
+        await forward(target)
+    assert not membership.marks and not second.asked and trio.current_time() == 0
+
+
+async def test_full_servers_are_waited_for(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    target, membership = swarm(monkeypatch, Server("a", 0, 8, answers("busy"), times=3))
+    assert await forward(target) == ["a"] and not membership.marks and trio.current_time() > 0
+
+
+async def test_where_all_fail_each_answer_is_told(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    target, _ = swarm(monkeypatch, Server("a", 0, 4), Server("b-server", 4, 8, dies), Server("c-server", 4, 8, answers("server")))
+    with pytest.raises(PetalnetError) as caught:
+        await forward(target)
+    assert isinstance(caught.value, MissingBlocksError) and caught.value.blocks == [4]
+    assert caught.value.answers == {"b-server": "the stream broke", "c-server": "failed: as it was told to"}
