@@ -76,12 +76,16 @@ class Placing:
         self._known = [record.peer_id for record in others]
         return choose_span(others, self._num_blocks, count, now=time.time())
 
-    async def reconsider(self, own: ServerRecord) -> tuple[int, int] | None:
+    async def reconsider(self, own: ServerRecord, *, again: bool = False) -> tuple[int, int] | None:
         """Other blocks to load than those that a joining server has announced, because others announced theirs at the same moment; None
-        where it may load. To be asked again after the next announcement, up to `SECOND_LOOKS` times."""
+        where it may load what it has announced.
+
+        Args:
+            again: not the first time: the others have reconsidered as well.
+        """
         await trio.sleep(TOLD_S)
         await self._look_up()
-        span = reconsider(self._others(("joining", "online")), own, self._known, now=time.time())
+        span = reconsider(self._others(("joining", "online")), own, self._known, now=time.time(), again=again)
         return None if span == own.span else span
 
     async def next_move(self, own: Callable[[], ServerRecord]) -> Move:

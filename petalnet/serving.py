@@ -188,8 +188,8 @@ class Server:
 
     async def _look_again(self) -> None:
         """Choose anew where others chose at the same moment."""
-        for _ in range(SECOND_LOOKS):
-            span = await self._placing.reconsider(self._announcer.record)
+        for look in range(SECOND_LOOKS):
+            span = await self._placing.reconsider(self._announcer.record, again=look > 0)
             if span is None:
                 return
             logger.info("others chose the same blocks at the same moment: taking %d:%d instead", *span)

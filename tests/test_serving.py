@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -35,6 +35,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placing, "TOLD_S", 0.3)
 
 
+async def eventually(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while True:
+            if condition():
+                return
+            await trio.sleep(0.01)
+
+
 class Swarm:
     """Servers that know each other, and a watcher that remembers what each has said."""
 
@@ -51,9 +59,7 @@ class Swarm:
         peering = await self._nursery.start(_keep_open, opened)
         server = Server(settings, peering, self._model)
         await self._nursery.start(server.run)
-        with trio.fail_after(10):
-            while self.record(server).state != "online":
-                await trio.sleep(0.01)
+        await eventually(lambda: self.record(server).state == "online")
         return server
 
     def record(self, server: Server) -> ServerRecord:
@@ -111,9 +117,7 @@ async def test_a_server_goes_to_other_blocks_and_says_so_first(model: Model) -> 
         assert mover.span == (3, 9)
         assert service() is None and weights() is None, "the old blocks' memory is given back"
         assert await runs(swarm, mover, 3, 9) and not await runs(swarm, mover, 9, 12)
-        with trio.fail_after(5):
-            while swarm.record(mover).state != "online":
-                await trio.sleep(0.01)
+        await eventually(lambda: swarm.record(mover).state == "online")
         states = swarm.heard(mover)
         assert states[-4:] == [("online", (6, 12)), ("draining", (6, 12)), ("joining", (3, 9)), ("online", (3, 9))]
         assert len(swarm.record(mover).block_digests) == 6
@@ -171,12 +175,10 @@ async def test_a_server_that_is_told_to_stop_while_it_moves_leaves(model: Model)
         mover = await swarm.start((0, 6), drain_time=30.0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mover.move, (6, 12))
-            with trio.fail_after(5):
-                while swarm.heard(mover)[-1][0] != "draining":
-                    await trio.sleep(0.01)
+            await eventually(lambda: swarm.heard(mover)[-1][0] == "draining")
             await mover.drain(1.0)
-            await trio.sleep(0.5)
-            assert swarm.heard(mover)[-1] == ("left", (0, 6)) and mover.span == (0, 6)
+            await eventually(lambda: swarm.heard(mover)[-1] == ("left", (0, 6)))
+            assert mover.span == (0, 6)
             nursery.cancel_scope.cancel()
 
 

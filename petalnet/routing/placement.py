@@ -3,8 +3,8 @@
 Nobody gives orders. Servers that know the same records come to the same conclusions, and a rule that all compute says whose turn it is:
 
 - *Joining.* A newcomer takes the blocks where it adds most, beside those that are online and those that are loading, and announces itself.
-  Newcomers that chose at the same moment then look again, in the order of their peer ids: each counts, of those that it has learnt of since
-  it chose, only the ones before it, and goes elsewhere in thought if that is better. So of two that chose the same blocks one stays.
+  Newcomers that chose at the same moment then look again, in thought in the order of their peer ids: each counts, of those that it has
+  learnt of since it chose, only the ones before it, where they will be then. So of two that chose the same blocks one stays.
 - *Moving.* A server looks now and then whether the swarm would be better by a margin if all stood elsewhere (`settling`). If so, those that
   would have to go take turns, the one first whose going helps most. One goes at a time for each `SERVERS_A_MOVER` servers: nobody
   begins while another drains, and those that load are counted where they will be.
@@ -68,7 +68,9 @@ def choose_span(
     return first, first + count
 
 
-def reconsider(records: Iterable[ServerRecord], own: ServerRecord, known: Iterable[str], *, now: float) -> tuple[int, int]:
+def reconsider(
+    records: Iterable[ServerRecord], own: ServerRecord, known: Iterable[str], *, now: float, again: bool = False
+) -> tuple[int, int]:
     """Where a joining server should go, once others have had time to be heard of that chose at the same moment; its own span where that
     is as good as any.
 
@@ -76,10 +78,22 @@ def reconsider(records: Iterable[ServerRecord], own: ServerRecord, known: Iterab
         records: the other servers.
         own: the server's own record.
         known: servers that it knew of when it chose; they may not have known of it.
+        again: others have had time to do the same: what they say now is what they will load.
     """
     before = set(known)
     counted = [record for record in records if record.state == "online" or record.peer_id in before or record.peer_id < own.peer_id]
-    return choose_span(counted, own.num_blocks, own.span[1] - own.span[0], now=now, stay=own.span)
+    places = places_of(counted, own.num_blocks, now=now)
+    rivals = {record.peer_id for record in counted if record.state == "joining" and record.peer_id not in before and not again}
+    strength = strengths((place for place in places if place.peer_id not in rivals), own.num_blocks)
+    for place in places:
+        if place.peer_id in rivals:  # where it will be once it has looked again like this server
+            length = place.end - place.first
+            first = weakest_window(strength, length, stay=place.first)
+            for block in range(first, first + length):
+                strength[block] += place.rate
+    length = own.span[1] - own.span[0]
+    first = weakest_window(strength, length, stay=own.span[0])
+    return first, first + length
 
 
 def find_moves(records: Iterable[ServerRecord], own: ServerRecord, *, now: float, idle: Collection[str] = ()) -> list[Move]:
