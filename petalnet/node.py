@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +28,7 @@ from petalnet.errors import NoSwarmError, UsageError
 from petalnet.inspection import serve_inspection
 from petalnet.overview import describe_swarm
 from petalnet.p2p.access import Access
-from petalnet.state import claim_identity_path, remove_own_json, require_writable, write_json
+from petalnet.state import KeptFile, claim_identity_path, remove_own_json, require_writable, write_json
 from petalnet.threads import in_thread
 from petalnet.version import __version__
 
@@ -98,7 +98,7 @@ class Node:
         async for number in signals:
             if self._stopping.is_set():
                 self._remove_files()
-                sys.stdout.flush()
+                _print(())
                 os._exit(128 + number)
             self._stop("told to stop")
 
@@ -285,6 +285,7 @@ class Node:
         other = read_client_state()
         if other is not None and other["pid"] != os.getpid():
             logger.warning("another client daemon runs on this machine (pid %s); programs here will use this one's swarm", other["pid"])
+        file = KeptFile(path, "programs on this machine may not find the swarm through this daemon")
         written: dict[str, Any] = {}
         key = self._access.swarm_key
         while True:
@@ -299,27 +300,23 @@ class Node:
                 "http": self._http_url,
             }
             # A daemon that was started later took the file over, and took it away when it ended: then it is ours again.
-            if state != written or read_client_state() is None:
-                write_json(path, state, mode=0o600)
+            if (state != written or read_client_state() is None) and file.write(state):
                 written = state
-                task_status.started()
-                task_status = trio.TASK_STATUS_IGNORED
+            task_status.started()
+            task_status = trio.TASK_STATUS_IGNORED
             await trio.sleep(STATE_EVERY_S)
 
     def _tell_ready(self) -> None:
         """The lines on standard output and then the ready file: whoever waits for that finds them there."""
         settings, host, server = self._settings, self._peering.host, self._server
         span = None if server is None else list(server.span)
-        for addr in host.addrs:
-            print(addr)
-        if self._http_url is not None:
-            print(self._http_url)
+        lines = [*host.addrs, *filter(None, [self._http_url])]
         if self.role != "client" and host.addrs:
             serve = "auto" if span is None else str(span[1] - span[0])
             model = [settings.model] if settings.model is not None else ["MODEL"] if server is None else []
             key = [] if self._access.swarm_key is None else ["--swarm-key", str(self._access.swarm_key.path or "FILE")]
-            print("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, *key, "--initial-peers", host.addrs[0]]))
-        sys.stdout.flush()
+            lines.append("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, *key, "--initial-peers", host.addrs[0]]))
+        _print(lines)
         if settings.ready_file is not None:
             write_json(
                 settings.ready_file,
@@ -337,6 +334,19 @@ class Node:
     def _remove_files(self) -> None:
         while self._files:
             remove_own_json(self._files.pop())
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Lines on standard output, at once. Where that leads to a full disk or to nobody, the node goes on."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except OSError as error:
+        logger.warning("standard output cannot be written: %s", error.strerror or error)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else Python fails at its end, over what is still to be written
+        os.close(nowhere)
 
 
 def _import_libraries() -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import trio
 
-from petalnet.errors import UsageError
 from petalnet.p2p.known_peers import KnownPeers
-from petalnet.state import write_json
+from petalnet.state import KeptFile
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class PeerFile:
         self._initial_peers = list(initial_peers)
         self._swarm_key = swarm_key
         self._stored = -1
-        self._complained = False
+        self._file = KeptFile(self.path, "this node's peers cannot be remembered for its next start")
 
     def load(self) -> None:
         """Take in what an earlier life of this node left; nothing where that was of another swarm, or cannot be read."""
@@ -62,19 +61,11 @@ class PeerFile:
             logger.info("the peers that were remembered in %s cannot be read: %s", self.path, error)
 
     def store(self) -> None:
-        """Write the file where something has changed. Where that fails, it is told once and tried again the next time."""
+        """Write the file where something has changed."""
         version = self.known.version
-        if version == self._stored:
-            return
         content = {"initial_peers": self._initial_peers, "swarm_key": self._swarm_key, "peers": self.known.dump()}
-        try:
-            write_json(self.path, content, mode=0o600)
-        except UsageError as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning("this node's peers cannot be remembered for its next start: %s", error)
-        else:
-            self._stored, self._complained = version, False
+        if version != self._stored and self._file.write(content):
+            self._stored = version
 
     async def keep(self) -> None:
         """Keep the file up to date until cancelled."""

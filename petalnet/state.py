@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import tempfile
@@ -15,6 +16,8 @@ from typing import Any
 
 from petalnet.config import state_dir
 from petalnet.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 MAX_NODES_OF_A_NAME = 1000
 
@@ -38,6 +41,34 @@ def write_json(path: Path, content: Mapping[str, Any], *, mode: int = 0o644) -> 
             with contextlib.suppress(OSError):
                 os.unlink(name)
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class KeptFile:
+    """A file that a running node keeps up to date. Where it cannot be written, as on a full disk, that is told once and the node goes on.
+
+    Args:
+        path: where it lies.
+        without: what the node cannot do without it, for a person.
+        mode: its permissions.
+    """
+
+    def __init__(self, path: Path, without: str, *, mode: int = 0o600) -> None:
+        self.path = path
+        self._without = without
+        self._mode = mode
+        self._complained = False
+
+    def write(self, content: Mapping[str, Any]) -> bool:
+        """Put `content` there, and say whether that worked."""
+        try:
+            write_json(self.path, content, mode=self._mode)
+        except UsageError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning("%s: %s", self._without, error)
+            return False
+        self._complained = False
+        return True
 
 
 def require_writable(path: Path) -> None:
