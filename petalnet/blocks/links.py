@@ -308,6 +308,11 @@ class IncomingLinks:
         self._per_peer: Counter[str] = Counter()
 
     @property
+    def sessions(self) -> int:
+        """Sessions that may take steps from another server."""
+        return len(self._hops)
+
+    @property
     def waiting(self) -> int:
         """Links that wait for their session."""
         return len(self._waiting)

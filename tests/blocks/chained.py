@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,16 @@ class Server:
 
 @dataclass
 class Chain:
-    """Servers whose spans follow each other, a client, and one span of all their blocks to compare with."""
+    """Servers whose spans follow each other, a client, and one span of all their blocks to compare with.
+
+    Attributes:
+        spares: servers that are in no session of `session`.
+    """
 
     servers: list[Server]
     client: Host
     twin: Span
+    spares: list[Server] = field(default_factory=list)
 
     def whole(self, hidden: torch.Tensor, **options: Any) -> torch.Tensor:
         """The outputs of every block, [blocks, rows, length, hidden]."""
@@ -75,32 +81,38 @@ class Chain:
         """A session through all servers, as a client opens it. `direct`: whether they push."""
         peers = [server.peer_id for server in self.servers]
         session = secrets.token_hex(16)
-        async with AsyncExitStack() as stack:
-            streams = []
+        streams: list[Stream] = []
+        try:
             for index, server in enumerate(self.servers):
-                stream = await self.client.open_stream(server.peer_id, INFERENCE, addrs=server.host.addrs)
-                streams.append(await stack.enter_async_context(stream))
-                span = server.service.span
-                opening = OpenSession(session, MODEL, span.first, span.end, 200)
-                if direct:
-                    takes_from = peers[index - 1] if index else ""
-                    pushes_to = peers[index + 1] if index + 1 < len(peers) else ""
-                    opening = replace(opening, takes_from=takes_from, pushes_to=pushes_to)
-                await stream.send(replace(opening, **options))
+                takes_from = peers[index - 1] if direct and index else ""
+                pushes_to = peers[index + 1] if direct and index + 1 < len(peers) else ""
+                stream = await self.begin(server, session, takes_from=takes_from, pushes_to=pushes_to, **options)
+                streams.append(stream)
             for stream in streams:
                 opened = await receive(stream)
                 assert isinstance(opened, SessionOpened), opened
             yield ClientSession(session, streams)
+        finally:
+            for stream in streams:
+                await stream.close()
+
+    async def begin(self, server: Server, session: str, **options: Any) -> Stream:
+        """A stream to a server on which a session is opened; the answer is still to be received."""
+        stream = await self.client.open_stream(server.peer_id, INFERENCE, addrs=server.host.addrs)
+        span = server.service.span
+        await stream.send(replace(OpenSession(session, MODEL, span.first, span.end, 200), **options))
+        return stream
 
     async def nothing_is_left(self) -> None:
         """Wait until no session is left, and make sure that they left nothing."""
-        for server in self.servers:
+        for server in (*self.servers, *self.spares):
             service = server.service
             await eventually(lambda service=service: not len(service.sessions))  # type: ignore[misc]
             await eventually(lambda server=server: not server.links["open"])  # type: ignore[misc]
             await service.check()
             assert service.sessions.free_tokens == service.sessions.max_tokens
             assert service.engine.queue_length == 0
+            assert service.read_ahead.bytes == 0 and not service.incoming_links.sessions
 
 
 @dataclass
@@ -114,7 +126,9 @@ class ClientSession:
     def step(self, hidden: torch.Tensor, position: int, **extras: Any) -> Step:
         """The next step."""
         self.steps += 1
-        flags = {name: extras.pop(name) for name in ("all_hidden", "keep", "promise_rows", "step", "codec", "reach") if name in extras}
+        flags = {
+            name: extras.pop(name) for name in ("all_hidden", "keep", "promise_rows", "step", "codec", "reach", "until") if name in extras
+        }
         blobs = {name: encode_tensor(tensor) for name, tensor in extras.items()}
         return Step(**{"step": self.steps, "position": position, "hidden": encode_tensor(hidden), **flags, **blobs})
 
@@ -147,15 +161,18 @@ async def receive(stream: Stream) -> Message:
 
 
 @asynccontextmanager
-async def chain_of(folder: Path, cuts: Sequence[int] = (2,), *, pool: int = 1024, **options: Any) -> AsyncIterator[Chain]:
-    """Servers of a model of four blocks that is cut there, who know each other."""
+async def chain_of(
+    folder: Path, cuts: Sequence[int] = (2,), *, spares: Sequence[tuple[int, int]] = (), pool: int = 1024, **options: Any
+) -> AsyncIterator[Chain]:
+    """Servers of a model of four blocks that is cut there, and others of blocks [first, end), who all know each other."""
     edges = [0, *cuts, LAYERS]
+    count = len(cuts) + 1
     source = ModelSource.open(folder)
     async with AsyncExitStack() as stack:
         servers: list[Server] = []
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in (*pairwise(edges), *spares):
             host = await stack.enter_async_context(open_host(Identity.generate(), listen=LOOPBACK))
             knows: dict[str, list[str]] = {}
 
@@ -173,6 +190,6 @@ async def chain_of(folder: Path, cuts: Sequence[int] = (2,), *, pool: int = 1024
         for server in servers:
             server.knows.update({other.peer_id: other.host.addrs for other in servers})
         client = await stack.enter_async_context(open_host(Identity.generate(), listen=[]))
-        chain = Chain(servers, client, Span.load(source, 0, LAYERS))
+        chain = Chain(servers[:count], client, Span.load(source, 0, LAYERS), servers[count:])
         yield chain
         await chain.nothing_is_left()
