@@ -35,8 +35,9 @@ the longest penalty, one that fails with every second answer does."""
 FIRST_LAST_RESORT, LONGEST_LAST_RESORT = 2.0, 30.0
 """Seconds after a failure when a server that nobody can stand in for is asked again: the first, doubled as penalties are, up to the
 longest."""
-LATE_S = 15.0
-"""For which a server that was late is avoided where others hold its blocks: a machine that swaps, a line that is full."""
+FIRST_LATE = 15.0
+"""Seconds for which a server that was late is avoided where others hold its blocks (a machine that swaps, a line that is full); doubled,
+up to the longest penalty, with each further time that it is doubted before it has worked."""
 MAX_SERVERS = 10_000
 """At up to 4 KB a record: 40 MB. A swarm of strangers must not be able to fill our memory by making up peers."""
 MAX_REMEMBERED = 4 * MAX_SERVERS
@@ -62,7 +63,7 @@ class ModelSummary:
 
 @dataclass(slots=True)
 class _Failure:
-    """The last failure of a server.
+    """The last failure of a server, or the last time that it was late.
 
     Attributes:
         count: how many there were, this one included.
@@ -81,8 +82,12 @@ class _Failure:
     def last_resort_at(self) -> float:
         return min(self.at + min(FIRST_LAST_RESORT * 2.0 ** min(self.count - 1, 16), LONGEST_LAST_RESORT), self.until)
 
+    def is_active(self, now: float) -> bool:
+        """Whether its penalty lasts; a clock that was set back makes none longer."""
+        return not self.is_over and self.at - SET_BACK_S <= now < self.until
+
     def faded(self, now: float) -> int:
-        """How many failures still count."""
+        """How many still count."""
         return max(0, self.count - int(max(now - self.until, 0.0) / FADES_AFTER)) if now < self.until + FORGIVEN_AFTER else 0
 
 
@@ -101,7 +106,7 @@ class SwarmView:
         self._own = own
         self._records: dict[str, ServerRecord] = {}
         self._failures: dict[str, _Failure] = {}
-        self._late: dict[str, float] = {}  # until when
+        self._late: dict[str, _Failure] = {}
         self._sequences = Sequences(MAX_REMEMBERED)
         self._met: dict[str, None] = {}
         self._models: set[str] = set()
@@ -165,10 +170,9 @@ class SwarmView:
             del self._records[peer_id]
         if gone:
             self.version += 1
-        for peer_id in [peer_id for peer_id, failure in self._failures.items() if failure.until + FORGIVEN_AFTER <= now]:
-            del self._failures[peer_id]
-        for peer_id in [peer_id for peer_id, until in self._late.items() if until <= now]:
-            del self._late[peer_id]
+        for failures in (self._failures, self._late):
+            for peer_id in [peer_id for peer_id, failure in failures.items() if failure.until + FORGIVEN_AFTER <= now]:
+                del failures[peer_id]
         self._sequences.expire(now)
 
     def _give_way(self, now: float) -> None:
@@ -189,7 +193,7 @@ class SwarmView:
             wrong: it is there, and answered wrongly; otherwise it is away, silent or has closed what it should not have.
         """
         failure = self._failures.get(peer_id)
-        if failure is not None and not failure.is_over and now < failure.last_resort_at:
+        if failure is not None and failure.is_active(now) and now < failure.last_resort_at:
             failure.wrong |= wrong
             return failure.until
         count = 1 + (0 if failure is None else failure.faded(now))
@@ -199,9 +203,14 @@ class SwarmView:
         return until
 
     def mark_late(self, peer_id: str, *, now: float) -> None:
-        """A server, or the way to it, may hang: avoided where others hold its blocks, for some seconds or until it works."""
-        self._late[peer_id] = now + LATE_S
-        self.version += 1
+        """A server, or the way to it, may hang, or may have spoilt something: avoided where others hold its blocks, for some seconds or
+        until it works."""
+        late = self._late.get(peer_id)
+        if late is None or not late.is_active(now):
+            count = 1 + (0 if late is None else late.faded(now))
+            until = now + min(FIRST_LATE * 2.0 ** min(count - 1, 16), LONGEST_PENALTY)
+            self._late[peer_id] = _Failure(count, now, until, wrong=False)
+            self.version += 1
 
     def mark_ok(self, peer_id: str) -> None:
         """The server did its work: its penalty is over, though its failures fade only with time."""
@@ -229,7 +238,7 @@ class SwarmView:
     def failed_until(self, peer_id: str, *, now: float) -> float | None:
         """Until when the server is kept out of routes; None where it is not."""
         failure = self._failures.get(peer_id)
-        return failure.until if failure is not None and not failure.is_over and now < failure.until else None
+        return failure.until if failure is not None and failure.is_active(now) else None
 
     def on_probation(self, peer_id: str) -> bool:
         """Whether the server has failed and not been seen to work since: its penalty may be over, but it may as well still be dead."""
@@ -238,7 +247,8 @@ class SwarmView:
 
     def is_doubtful(self, peer_id: str, *, now: float) -> bool:
         """Whether others are to be preferred: it is on probation, or was late a moment ago."""
-        return self.on_probation(peer_id) or self._late.get(peer_id, now) > now
+        late = self._late.get(peer_id)
+        return self.on_probation(peer_id) or (late is not None and late.is_active(now))
 
     def record(self, peer_id: str) -> ServerRecord | None:
         """The newest record of a server, expired or not."""

@@ -15,7 +15,7 @@ from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.errors import MissingBlocksError, PeerUnreachable, ServerError
 from petalnet.p2p.access import Access
 from petalnet.routing.records import ServerRecord
-from petalnet.routing.swarm import SwarmView
+from petalnet.routing.swarm import FIRST_LAST_RESORT, SwarmView
 
 MODEL = "ab" * 32
 
@@ -88,6 +88,27 @@ def test_a_connection_ahead_of_need_that_fails_takes_nobody_out_of_the_routes() 
             assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4, blocked={"near"})] == ["far"]
 
     trio.run(main)
+
+
+def test_a_server_that_failed_is_asked_again_soon_where_nobody_else_is_there() -> None:
+    """And never where somebody is, late though that one may be."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            membership, peering = await join(nursery, record("near"))
+            membership.mark_failed("near")
+            with pytest.raises(MissingBlocksError):
+                await membership.route(MODEL, 0, 4)
+            peering.view.forget("near")
+            peering.view.add(record("near"), now=time.time())
+            peering.view.mark_failed("near", now=time.time() - FIRST_LAST_RESORT)
+            assert peering.view.failed_until("near", now=time.time()) is not None
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["near"]
+            peering.view.add(record("tardy"), now=time.time())
+            membership.mark_late("tardy")
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["tardy"]
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
 @pytest.mark.parametrize("joined_s_ago", [0.1, SETTLE_S + 1])

@@ -11,9 +11,9 @@ from petalnet.routing import swarm
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import (
     FADES_AFTER,
+    FIRST_LATE,
     FIRST_PENALTY,
     FORGIVEN_AFTER,
-    LATE_S,
     LONGEST_LAST_RESORT,
     LONGEST_PENALTY,
     SwarmView,
@@ -130,14 +130,37 @@ def test_a_late_server_is_doubtful_for_a_moment_and_never_out(record: Build, now
     view.mark_late("A", now=now)
     assert view.version > version and view.is_doubtful("A", now=now) and not view.on_probation("A")
     assert peers(view.servers(MODEL, now=now)) == ["A"]
-    assert not view.is_doubtful("A", now=now + LATE_S)
+    assert not view.is_doubtful("A", now=now + FIRST_LATE)
     view.mark_ok("A")
     assert not view.is_doubtful("A", now=now), "forgotten at the first good answer"
     view.mark_late("A", now=now)
-    view.expire(now + LATE_S)
+    view.expire(now + FIRST_LATE + FORGIVEN_AFTER)
     assert not view.is_doubtful("A", now=now)
     view.mark_late("A", now=now)
     assert view.mark_failed("A", now=now) - now == FIRST_PENALTY, "to be late counts as no failure"
+
+
+def test_who_is_doubted_again_and_again_is_doubted_for_longer(record: Build, now: float) -> None:
+    """Of two that may have spoilt something the one that did is there each time."""
+    view = SwarmView()
+    view.add(record("A", expires=now + 3000), now=now)
+    for time in range(10):
+        view.mark_late("A", now=now)
+        view.mark_late("A", now=now + 1)
+        lasts = min(FIRST_LATE * 2**time, LONGEST_PENALTY)
+        assert view.is_doubtful("A", now=now + lasts - 0.1) and not view.is_doubtful("A", now=now + lasts)
+        now += lasts
+    view.mark_ok("A")
+    view.mark_late("A", now=now)
+    assert not view.is_doubtful("A", now=now + FIRST_LATE)
+
+
+def test_a_clock_that_is_set_back_makes_no_penalty_longer(record: Build, now: float) -> None:
+    view = SwarmView()
+    view.mark_failed("A", now=now)
+    view.mark_late("A", now=now)
+    assert view.failed_until("A", now=now - 3600) is None
+    assert view.mark_failed("A", now=now - 3600) - (now - 3600) <= LONGEST_PENALTY
 
 
 def test_where_nobody_else_is_there_a_failed_server_is_asked_again_soon(record: Build, now: float) -> None:
@@ -158,7 +181,7 @@ def test_where_nobody_else_is_there_a_failed_server_is_asked_again_soon(record: 
 
 @given(st.lists(st.tuples(st.sampled_from(["fails", "is wrong", "is late", "works", "comes back"]), st.floats(0.0, 400.0)), max_size=60))
 def test_penalties_are_bounded_and_nobody_is_exiled(record: Build, events: list[tuple[str, float]]) -> None:
-    """Whatever happens to a server, it is out for the longest penalty at most, where nobody else is there for less, and forgiven in the end."""
+    """Whatever happens, it is out for the longest penalty at most, where nobody else is there for less, and forgiven in the end."""
     now = 1_800_000_000.0
     view = SwarmView()
     for sequence, (what, pause) in enumerate(events):
