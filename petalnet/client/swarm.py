@@ -33,6 +33,7 @@ from petalnet.routing.observed import FEW_TOKENS, Observed, unaccounted
 from petalnet.routing.pace import refresh_every_s
 from petalnet.routing.records import ServerRecord, Work
 from petalnet.routing.routes import Hop, find_route
+from petalnet.routing.swarm import SwarmView
 
 if TYPE_CHECKING:
     from petalnet.client.trace import HopTimes, StepTimes
@@ -78,8 +79,8 @@ class Membership:
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join
         self._joined_at = math.inf
-        self._look_ups: dict[str, trio.Event] = {}
-        self._looked_at: dict[str, float] = {}  # when the last look-up for a model was over
+        self._look_ups: dict[str | None, trio.Event] = {}
+        self._looked_at: dict[str | None, float] = {}  # when the last look-up for a model was over
         self._watched: set[str] = set()
         self._warming: set[str] = set()
         self._random = random.Random()
@@ -87,6 +88,11 @@ class Membership:
     @property
     def host(self) -> Host:
         return self._peering.host
+
+    @property
+    def view(self) -> SwarmView:
+        """What is known of the servers."""
+        return self._peering.view
 
     async def run(self) -> None:
         """Join and stay until cancelled."""
@@ -128,8 +134,8 @@ class Membership:
             if self._joined_at < math.inf:
                 self._nursery.start_soon(self._refresh, model)
 
-    async def look_up(self, model: str, *, thorough: bool = False) -> None:
-        """Ask the swarm who serves a model. One look-up at a time: a second caller waits for the end of the one under way.
+    async def look_up(self, model: str | None = None, *, thorough: bool = False) -> None:
+        """Ask the swarm who serves a model (None: any). One look-up at a time: a second caller waits for the end of the one under way.
 
         Args:
             thorough: ask all that may know, where some block has no server.
