@@ -58,6 +58,8 @@ KNOWN_AT_ONCE = 12
 REFRESH_TIMEOUT_S = 1.0
 MAINTAIN_EVERY_S = 2.0
 REFRESH_EVERY_S = 60.0
+TELL_CLOCK_EVERY_S = 3600.0
+"""Seconds between two warnings that this machine's clock is wrong."""
 CHECK_TIMEOUT_S = 3.0
 """Seconds for a server whose connection broke to be there again, before its record counts as that of a dead one."""
 MAX_CHECKS = 8
@@ -94,7 +96,7 @@ class Discovery:
         on_record: Callable[[bytes], object],
         neighbours: Callable[[], Sequence[str]] | None = None,
         known: KnownPeers | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.joined = False
         self.known = KnownPeers() if known is None else known
@@ -102,8 +104,9 @@ class Discovery:
         self.newest_own = 0
         self._host = host
         self._neighbours = neighbours or host.connected_peers
-        self._clock = clock
+        self._clock = clock or time.time
         self._told_refusal = False
+        self._told_clock_at = float("-inf")
         self._store = RecordStore(host.peer_id, host.limits.max_records)
         self._avoidance = Avoidance()
         self._look_ups = LookUps()
@@ -118,7 +121,7 @@ class Discovery:
         self._new_peers, self._arrivals = trio.open_memory_channel[str](256)
         if server:
             keeper = RecordKeeper(self._store, on_record=on_record, limits=host.limits)
-            host.serve(RECORDS, RecordService(keeper, source=self._source, clock=clock, on_offence=host.offence).serve)
+            host.serve(RECORDS, RecordService(keeper, source=self._source, clock=self._clock, on_offence=host.offence).serve)
         host.on_peer_found(self._on_peer_found)
         host.on_peer_lost(self._on_peer_lost)
 
@@ -197,6 +200,10 @@ class Discovery:
             return True
 
         await self._ask_around([key], query, keepers, hurry=True)
+        doubt = merge.doubt()
+        if doubt and trio.current_time() >= self._told_clock_at + TELL_CLOCK_EVERY_S:
+            self._told_clock_at = trio.current_time()
+            logger.warning("%s", doubt)
         return merge.result()
 
     async def _ask_around(

@@ -16,7 +16,8 @@ from statistics import median_low
 from petalnet.errors import RecordRejected
 from petalnet.p2p.places import key_place, peer_place
 from petalnet.p2p.record_store import Kept, read_kept
-from petalnet.routing.records import RecordForged
+from petalnet.p2p.signed import open_signed
+from petalnet.routing.records import CLOCK_TOLERANCE, RecordForged, RecordOutOfTime
 
 logger = logging.getLogger(__name__)
 
@@ -220,11 +221,15 @@ class Merge:
         key: what was asked for.
         now: unix seconds.
         most: records that one storer may answer with.
+
+    Attributes:
+        clocks: of servers whose records are left out because of their times, by how many seconds their clocks are ahead of ours.
     """
 
     key: bytes
     now: float
     most: int
+    clocks: dict[str, float] = field(default_factory=dict)
     _own: set[str] = field(default_factory=set)
     _newest: dict[str, Kept] = field(default_factory=dict)
     _checked: dict[bytes, Kept | None] = field(default_factory=dict)
@@ -271,6 +276,18 @@ class Merge:
             if kept.expires > self.now and (self._told[peer_id] >= needed or peer_id in self._own)
         ]
 
+    def doubt(self) -> str:
+        """One line for a person whose clock is probably wrong, since most servers that were named have others; "" where it is not."""
+        if len(self.clocks) <= len(self._newest):
+            return ""
+        ahead = median_low(self.clocks.values())
+        servers = f"{len(self.clocks)} of {len(self.clocks) + len(self._newest)} servers that were found"
+        how = f"{abs(ahead) / 60:.0f} min {'ahead of' if ahead > 0 else 'behind'}"
+        return (
+            f"this machine's clock seems to be wrong: {servers} have clocks that are about {how} it, and are left out until it is set "
+            f"(up to {CLOCK_TOLERANCE / 60:.0f} min do no harm)"
+        )
+
     def _add(self, kept: Kept) -> None:
         known = self._newest.get(kept.peer_id)
         if known is None or (known.sequence, known.received) < (kept.sequence, kept.received):
@@ -283,6 +300,10 @@ class Merge:
                 self._checked[data] = read_kept(data, (self.key,), now=self.now)
             except RecordForged:
                 raise
+            except RecordOutOfTime as error:
+                self._checked[data] = None
+                # The storer has had it for no longer than `age`, so it is the clocks that differ.
+                self.clocks[open_signed(data)[0]] = error.ahead_s + age
             except RecordRejected as error:
                 logger.debug("a record was left out: %s", error)
                 self._checked[data] = None

@@ -55,7 +55,15 @@ class RecordForged(RecordRejected):
 
 
 class RecordOutOfTime(RecordRejected):
-    """A record is from the future or long past, if the clocks are right."""
+    """A record is from the future or long past, if the clocks are right.
+
+    Attributes:
+        ahead_s: seconds by which its server's clock is ahead of ours, if it has just been made.
+    """
+
+    def __init__(self, message: str, ahead_s: float) -> None:
+        super().__init__(message)
+        self.ahead_s = ahead_s
 
 
 STATES = ("joining", "online", "draining", "left")
@@ -174,12 +182,15 @@ class ServerRecord:
         if self.protocol != PROTOCOL:
             raise RecordRejected(f"peer {self.peer_id} speaks version {self.protocol} of petalnet's protocols; this is version {PROTOCOL}")
         if self.issued > now + CLOCK_TOLERANCE:
-            raise RecordOutOfTime(f"a record of {self.peer_id} comes from {self.issued - now:.0f} s in the future, if the clocks are right")
+            ahead = self.issued - now
+            raise RecordOutOfTime(f"a record of {self.peer_id} comes from {ahead:.0f} s in the future, if the clocks are right", ahead)
         if self.sequence > (now + 3 * CLOCK_TOLERANCE) * 1000:
             # What a peer's clock made of it once must not keep out, for good, all that the peer announces later.
-            raise RecordOutOfTime(f"a record of {self.peer_id} has a sequence number from the future: {self.sequence}")
+            ahead = self.sequence / 1000 - now
+            raise RecordOutOfTime(f"a record of {self.peer_id} has a sequence number from the future: {self.sequence}", ahead)
         if self.expires <= now - CLOCK_TOLERANCE:
-            raise RecordOutOfTime(f"a record of {self.peer_id} expired {now - self.expires:.0f} s ago, if the clocks are right")
+            ago = now - self.expires
+            raise RecordOutOfTime(f"a record of {self.peer_id} expired {ago:.0f} s ago, if the clocks are right", self.issued - now)
 
     def received(self, now: float, age: float = 0.0) -> ServerRecord:
         """The record with its times as our own clock would have told them.
