@@ -96,6 +96,7 @@ class Engine:
         busy_s: seconds of computation so far.
         jobs: tasks answered so far.
         expected_wait_s: seconds that all that waits is expected to take, as estimated in the last quarter of a second.
+        rates: tokens a second as the rounds turned out (see `Scheduler.rates`), as of then.
     """
 
     def __init__(self, run: Callable[[list[Part]], Sequence[outcome.Outcome[Any] | None]], scheduler: Scheduler) -> None:
@@ -112,6 +113,7 @@ class Engine:
         self.busy_s = 0.0
         self.jobs = 0
         self.expected_wait_s = 0.0
+        self.rates: tuple[float | None, float | None, float | None] = (None, None, None)
         # The trio thread's.
         self._askers: set[_Asker] = set()
         self._asked = trio.Event()
@@ -325,6 +327,7 @@ class Engine:
         if now - self._estimated > ESTIMATE_GAP_S:
             self._estimated = now
             self.expected_wait_s = self._scheduler.expected_wait()
+            self.rates = self._scheduler.rates()
 
     def _enter(self, asker: _Asker, task: Task) -> None:
         if not asker.gone:

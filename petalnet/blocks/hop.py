@@ -80,9 +80,10 @@ class Hop:
         self._client = client
         self._link = self._link_to(request.pushes_to)
         self._replays = Replays(service, session, client)
-        self._requests = Requests(client, service.read_ahead, urgent=self._take_urgent, ended=self._end)
+        self._requests = Requests(client, service.read_ahead, urgent=self._take_urgent, ended=self.end)
         self._taken = 0  # the last step that came
         self._answered = 0  # the last one whose output the client was sent
+        self._drops = self.key is not None  # steps of numbers that it has had
         self._last_step = -1  # this one and all before are dropped
         self._given_up = -1  # likewise, and nothing comes any more of those that were begun
         self._resumed_at = float("-inf")
@@ -96,7 +97,7 @@ class Hop:
         self._is_over = False
 
     async def serve(self) -> None:
-        """Serve the session until its client ends the stream, or the session has to end."""
+        """Serve the session until its client ends the stream, or the session has to end (`end`)."""
         try:
             with self._scope:
                 await self._serve_all()
@@ -106,6 +107,10 @@ class Hop:
             for requests in self._links:
                 requests.forget()
                 requests.scope.cancel()
+
+    def end(self) -> None:
+        """End the session, whatever it does."""
+        self._scope.cancel()
 
     def say(self, notice: Message) -> None:
         """Tell the client something unasked."""
@@ -175,7 +180,7 @@ class Hop:
                 except PeerLost:  # the client's stream has ended
                     goes_on = False
                 if not goes_on:
-                    self._end()
+                    self.end()
                     return False
         return True
 
@@ -183,16 +188,13 @@ class Hop:
         try:
             await link.run(may_tell)
         except PeerLost:  # the client's stream has ended
-            self._end()
+            self.end()
 
     async def _tell(self, notice: Message) -> None:
         try:
             await self._client.send(notice)
         except PetalnetError:  # the client's stream has ended
-            self._end()
-
-    def _end(self) -> None:
-        self._scope.cancel()
+            self.end()
 
     async def _serve_client(self) -> None:
         requests = self._requests
@@ -214,7 +216,7 @@ class Hop:
                 if request.until:
                     await self._send_on(request, requests)
                 elif request.step > self._given_up and self._nursery is not None:
-                    self._replays.start(request, requests.arrived, self._nursery, self._end)
+                    self._replays.start(request, requests.arrived, self._nursery, self.end)
                 return True
             answer = await self._answer(request)
         except PeerLost:
@@ -295,6 +297,7 @@ class Hop:
         key = self._key(self._id, request.takes_from)
         has_moved = key != self.key
         service.incoming_links.move(self, key)
+        self._drops = True
         self._given_up = max(self._given_up, request.step)
         self._last_step = max(self._last_step, request.step)
         self._replays.give_up(self._given_up)
@@ -365,7 +368,7 @@ class Hop:
         try:
             if step.step <= self._last_step:
                 return True  # it came from the client as well, or nobody wants it any more
-            if self.key is not None:
+            if self._drops:
                 self._last_step = step.step
             link = self._link if step.until != self.session.end else None
             if link is not None:
@@ -385,7 +388,7 @@ class Hop:
             rows, new, _ = step.hidden.shape
             service.sessions.admit(session, max(rows, step.promise_rows))
         except PetalnetError as error:
-            if self.key is not None or session.pushes:
+            if self._drops or session.pushes:
                 # Its followers may be on their way: they must not take what was there before for what this step would have left.
                 service.sessions.reached(session, session.rows, min(session.position, step.position))
             await self._client.send(Error.of(error, step.step))

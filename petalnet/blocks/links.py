@@ -318,11 +318,18 @@ class IncomingLinks:
         return len(self._waiting)
 
     def add(self, hop: Hop) -> None:
-        """A session that may take steps from another server is found from now on. Raises CallerError where there is such a one."""
+        """A session that may take steps from another server is found from now on. A former one of the same client is ended: its stream is
+        over, which shows only when a step is done.
+
+        Raises CallerError where another client has such a one.
+        """
         if hop.key is None:
             return
-        if hop.key in self._hops:
-            raise CallerError("a session of this id is open on these blocks")
+        former = self._hops.get(hop.key)
+        if former is not None:
+            if former.session.peer_id != hop.session.peer_id:
+                raise CallerError("a session of this id is open on these blocks")
+            former.end()
         self._hops[hop.key] = hop
         waiting = self._waiting.get(hop.key)
         if waiting is not None:
@@ -330,7 +337,7 @@ class IncomingLinks:
 
     def remove(self, hop: Hop) -> None:
         """A session has ended."""
-        if hop.key is not None:
+        if hop.key is not None and self._hops.get(hop.key) is hop:
             del self._hops[hop.key]
 
     def move(self, hop: Hop, key: LinkKey | None) -> None:

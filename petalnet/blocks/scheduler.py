@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from petalnet.blocks.arrivals import Arrivals
-from petalnet.blocks.costs import Costs
+from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.shares import Claim, Level, Shares
 
 ROUND_S = 0.15
@@ -63,6 +63,10 @@ OVERDUE_TURN = 4
 WAIT_SHARE = 0.5
 """Seconds that a round may wait for stragglers, as a share of what it will take with them. Also what makes a session one that is far
 away: that it usually stays away for longer."""
+LEAST_ROUNDS = 8
+"""Rounds of a kind of work from which on they tell how fast it is done."""
+RATE_TOKENS = 256
+"""Tokens of a prompt or a pass by which its rate is told, or as many as the longest had where that is less."""
 Rank = Literal["empty", "decode", "prefill", "pass"]
 RANKS: tuple[Rank, ...] = ("decode", "prefill", "pass")
 TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}
@@ -166,6 +170,7 @@ class Scheduler:
         self._queues: dict[Rank, dict[Task, _Waiting]] = {"empty": {}, "decode": {}, "prefill": {}, "pass": {}}
         self._shares: dict[Rank, Shares] = {rank: Shares() for rank in self._queues}
         self._held_since: float | None = None  # since when a round has been held back for stragglers
+        self._rounds = {"decode": 0, "prefill": 0, "pass": 0}  # by which rates are told
         self._now = 0.0  # the latest time that was told
         self._empty_last = False  # steps without tokens go at once, but an endless stream of them holds nothing up
         self._arrivals = Arrivals()
@@ -232,6 +237,7 @@ class Scheduler:
         if tokens:
             task = parts[0].task
             self._costs[task.kind].measured(tokens, seconds / task.weight)
+            self._rounds["pass" if task.kind == "pass" else "prefill" if tokens >= SEED_TOKENS else "decode"] += 1
         complete = []
         for part in parts:
             task = part.task
@@ -261,6 +267,18 @@ class Scheduler:
                 chunk = max(LEAST_PREFILL, self._costs[task.kind].fitting(self._round_s()))
                 seconds += task.tokens_left * self._seconds(task, chunk) / chunk
         return seconds + sum(self._seconds(tasks[0], sum(task.tokens_left for task in tasks)) for tasks in decodes.values())
+
+    def rates(self) -> tuple[float | None, float | None, float | None]:
+        """Tokens a second through the whole span, as the rounds turned out: of one token after another, of a prompt, and of a pass without
+        a session; None where there was too little of it to tell. Waiting is not in it, other programs' work on the device is.
+        """
+        step, passes = self._costs["step"], self._costs["pass"]
+        prompt, longest = (min(max(costs.longest, SEED_TOKENS), RATE_TOKENS) for costs in (step, passes))
+        return (
+            1 / step.seconds(1) if self._rounds["decode"] >= LEAST_ROUNDS else None,
+            prompt / step.seconds(prompt) if self._rounds["prefill"] >= LEAST_ROUNDS else None,
+            longest / passes.seconds(longest) if self._rounds["pass"] >= LEAST_ROUNDS else None,
+        )
 
     # Which round
 

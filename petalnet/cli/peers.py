@@ -50,8 +50,9 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
         click.echo(f"{node['role']}{name} {node['peer_id']}, pid {node['pid']}{swarm}: {count}")
         if node.get("engine"):
             click.echo(describe_engine(node["engine"]))
-            if links := describe_links(node["engine"]):
-                click.echo(links)
+            for line in (describe_links(node["engine"]), describe_recovery(node["engine"])):
+                if line:
+                    click.echo(line)
         if not peers:
             continue
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -102,6 +103,17 @@ def describe_links(engine: dict[str, Any]) -> str:
     if engine.get("kept_outputs_bytes"):
         parts.append(f"room of {describe_bytes(engine['kept_outputs_bytes'])} for outputs that were sent")
     return "; ".join(parts)
+
+
+def describe_recovery(engine: dict[str, Any]) -> str:
+    """What a server did for sessions that had lost another one, in a line; "" where there were none."""
+    recovery: dict[str, int] = engine.get("recovery") or {}
+    if not any(recovery.values()):
+        return ""
+    return (
+        f"of chains that lost a server: {recovery['resumed']} times between other neighbours, "
+        f"{recovery['replayed_tokens']} tokens sent once more, {recovery['rebuilt_tokens']} rebuilt"
+    )
 
 
 def describe_path(peer: dict[str, Any]) -> str:

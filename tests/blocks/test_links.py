@@ -348,10 +348,15 @@ async def test_who_brings_something_else_than_steps_brings_nothing_any_more(two:
             assert isinstance(answer, Error) and "a link takes step, not reserve" in answer.message
         await client.send(Step(2, 60, encode_tensor(X[:, 60:])))
         assert isinstance(await receive(client), StepDone)
-        async with await two.client.open_stream(second.peer_id, INFERENCE) as other:
+        async with await first.host.open_stream(second.peer_id, INFERENCE) as other:
             await other.send(OpenSession("s", MODEL, 2, 4, 200, takes_from=first.peer_id))
             answer = await receive(other)
             assert isinstance(answer, Error) and "a session of this id is open" in answer.message
+        async with await two.client.open_stream(second.peer_id, INFERENCE) as other:  # the same client takes the former to be over
+            await other.send(OpenSession("s", MODEL, 2, 4, 200, takes_from=first.peer_id))
+            assert isinstance(await receive(other), SessionOpened)
+            assert await client.receive() is None
+            await eventually(lambda: len(second.service.sessions) == 1)
 
 
 async def test_a_link_may_come_before_its_session(two: Chain) -> None:

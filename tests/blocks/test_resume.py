@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import trio
 
 from petalnet.blocks import hop
 from petalnet.blocks.span import Span
+from petalnet.errors import PeerLost
 from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Stream, open_host
 from petalnet.p2p.identity import Identity
@@ -30,6 +32,7 @@ from petalnet.p2p.messages import (
     Resume,
     Resumed,
     SessionOpened,
+    Step,
     StepDone,
 )
 from petalnet.p2p.protocols import PUSH
@@ -514,3 +517,51 @@ async def test_draining_tells_every_client(three: Chain) -> None:
             assert not is_empty
             await other.streams[1].close()
         assert is_empty and not len(service.sessions)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_a_client_says_its_session_leaves_nothing(three: Chain, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Requests without rhyme or reason, on all streams at once."""
+    monkeypatch.setattr(hop, "RESUME_EVERY_S", 0.0)
+    chance = random.Random(seed)
+    peers = ["", "nobody", *(server.peer_id for server in (*three.servers, *three.spares))]
+
+    def any_request() -> Message:
+        nonlocal latest
+        latest += 1
+        number = max(latest - chance.choice((0, 0, 0, 1, 20)), 0)
+        position, tokens = chance.choice((0, 10, 40, 60, 150)), chance.choice((1, 5, 70, 300))
+        order = chance.choice((None, rows(0, 0, 0), rows(2, 1), rows(7, 7, 7)))
+        kind = chance.randrange(5)
+        if kind == 0:
+            return AskProgress(number)
+        if kind == 1:
+            return Resume(number, position, chance.choice(peers), chance.choice(peers), number + chance.choice((-5, 0, 5)), order)
+        if kind == 2:
+            return Replay(number, position, tokens, until=chance.choice((0, 1, 2, 3, 4, 9)), reach=chance.choice((0, 5)))
+        hidden = encode_tensor(X[: chance.choice((2, 3, 3)), : min(tokens, 90)])
+        return Step(number, position, hidden, order=order, until=chance.choice((0, 0, 1, 3, 4, 9)), keep=chance.choice((-1, 0, 1)))
+
+    latest = 100
+    async with three.session() as session, trio.open_nursery() as nursery:
+        await session.run(X[:, :60], 0)
+
+        async def read(stream: Stream) -> None:
+            with contextlib.suppress(PeerLost), trio.fail_after(10):
+                while (message := await stream.receive()) is not None:
+                    assert not isinstance(message, Error) or message.code in ("caller", "too_large"), message
+                    if isinstance(message, Progress) and message.nonce == 0:
+                        return
+
+        async def talk(stream: Stream) -> None:
+            with contextlib.suppress(PeerLost):
+                for _ in range(60):
+                    await stream.send(any_request())
+                await stream.send(AskProgress(0))
+
+        for stream in session.streams:
+            nursery.start_soon(read, stream)
+            nursery.start_soon(talk, stream)
+    await three.nothing_is_left()
+    async with three.session() as session:
+        close(await session.run(X, 0), three.whole(X)[-1])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from petalnet.blocks.costs import Costs
-from petalnet.blocks.scheduler import DECODE_TOKENS, LEAST_PREFILL, OVERDUE_S, WAIT_SHARE, Part, Scheduler, Task
+from petalnet.blocks.scheduler import DECODE_TOKENS, LEAST_PREFILL, LEAST_ROUNDS, OVERDUE_S, WAIT_SHARE, Part, Scheduler, Task
 from petalnet.blocks.shares import PEERS_OF_A_NETWORK
 
 MANY = 1 << 30
@@ -556,3 +556,27 @@ def test_the_expected_wait_is_what_is_queued(scheduler: Scheduler) -> None:
     assert 4.0 < scheduler.expected_wait() < 12.0
     scheduler.add(a_pass(10, 100), 0.0)
     assert 8.0 < scheduler.expected_wait() < 24.0
+
+
+def test_rates_are_told_once_there_was_enough_of_the_work(scheduler: Scheduler) -> None:
+    assert scheduler.rates() == (None, None, None)
+    now = 0.0
+    for number in range(LEAST_ROUNDS):
+        scheduler.add(step("a"), now)
+        _, now = run_round(scheduler, now)
+        assert (scheduler.rates()[0] is None) == (number + 1 < LEAST_ROUNDS)
+    assert scheduler.rates() == (pytest.approx(10.0), None, None)
+    for _ in range(LEAST_ROUNDS):
+        scheduler.add(step("b", 64), now)
+        scheduler.add(a_pass(1, 128), now)
+        _, now = run_round(scheduler, now)
+        _, now = run_round(scheduler, now)
+    decode, prefill, forward = scheduler.rates()
+    assert decode == pytest.approx(10.0)
+    assert prefill == pytest.approx(256 / seconds(256)) and forward == pytest.approx(256 / seconds(256))
+    for _ in range(30):  # the device has become slower
+        scheduler.add(step("a"), now)
+        (part,) = started(scheduler, now)
+        scheduler.finished([part], 0.3, now + 0.3)
+        now += 1.0
+    assert scheduler.rates()[0] == pytest.approx(1 / 0.2, rel=0.35), "a longer pass that was quicker bounds it"

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from petalnet.cli import run
-from petalnet.cli.peers import describe_age, describe_bytes, describe_engine, describe_links, describe_path
+from petalnet.cli.peers import describe_age, describe_bytes, describe_engine, describe_links, describe_path, describe_recovery
 from petalnet.inspection import serve_inspection
 
 PEER = {
@@ -111,6 +111,13 @@ def test_what_a_server_sent_to_the_next_ones() -> None:
     )
     assert describe_links({"links": links | {"failed": 0, "open": 1}}).endswith("3 through clients; 1 link open")
     assert describe_links({"links": dict.fromkeys(links, 0), "kept_outputs_bytes": 4_200_000}) == describe_links({}) == ""
+
+
+def test_what_a_server_did_for_chains_that_lost_another() -> None:
+    counts = {"resumed": 3, "replayed_tokens": 512, "rebuilt_tokens": 64}
+    said = describe_recovery({"recovery": counts})
+    assert said == "of chains that lost a server: 3 times between other neighbours, 512 tokens sent once more, 64 rebuilt"
+    assert describe_recovery({"recovery": dict.fromkeys(counts, 0)}) == describe_recovery({}) == ""
 
 
 def test_words() -> None:
