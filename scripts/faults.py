@@ -12,6 +12,7 @@ is. Prints one line a schedule; ends with status 1 and the seed at the first tha
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -33,8 +34,11 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="what may happen  [default: %(default)s]")
     parser.add_argument("--family", default="llama", choices=sorted(SPANS))
     parser.add_argument("--replicas", type=int, default=2, help="servers of each span")
+    parser.add_argument("--verbose", action="store_true", help="the log of the client")
     parser.add_argument("--keep-going", action="store_true", help="after one that went wrong, too")
     options = parser.parse_args()
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     kinds = tuple(options.kinds.split(","))
     if wrong := set(kinds) - set(KINDS):
         parser.error(f"no such kind: {', '.join(sorted(wrong))}; there are {', '.join(KINDS)}")

@@ -254,7 +254,7 @@ class Writing:
         with torch.inference_mode():
             best[:end] = model(tokens[:, :end]).logits[0].argmax(-1)
             for number in range(self.tokens):
-                session.position = start = chance.randrange(done // 2, done + 1)
+                session.position = start = chance.randrange(done // 2, min(done, self.prompt - 1) + 1)
                 if number in actions:
                     actions.pop(number)()
                 end = self.prompt if number == self.tokens - 1 else chance.randrange(start + 1, self.prompt + 1)

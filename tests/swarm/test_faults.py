@@ -1,0 +1,109 @@
+"""Servers are killed, stopped, cut off, slowed, spoilt and drained in the middle of answers: each answer is what the local model writes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import Families, NodeProcess, Nodes
+from .faults import KINDS, PROGRAM, ROOT, WITHIN_S, Case, Event, FaultySwarm, Writing, faulty_swarm, random_case, within
+from .models import SPANS, connected, load_local, save_model
+
+LLAMA = SPANS["llama"]
+MIDDLE = LLAMA[1]
+QUICKLY = {
+    "kill": (Writing("greedy", prompt=9, tokens=12), 5),
+    "stop": (Writing("beams", prompt=20, tokens=10), 5),
+    "garbage": (Writing("steps", prompt=90, tokens=5), 2),
+    "drain": (Writing("sampled", prompt=70, tokens=12), 5),
+}
+"""Of the tests that take little time: one server more of a swarm that others use as well, preferred because it is said to be quicker."""
+MOMENTS = {
+    "prefill": (Writing("greedy", prompt=330, tokens=6), -1),
+    "decode": (Writing("greedy", prompt=9, tokens=16), 8),
+    "between": (Writing("sampled", prompt=70, tokens=12), 5),
+    "speculation": (Writing("guesses", prompt=12, tokens=48), 20),
+    "rollback": (Writing("steps", prompt=90, tokens=6), 3),
+    "beams": (Writing("beams", prompt=20, tokens=12), 6),
+}
+"""What is written, and after how many tokens or steps something happens."""
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultySwarm]:
+    path = save_model("llama", tmp_path_factory.mktemp("llama"))
+    with faulty_swarm(tmp_path_factory.mktemp("faults"), path, LLAMA) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def local(swarm: FaultySwarm) -> Any:
+    return load_local(swarm.path)
+
+
+@pytest.fixture(scope="module")
+def quicker(families: Families, module_nodes: Nodes) -> dict[str, NodeProcess]:
+    """For each fault a server that nobody else uses."""
+    first, end = MIDDLE
+    served = (families.paths["llama"], "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "1000")
+    started = {}
+    for kind in QUICKLY:
+        more = {"GARBAGE_FILE": str(module_nodes.folder / kind), "PYTHONPATH": str(ROOT)}
+        started[kind] = module_nodes.launch(*served, "--initial-peers", *families.peers, program=PROGRAM, environment=more)
+    return {kind: node.wait_ready() for kind, node in started.items()}
+
+
+@pytest.mark.parametrize("kind", QUICKLY)
+def test_an_answer_goes_on_without_a_server(families: Families, quicker: dict[str, NodeProcess], module_nodes: Nodes, kind: str) -> None:
+    writing, after = QUICKLY[kind]
+    node, path = quicker[kind], families.paths["llama"]
+    usable = [server.peer_id for server in families.servers["llama"]] + [node.peer_id]
+    sessions: list[Any] = []
+
+    def act() -> None:
+        assert node.peer_id in {hop.peer_id for hop in sessions[0].hops}
+        if kind == "garbage":
+            (module_nodes.folder / kind).write_text("nan")
+        node.process.send_signal({"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "garbage": signal.SIGUSR1, "drain": signal.SIGTERM}[kind])
+
+    try:
+        with connected(path, families.peers, allowed_servers=usable, request_timeout=30.0) as model:
+            answer = within(WITHIN_S, lambda: writing.remote(model, {after: act}, sessions.append))
+        assert torch.equal(answer, writing.local(load_local(path)))
+        assert len(sessions[0].recoveries) == 1
+        assert [hop.peer_id for hop in sessions[0].recoveries[0].lost] == [node.peer_id]
+    finally:
+        node.kill()
+
+
+def happens(swarm: FaultySwarm, local: Any, kind: str, moment: str, hop: int) -> None:
+    writing, after = MOMENTS[moment]
+    event = Event(kind, hop, after, amid=moment != "between")
+    try:
+        outcome = Case(swarm, writing, [event]).run(local)
+        print(f"{kind} at {moment}, hop {hop}: {outcome.seconds:.2f} s, {outcome.recoveries} recoveries")
+    finally:
+        swarm.heal()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_happens_whenever(swarm: FaultySwarm, local: Any, kind: str, moment: str) -> None:
+    number = list(KINDS).index(kind) * len(MOMENTS) + list(MOMENTS).index(moment)
+    happens(swarm, local, kind, moment, hop=(number + number // len(MOMENTS)) % len(LLAMA))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(20))
+def test_random_schedules(swarm: FaultySwarm, local: Any, seed: int) -> None:
+    case = random_case(swarm, seed)
+    try:
+        outcome = case.run(local)
+        print(f"seed {seed}: {case}: {outcome.seconds:.2f} s, {outcome.recoveries} recoveries")
+    finally:
+        swarm.heal()
