@@ -20,7 +20,7 @@ from petalnet.blocks.replays import Replays
 from petalnet.blocks.requests import Requests
 from petalnet.blocks.scheduler import Task
 from petalnet.blocks.sessions import Session
-from petalnet.blocks.work import NotFinite, StepWork
+from petalnet.blocks.work import InputsNotFinite, NotFinite, StepWork
 from petalnet.errors import CallerError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import Message
 from petalnet.p2p.messages import (
@@ -87,6 +87,7 @@ class Hop:
         self._last_step = -1  # this one and all before are dropped
         self._given_up = -1  # likewise, and nothing comes any more of those that were begun
         self._resumed_at = float("-inf")
+        self._resuming = trio.Lock()
         self._turn = trio.Lock()
         self._computing: trio.CancelScope | None = None  # of whoever waits for the computation of a step
         self._nursery: trio.Nursery | None = None
@@ -271,11 +272,12 @@ class Hop:
             return True
         if isinstance(request, Resume):
             answered = trio.Event()
-            try:
-                answer: Message = await self._resume(request, answered)
-            except PetalnetError as error:
-                answer = Error.of(error)
-            await self._tell(answer)
+            async with self._resuming:  # another may be read while this one waits
+                try:
+                    answer: Message = await self._resume(request, answered)
+                except PetalnetError as error:
+                    answer = Error.of(error)
+                await self._tell(answer)
             answered.set()
             return True
         return False
@@ -409,18 +411,19 @@ class Hop:
             weight=service.weight(session.first, session.end),
             network=session.promise.network,
         )
-        self._computing = requests.scope
         try:
-            result = await service.engine.submit(task)
-        except NotFinite as error:
+            self._computing = requests.scope
+            try:
+                result = await service.engine.submit(task)
+            finally:  # what follows must not be cut off
+                self._computing = None
+        except (NotFinite, InputsNotFinite) as error:
             service.sessions.reached(session, rows, step.position)
             await self._client.send(Error.of(error, step.step))
             return True
         except PetalnetError as error:
             await self._client.send(Error.of(error, step.step))
             return False
-        finally:
-            self._computing = None
         service.sessions.reached(session, rows, position)
         if step.step <= self._given_up:
             return True

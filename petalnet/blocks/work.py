@@ -14,7 +14,7 @@ import torch
 from petalnet.blocks.outputs import encode_output, is_finite, wanted_tokens
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span, SpanStep
-from petalnet.errors import ServerError
+from petalnet.errors import CallerError, ServerError
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.messages import Backward, Forward, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
@@ -53,7 +53,11 @@ class Arrays:
 
 
 class NotFinite(ServerError):
-    """A step brought numbers that are not finite, or has come to such. The session goes on from where it began."""
+    """Another server brought a step with numbers that are not finite, or it came to such here. The session goes on from where it began."""
+
+
+class InputsNotFinite(CallerError):
+    """A client gave a step numbers that are not finite, which would be taken for the fault of a server further on. Likewise."""
 
 
 @dataclass(eq=False)
@@ -125,8 +129,12 @@ class StepWork:
         return output[..., unwanted:, :] if unwanted else output
 
     def check(self, start: int, end: int, piece: torch.Tensor | None) -> None:
-        """Raise NotFinite where new tokens start … end - 1 came from another server with numbers that are not finite, or where what was
-        `wanted` of their outputs is not, although they were. What is padding may be anything, and so may what a client has itself sent.
+        """Look at new tokens start … end - 1 and at what was `wanted` of their outputs. What is padding may be anything, and so may what a
+        client itself brings, where it also gets the outputs.
+
+        Raises:
+            NotFinite: another server brought numbers that are not finite, or the outputs are not, although the inputs were.
+            InputsNotFinite: a client brought such numbers, and another server would get what they come to.
         """
         if piece is None:
             if not self.brought_by:
@@ -136,11 +144,15 @@ class StepWork:
         arrays, position = self._arrays, self.request.position
         hidden, mask = arrays.hidden[:, start:end], arrays.mask
         real = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask[:, position + start : position + end]
-        if not is_finite(hidden[real]):
-            if self.brought_by:
-                raise NotFinite(f"server {self.brought_by} brought step {self.request.step} with numbers that are not finite")
+        step = self.request.step
+        are_prompts_finite = arrays.prompts is None or is_finite(arrays.prompts)
+        if self.brought_by and are_prompts_finite and not is_finite(hidden[real]):
+            raise NotFinite(f"server {self.brought_by} brought step {step} with numbers that are not finite")
+        if not (are_prompts_finite and is_finite(hidden[real])):
+            if self.session.pushes:
+                raise InputsNotFinite(f"the inputs of step {step} are not finite")
         elif piece is not None and not is_finite(piece[..., real[:, -piece.shape[-2] :], :]):
-            raise NotFinite(f"the outputs of step {self.request.step} here are not finite, though its inputs are")
+            raise NotFinite(f"the outputs of step {step} here are not finite, though its inputs are")
 
     def take(self, piece: torch.Tensor | None) -> None:
         """Keep what was `wanted`, part by part."""

@@ -15,6 +15,7 @@ import trio
 
 from petalnet.blocks import hop
 from petalnet.blocks.span import Span
+from petalnet.blocks.work import StepWork
 from petalnet.errors import PeerLost
 from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Stream, open_host
@@ -457,16 +458,30 @@ async def test_a_flood_of_requests_that_may_not_wait(three: Chain) -> None:
         assert three.servers[0].service.describe()["recovery"]["resumed"] == 8
 
 
-async def test_numbers_that_are_not_finite_are_blamed_on_who_brought_them(two_of_bloom: Chain) -> None:
-    chain = two_of_bloom
+async def test_numbers_that_are_not_finite_are_blamed_on_who_brought_them(two_of_bloom: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, check = two_of_bloom, StepWork.check
     first = chain.servers[0]
     expected = chain.whole(X)[-1]
     async with chain.session() as session:
         await session.run(X[:, :100], 0)
         broken = X[:, 100:101].clone()
         broken[1, 0, 5] = torch.nan
-        await session.streams[0].send(session.step(broken, 100))  # a client may send what it likes; the second cannot know who it was
-        await session.refused(1, 2, "server", f"server {first.peer_id} brought step 2 with numbers that are not finite")
+        await session.streams[0].send(session.step(broken, 100))
+        await session.refused(0, 2, "caller", "the inputs of step 2 are not finite")
+        close(await session.run(X[:, 100:101], 100), expected[:, 100:101])
+        with monkeypatch.context() as lying:
+            lying.setattr(StepWork, "check", lambda work, *args: check(work, *args) if work.brought_by else None)
+            await session.streams[0].send(session.step(broken, 100))
+            await session.refused(
+                1, session.steps, "server", f"server {first.peer_id} brought step {session.steps} with numbers that are not"
+            )
+            await session.streams[0].send(session.step(broken, 100, keep=KEEP_NONE))
+            await session.refused(
+                1, session.steps, "server", f"server {first.peer_id} brought step {session.steps} with numbers that are not"
+            )
+            padded = torch.ones(3, 101, dtype=torch.bool)
+            padded[1, 100] = False
+            await session.run(broken, 100, mask=padded)
         close(await session.run(X[:, 100:101], 100), expected[:, 100:101])
 
 
