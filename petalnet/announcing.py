@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,6 +24,15 @@ LIFETIME_S = LIFETIME_BEATS * BEAT_S
 LOAD_CHECK_S = 1.0
 LOAD_GAP_S = 3.0
 """Shortest time between two announcements that only tell of load."""
+RATES_OVER_S = 20.0
+"""Seconds of computing over which rates are averaged."""
+NEW_RATE, URGENT_RATE = 1.1, 1.4
+"""By how many times a rate has to differ from what was told to be told anew at the next beat, and to be told at once."""
+RATE_GAP_S = 10.0
+"""Shortest time between two announcements that only tell of rates."""
+
+
+RATE_FIELDS = ("decode_tokens_s", "prefill_tokens_s", "forward_tokens_s")
 
 
 class Swarm(Protocol):
@@ -50,6 +60,41 @@ class Load:
         return max(self.queue, other.queue) > 2 * min(self.queue, other.queue) + 1
 
 
+class Rates:
+    """Rates as they turn out in real work, smoothed: what a server can do for one who is alone there, whatever waits. How much that is
+    says the queue, which is announced beside them. Pure."""
+
+    def __init__(self) -> None:
+        self._smooth: dict[str, float] = {}
+        self._seen: dict[str, tuple[float, float]] = {}
+
+    def note(self, done: Mapping[str, tuple[float, float]], told: Mapping[str, float]) -> None:
+        """Account for what was done since the last time.
+
+        Args:
+            done: tokens so far and the seconds that they took, by the record's field.
+            told: rates from which the first of it begins.
+        """
+        for name, (tokens, seconds) in done.items():
+            tokens_before, seconds_before = self._seen.get(name, (0.0, 0.0))
+            self._seen[name] = tokens, seconds
+            new_tokens, new_s = tokens - tokens_before, seconds - seconds_before
+            if new_tokens <= 0 or new_s <= 0:
+                continue
+            before = self._smooth.get(name) or told.get(name) or new_tokens / new_s
+            share = 1 - math.exp(-new_s / RATES_OVER_S)
+            # The average of times, not of rates: what took ten times as long for a moment counts as that.
+            self._smooth[name] = 1 / ((1 - share) / before + share * new_s / new_tokens)
+
+    def differing(self, told: Mapping[str, float], times: float) -> dict[str, float]:
+        """Those that differ by so many times from what was told."""
+        return {
+            name: float(f"{rate:.3g}")
+            for name, rate in self._smooth.items()
+            if not (told.get(name, 0.0) / times < rate < told.get(name, 0.0) * times)
+        }
+
+
 def _fitting(record: ServerRecord) -> ServerRecord:
     """The record, without what it can do without where it would be too long: round trips, then the digests of a hundred blocks and more."""
     shorter = record
@@ -71,6 +116,7 @@ class Announcer:
         load: gives the present load.
         round_trip_s: seconds to a peer, None where it is not known.
         addrs: gives the multiaddrs at which the server is reached, without its peer id; without it, the record's stay as they are.
+        done: gives the work that was done (see `Rates.note`); without it, the record's rates stay as they are.
     """
 
     swarm: Swarm
@@ -78,12 +124,16 @@ class Announcer:
     load: Callable[[], Load]
     round_trip_s: Callable[[str], float | None]
     addrs: Callable[[], Sequence[str]] | None = None
+    done: Callable[[], Mapping[str, tuple[float, float]]] | None = None
+    _rates: Rates = field(default_factory=Rates, init=False)
     _told: Load = field(default=Load(0, 0), init=False)
     _told_at: float = field(default=0.0, init=False)
     _alone: bool = field(default=False, init=False)  # whether nobody else has taken the last announcement in, as on a busy machine
 
     def change(self, **fields: Any) -> None:
         """Change these fields of the record; told with the next announcement."""
+        if not fields.keys().isdisjoint(RATE_FIELDS):
+            self._rates = Rates()  # of other blocks, or measured anew
         self.record = replace(self.record, **fields)
 
     async def tell(self) -> int:
@@ -91,11 +141,13 @@ class Announcer:
         now = time.time()
         self._told = self.load()
         self._told_at = trio.current_time()
+        rates: dict[str, Any] = dict(self._rates.differing(self._rates_told(), NEW_RATE))
         self.record = replace(
             self.record,
             addrs=self._addrs_now(),
             free_kv_tokens=self._told.free_kv_tokens,
             queue=self._told.queue,
+            **rates,
             next_round_trips=self._next_round_trips(now),
             version=__version__,
             sequence=next_sequence(self.record.sequence, now),
@@ -107,7 +159,7 @@ class Announcer:
         return stored
 
     async def run(self) -> None:
-        """Announce at every beat and when the load or the addresses have changed, until cancelled."""
+        """Announce at every beat, and when the load, the addresses or the speed have changed, until cancelled."""
         capacity = 1
         while True:
             await trio.sleep(LOAD_CHECK_S)
@@ -115,14 +167,20 @@ class Announcer:
             capacity = max(capacity, load.free_kv_tokens)
             since = trio.current_time() - self._told_at
             moved = self._addrs_now() != self.record.addrs
+            if self.done is not None:
+                self._rates.note(self.done(), self._rates_told())
             news = load.differs(self._told, capacity) or self._alone
+            is_other = since >= RATE_GAP_S and bool(self._rates.differing(self._rates_told(), URGENT_RATE))
             # By both clocks: while a machine sleeps, one of them stands, and its record expires.
             is_due = since >= self.swarm.beat_s or not 0 <= time.time() - self.record.issued < self.swarm.beat_s + LOAD_CHECK_S
-            if moved or is_due or (since >= LOAD_GAP_S and news):
+            if moved or is_due or is_other or (since >= LOAD_GAP_S and news):
                 try:
                     await self.tell()
                 except PetalnetError as error:
                     logger.warning("the swarm could not be told (%s); trying again at the next beat", error)
+
+    def _rates_told(self) -> dict[str, float]:
+        return {name: getattr(self.record, name) for name in RATE_FIELDS}
 
     def _addrs_now(self) -> tuple[str, ...]:
         return self.record.addrs if self.addrs is None else tuple(self.addrs())[:MAX_ADDRS]

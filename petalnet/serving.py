@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -222,11 +223,18 @@ class Server:
             public_name=self._settings.public_name,
             movable=movable,
         )
-        return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs)
+        return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs, self._done_now)
 
     def _load_now(self) -> Load:
         service = self._answering.service
         return Load(0, 0) if service is None else Load(service.sessions.free_tokens, service.engine.queue_length)
+
+    def _done_now(self) -> Mapping[str, tuple[float, float]]:
+        """What the blocks' work shows of their speed; nothing where the owner chose what to announce."""
+        service = self._answering.service
+        if service is None or self._settings.throughput is not None:
+            return {}
+        return {f"{kind}_tokens_s": done for kind, done in service.engine.done.items()}
 
     async def _say(self, state: str, **fields: Any) -> int:
         """Tell the swarm; returns on how many peers that is stored, 0 where it could not be told now: the next beat tells it."""

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from petalnet.announcing import BEAT_S, LIFETIME_S, LOAD_GAP_S, Announcer, Load
+from petalnet.announcing import BEAT_S, LIFETIME_S, LOAD_GAP_S, Announcer, Load, Rates
 from petalnet.routing.pace import LEFT_LIFETIME_S
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import SwarmView
@@ -155,3 +155,46 @@ async def test_a_machine_that_slept_speaks_at_once(autojump_clock: MockClock, mo
             await trio.sleep(5)
             assert len(listener.heard) == heard + 1
         nursery.cancel_scope.cancel()
+
+
+async def test_rates_follow_real_work_and_are_told_when_they_differ_enough(autojump_clock: MockClock) -> None:
+    listener = Listener()
+    done = {"decode_tokens_s": (0.0, 0.0), "forward_tokens_s": (0.0, 0.0)}
+    announcer = Announcer(listener, make_record(), lambda: Load(1000, 0), lambda peer_id: None, done=lambda: done)
+
+    async def work(seconds: int, rate: float, kind: str = "decode_tokens_s") -> list[tuple[float, ServerRecord]]:
+        """Half of the time it computes. Returns what was announced."""
+        began, told = trio.current_time(), len(listener.heard)
+        for _ in range(seconds):
+            await trio.sleep(1)
+            done[kind] = done[kind][0] + rate / 2, done[kind][1] + 0.5
+        return [(at - began, record) for at, record in listener.heard[told:]]
+
+    announcer.change(state="online", decode_tokens_s=100.0, prefill_tokens_s=1000.0)
+    await announcer.tell()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run)
+        assert {record.decode_tokens_s for _, record in await work(60, 95.0)} == {100.0}
+        for rate in (60.0, 97.0):  # a bad moment
+            assert all(record.decode_tokens_s > 80 for _, record in await work(6 if rate == 60.0 else 60, rate))
+        slower = [(at, record.decode_tokens_s) for at, record in await work(200, 20.0) if record.decode_tokens_s < 70]
+        assert slower[0][0] < 30 and 19 <= slower[-1][1] <= 23, "another program takes most of the device"
+        await work(100, 300.0, "forward_tokens_s")
+        last = listener.heard[-1][1]
+        assert (last.decode_tokens_s, last.prefill_tokens_s, last.forward_tokens_s) == (slower[-1][1], 1000.0, 300.0)
+        announcer.change(span=(4, 8), decode_tokens_s=50.0)  # other blocks, measured anew
+        done = {}
+        await announcer.tell()
+        assert listener.heard[-1][1].decode_tokens_s == 50.0
+        nursery.cancel_scope.cancel()
+
+
+def test_smoothing_counts_seconds_of_work_and_not_of_the_clock() -> None:
+    told = {"decode_tokens_s": 100.0}
+    rates = Rates()
+    for _ in range(1000):
+        rates.note({"decode_tokens_s": (0.0, 0.0)}, told)
+    assert not rates.differing(told, 1.01), "it did nothing"
+    rates.note({"decode_tokens_s": (2000.0, 5.0)}, told)
+    assert 110 < rates.differing(told, 1.01)["decode_tokens_s"] < 130
+    assert not rates.differing(told, 1.4)

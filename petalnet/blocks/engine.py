@@ -15,7 +15,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +23,7 @@ import outcome
 import torch
 import trio
 
-from petalnet.blocks.scheduler import Part, Scheduler, Task
+from petalnet.blocks.scheduler import Done, Kind, Part, Scheduler, Task
 from petalnet.errors import BusyError, PetalnetError, ServerError
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Engine:
         busy_s: seconds of computation so far.
         jobs: tasks answered so far.
         expected_wait_s: seconds that all that waits is expected to take, as estimated in the last quarter of a second.
-        rates: tokens a second as the rounds turned out (see `Scheduler.rates`), as of then.
+        done: all work so far, by its kind, as of then.
     """
 
     def __init__(self, run: Callable[[list[Part]], Sequence[outcome.Outcome[Any] | None]], scheduler: Scheduler) -> None:
@@ -113,7 +113,7 @@ class Engine:
         self.busy_s = 0.0
         self.jobs = 0
         self.expected_wait_s = 0.0
-        self.rates: tuple[float | None, float | None, float | None] = (None, None, None)
+        self.done: Mapping[Kind, Done] = {}
         # The trio thread's.
         self._askers: set[_Asker] = set()
         self._asked = trio.Event()
@@ -327,7 +327,7 @@ class Engine:
         if now - self._estimated > ESTIMATE_GAP_S:
             self._estimated = now
             self.expected_wait_s = self._scheduler.expected_wait()
-            self.rates = self._scheduler.rates()
+            self.done = self._scheduler.done()
 
     def _enter(self, asker: _Asker, task: Task) -> None:
         if not asker.gone:

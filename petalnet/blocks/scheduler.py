@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from petalnet.blocks.arrivals import Arrivals
-from petalnet.blocks.costs import SEED_TOKENS, Costs
+from petalnet.blocks.costs import OUTLIER, SEED_TOKENS, Costs
 from petalnet.blocks.shares import Claim, Level, Shares
 
 ROUND_S = 0.15
@@ -63,14 +63,19 @@ OVERDUE_TURN = 4
 WAIT_SHARE = 0.5
 """Seconds that a round may wait for stragglers, as a share of what it will take with them. Also what makes a session one that is far
 away: that it usually stays away for longer."""
-LEAST_ROUNDS = 8
-"""Rounds of a kind of work from which on they tell how fast it is done."""
-RATE_TOKENS = 256
-"""Tokens of a prompt or a pass by which its rate is told, or as many as the longest had where that is less."""
 Rank = Literal["empty", "decode", "prefill", "pass"]
+Kind = Literal["decode", "prefill", "forward"]
+"""Of rates: one token after another, prompts, and passes without a session."""
 RANKS: tuple[Rank, ...] = ("decode", "prefill", "pass")
 TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}
 """Whose turn comes when others have had so many times as long as its round takes."""
+
+
+class Done(NamedTuple):
+    """Work of one kind: its tokens, for decodes as if each had gone alone, and the seconds that its rounds took."""
+
+    tokens: float
+    seconds: float
 
 
 @dataclass(eq=False)
@@ -170,7 +175,8 @@ class Scheduler:
         self._queues: dict[Rank, dict[Task, _Waiting]] = {"empty": {}, "decode": {}, "prefill": {}, "pass": {}}
         self._shares: dict[Rank, Shares] = {rank: Shares() for rank in self._queues}
         self._held_since: float | None = None  # since when a round has been held back for stragglers
-        self._rounds = {"decode": 0, "prefill": 0, "pass": 0}  # by which rates are told
+        self._announced = copy.deepcopy(costs)
+        self._done: dict[Kind, Done] = dict.fromkeys(("decode", "prefill", "forward"), Done(0.0, 0.0))
         self._now = 0.0  # the latest time that was told
         self._empty_last = False  # steps without tokens go at once, but an endless stream of them holds nothing up
         self._arrivals = Arrivals()
@@ -236,8 +242,8 @@ class Scheduler:
         self._passed_over = []
         if tokens:
             task = parts[0].task
+            self._note_done(task, tokens, seconds / task.weight)
             self._costs[task.kind].measured(tokens, seconds / task.weight)
-            self._rounds["pass" if task.kind == "pass" else "prefill" if tokens >= SEED_TOKENS else "decode"] += 1
         complete = []
         for part in parts:
             task = part.task
@@ -268,17 +274,21 @@ class Scheduler:
                 seconds += task.tokens_left * self._seconds(task, chunk) / chunk
         return seconds + sum(self._seconds(tasks[0], sum(task.tokens_left for task in tasks)) for tasks in decodes.values())
 
-    def rates(self) -> tuple[float | None, float | None, float | None]:
-        """Tokens a second through the whole span, as the rounds turned out: of one token after another, of a prompt, and of a pass without
-        a session; None where there was too little of it to tell. Waiting is not in it, other programs' work on the device is.
-        """
-        step, passes = self._costs["step"], self._costs["pass"]
-        prompt, longest = (min(max(costs.longest, SEED_TOKENS), RATE_TOKENS) for costs in (step, passes))
-        return (
-            1 / step.seconds(1) if self._rounds["decode"] >= LEAST_ROUNDS else None,
-            prompt / step.seconds(prompt) if self._rounds["prefill"] >= LEAST_ROUNDS else None,
-            longest / passes.seconds(longest) if self._rounds["pass"] >= LEAST_ROUNDS else None,
-        )
+    def done(self) -> Mapping[Kind, Done]:
+        """All work so far, by its kind, as if all of it had gone through the whole span."""
+        return self._done.copy()
+
+    def _note_done(self, task: Task, tokens: int, seconds: float) -> None:
+        """A round took so long. What its tokens count for follows from how long they should have taken: steps of several sessions side by
+        side take little longer than one alone."""
+        bounded = min(seconds, OUTLIER * self._costs[task.kind].seconds(tokens))
+        kind: Kind = "forward" if task.kind == "pass" else "prefill" if tokens >= SEED_TOKENS else "decode"
+        count = float(tokens)
+        if kind != "forward":
+            unit = 1 if kind == "decode" else SEED_TOKENS
+            count = unit * self._announced.seconds(tokens) / self._announced.seconds(unit)
+        before = self._done[kind]
+        self._done[kind] = Done(before.tokens + count, before.seconds + bounded)
 
     # Which round
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ MEASURED_BLOCKS = 3
 PROMPT_TOKENS = 32
 SESSIONS = (4, 16)
 """How many sessions' tokens are run together, beside one alone: a pass gets dearer in no simple way from one token to a prompt's."""
+REMEMBERED_S = 7 * 86400.0
+"""How long a measurement is used: the machine may have been busy with something else, have got another driver, or less power."""
 WORTH_S = 0.04
 """A measurement is repeated for so long, that one interruption does not decide."""
 
@@ -53,20 +57,31 @@ def measure(span: Span, *, model: str) -> Rates:
         span: must not be in use by another thread.
         model: the model's key, under which the result is remembered.
     """
-    machine = f"{platform.node()} {platform.processor()} {os.cpu_count()} {torch.get_num_threads()} {_device_name(span.device)}"
-    facts = f"{machine} {model} {span.dtype} {len(span)} {span.packs} {torch.__version__} {__version__} 2"
+    facts = f"{_machine(span.device)} {model} {span.dtype} {len(span)} {span.packs} {torch.__version__} {__version__} 3"
     key = blake3(facts.encode()).hexdigest()
-    known = _parse(load_facts("throughput", key))
+    known = _parse(load_facts("throughput", key), time.time())
     if known is not None:
         return known
     rates = _measure(span)
-    store_facts("throughput", key, asdict(rates))
+    store_facts("throughput", key, {**asdict(rates), "measured": time.time()})
     return rates
 
 
-def _parse(facts: dict[str, Any]) -> Rates | None:
-    """Rates from what was remembered; None where that is not what `measure` stores."""
+def _machine(device: torch.device) -> str:
+    """What runs the blocks. The name alone does not tell: containers share one, or have another each time, and may be given fewer cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    return f"{platform.node()} {processor} {cores} of {os.cpu_count()} {torch.get_num_threads()} {_device_name(device)}"
+
+
+def _parse(facts: dict[str, Any], now: float) -> Rates | None:
+    """Rates from what was remembered; None where that is not what `measure` stores, or is too old."""
     try:
+        if not 0 <= now - float(facts["measured"]) <= REMEMBERED_S:
+            return None
         rounds = tuple((int(sessions), float(seconds)) for sessions, seconds in facts["rounds"])
         return Rates(float(facts["decode"]), float(facts["prefill"]), float(facts["forward"]), rounds)
     except (KeyError, TypeError, ValueError):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from petalnet.blocks.costs import Costs
-from petalnet.blocks.scheduler import DECODE_TOKENS, LEAST_PREFILL, LEAST_ROUNDS, OVERDUE_S, WAIT_SHARE, Part, Scheduler, Task
+from petalnet.blocks.scheduler import DECODE_TOKENS, LEAST_PREFILL, OVERDUE_S, WAIT_SHARE, Part, Scheduler, Task
 from petalnet.blocks.shares import PEERS_OF_A_NETWORK
 
 MANY = 1 << 30
@@ -558,25 +558,43 @@ def test_the_expected_wait_is_what_is_queued(scheduler: Scheduler) -> None:
     assert 8.0 < scheduler.expected_wait() < 24.0
 
 
-def test_rates_are_told_once_there_was_enough_of_the_work(scheduler: Scheduler) -> None:
-    assert scheduler.rates() == (None, None, None)
+def test_what_was_done_tells_how_fast_it_was() -> None:
+    scheduler = Scheduler(Costs(10.0, 160.0))
+    assert set(scheduler.done().values()) == {(0.0, 0.0)}
     now = 0.0
-    for number in range(LEAST_ROUNDS):
-        scheduler.add(step("a"), now)
-        _, now = run_round(scheduler, now)
-        assert (scheduler.rates()[0] is None) == (number + 1 < LEAST_ROUNDS)
-    assert scheduler.rates() == (pytest.approx(10.0), None, None)
-    for _ in range(LEAST_ROUNDS):
-        scheduler.add(step("b", 64), now)
-        scheduler.add(a_pass(1, 128), now)
-        _, now = run_round(scheduler, now)
-        _, now = run_round(scheduler, now)
-    decode, prefill, forward = scheduler.rates()
-    assert decode == pytest.approx(10.0)
-    assert prefill == pytest.approx(256 / seconds(256)) and forward == pytest.approx(256 / seconds(256))
-    for _ in range(30):  # the device has become slower
-        scheduler.add(step("a"), now)
-        (part,) = started(scheduler, now)
-        scheduler.finished([part], 0.3, now + 0.3)
-        now += 1.0
-    assert scheduler.rates()[0] == pytest.approx(1 / 0.2, rel=0.35), "a longer pass that was quicker bounds it"
+
+    def work(tasks: list[Task], slower: float) -> None:
+        """Everything takes so many times as long as announced: 0.1 s for a token, 0.2 s for 32."""
+        nonlocal now
+        for task in tasks:
+            scheduler.add(task, now)
+        left = len(tasks)
+        while left:
+            parts = scheduler.next(now)
+            if not isinstance(parts, list):
+                now = parts
+                continue
+            took = parts[0].task.weight * slower * seconds(sum(part.tokens for part in parts))
+            now += took
+            left -= len(scheduler.finished(parts, took, now))
+
+    def rates() -> dict[str, float]:
+        return {kind: done.tokens / done.seconds for kind, done in scheduler.done().items() if done.seconds}
+
+    for _ in range(10):
+        work([step("a")], 1.0)
+        work([step(session) for session in "abcd"], 1.0)  # side by side: no slower for that
+    assert rates() == {"decode": pytest.approx(10.0)}
+    work([step("a", 512)], 1.0)
+    work([dataclasses.replace(a_pass(2, 64), weight=0.5)], 1.0)
+    assert rates() == {"decode": pytest.approx(10.0), "prefill": pytest.approx(160.0), "forward": pytest.approx(230, rel=0.15)}
+    before = scheduler.done()["decode"]
+    for _ in range(10):
+        work([step(session) for session in "abcd"], 3.0)  # another program takes its share
+    after = scheduler.done()["decode"]
+    assert (after.tokens - before.tokens) / (after.seconds - before.seconds) == pytest.approx(10 / 3)
+    scheduler.add(step("a"), now)
+    parts = scheduler.next(now + 10)
+    assert isinstance(parts, list)
+    scheduler.finished(parts, 3600.0, now + 3600)
+    assert scheduler.done()["decode"].seconds - after.seconds < 5, "a machine that was suspended has not become slow"

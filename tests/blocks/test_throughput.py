@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +31,28 @@ def test_what_was_remembered_is_checked(saved: Callable[..., Path], cache_folder
     span = Span.load(ModelSource.open(saved("falcon")), 1, 2)
     throughput.measure(span, model="a")
     (remembered,) = (cache_folder / "throughput").iterdir()
-    remembered.write_text('{"decode": 1.0, "prefill": 2.0, "forward": 3.0, "rounds": 4}')
+    remembered.write_text(f'{{"decode": 1.0, "prefill": 2.0, "forward": 3.0, "rounds": 4, "measured": {time.time()}}}')
     monkeypatch.setattr(throughput, "_measure", lambda span: throughput.Rates(1.0, 2.0, 3.0))
     assert throughput.measure(span, model="a") == throughput.Rates(1.0, 2.0, 3.0)
+
+
+def test_what_is_old_or_was_measured_with_other_cores_is_measured_anew(
+    saved: Callable[..., Path], cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = Span.load(ModelSource.open(saved("falcon")), 0, 2)
+    again = throughput.Rates(1.0, 2.0, 3.0)
+    first = throughput.measure(span, model="a")
+    monkeypatch.setattr(throughput, "_measure", lambda span: again)
+    assert throughput.measure(span, model="a") == first
+    now = time.time()
+    monkeypatch.setattr(throughput.time, "time", lambda: now + throughput.REMEMBERED_S + 60)
+    assert throughput.measure(span, model="a") == again
+    monkeypatch.setattr(throughput.time, "time", lambda: now - 60)  # stored by a clock that was ahead
+    monkeypatch.setattr(throughput, "_measure", lambda span: first)
+    assert throughput.measure(span, model="a") == first
+    monkeypatch.setattr(throughput.os, "sched_getaffinity", lambda pid: range(99))
+    monkeypatch.setattr(throughput, "_measure", lambda span: again)
+    assert throughput.measure(span, model="a") == again
 
 
 def test_a_store_that_a_span_has_stays(saved: Callable[..., Path]) -> None:
