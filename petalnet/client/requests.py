@@ -98,12 +98,15 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
             await retries.after(error)
 
 
-async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Work = "decode", tokens: int = 1) -> list[Hop]:
+async def find_hops(
+    target: Target, full: frozenset[str] = frozenset(), work: Work = "decode", tokens: int = 1, kv_tokens: int = 0
+) -> list[Hop]:
     """The route that a request to the target takes now.
 
     Args:
         full: servers to do without; where only these hold some block, nobody else is looked for.
         work, tokens: what it is for, and how much.
+        kv_tokens: room that a session takes on each server.
     Raises:
         MissingBlocksError, ServerError.
     """
@@ -117,6 +120,8 @@ async def find_hops(target: Target, full: frozenset[str] = frozenset(), work: Wo
         work=work,
         tokens=tokens,
         look=not full,
+        kv_tokens=kv_tokens,
+        direct=settings.direct_chains,
     )
 
 
