@@ -56,6 +56,7 @@ WARM_WITHIN_S = 5.0
 OWN_WITHIN_S = 0.02
 """A server on this machine answers within this, unless it has no time at all."""
 OWN_ADDRESSES_FOR_S = 60.0
+COUNT_EVERY_S = 0.25
 WAYS_FOR_S = 5.0
 CUT_FOR_S = 60.0
 """How long two servers count as not reaching each other: they try again at each session, and with other clients."""
@@ -71,6 +72,8 @@ class Membership:
         self.idle_streams = IdleStreams()
         self.sent_names = SentNames()
         self.observed = Observed()
+        self._noted: dict[tuple[str, int, int, Work | None], tuple[int, float, float]] = {}  # steps, and their seconds
+        self._counted_at = -math.inf
         self._cut: dict[tuple[str, str], float] = {}
         self._own_ips: frozenset[str] = frozenset()
         self._own_ips_at = -math.inf
@@ -220,6 +223,7 @@ class Membership:
 
         The user's own are those on this machine: their connections lead to loopback or to one of this machine's addresses.
         """
+        self._count_noted()
         host, view, now, wall = self.host, self._peering.view, trio.current_time(), time.time()
         if now - self._own_ips_at > OWN_ADDRESSES_FOR_S:
             self._own_ips_at = now
@@ -235,13 +239,17 @@ class Membership:
             clock=now,
         )
 
+    def record(self, peer_id: str) -> ServerRecord | None:
+        """The newest record of a server, expired or not."""
+        return self._peering.view.record(peer_id)
+
     def mark_cut(self, peer_id: str, next_id: str) -> None:
         """A server does not reach another one: for a while, routes count with this client between them."""
         now = trio.current_time()
         self._cut = {pair: until for pair, until in self._cut.items() if until > now} | {(peer_id, next_id): now + CUT_FOR_S}
 
     def observe(self, peer_id: str, *, tokens: int, blocks: int, compute_s: float, queue_s: float, work: Work | None = None) -> None:
-        """Note what a finished step took at a server, so that routes count with it; costs a few microseconds.
+        """Note what a finished step took at a server, so that routes count with it. Cheap: what comes close together is added up first.
 
         Args:
             tokens: rows × new tokens.
@@ -249,11 +257,28 @@ class Membership:
             compute_s, queue_s: seconds of computation, and of waiting for it.
             work: None for a session's step: decode or prefill, by the number of tokens.
         """
-        record = self._peering.view.record(peer_id)
-        if record is not None:
-            self.observed.note(
-                record, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, now=trio.current_time(), work=work
-            )
+        key = peer_id, tokens, blocks, work
+        steps, compute_before_s, queue_before_s = self._noted.get(key, (0, 0.0, 0.0))
+        self._noted[key] = steps + 1, compute_before_s + compute_s, queue_before_s + queue_s
+        if trio.current_time() - self._counted_at >= COUNT_EVERY_S:
+            self._count_noted()
+
+    def _count_noted(self) -> None:
+        noted, self._noted = self._noted, {}
+        self._counted_at = now = trio.current_time()
+        for (peer_id, tokens, blocks, work), (steps, compute_s, queue_s) in noted.items():
+            record = self.view.record(peer_id)
+            if record is not None:
+                self.observed.note(
+                    record,
+                    tokens=tokens,
+                    blocks=blocks,
+                    compute_s=compute_s / steps,
+                    queue_s=queue_s / steps,
+                    now=now,
+                    work=work,
+                    steps=steps,
+                )
 
     def observe_step(self, step: StepTimes, *, rows: int = 1) -> None:
         """Note what a finished step of a session took, at all of its servers.
@@ -261,18 +286,14 @@ class Membership:
         What servers say of themselves is checked by this client's own clock: what they and their ways do not account for is counted as
         theirs (see `unaccounted`), and what a server held a step for without a reason as waiting there.
         """
+        tokens = step.tokens * rows
         extra_s = 0.0
-        if step.chunks == 1 and step.tokens * rows <= FEW_TOKENS:
-            held = [max(hop.held_s, hop.queue_s + hop.compute_s) for hop in step.hops]
-            extra_s = unaccounted(held, step.wall_s, self._ways_s(step.hops))
+        if step.chunks == 1 and tokens <= FEW_TOKENS:
+            extra_s = unaccounted([max(hop.held_s, hop.queue_s + hop.compute_s) for hop in step.hops], step.wall_s, self._ways_s(step.hops))
         for hop in step.hops:
             idle_s = max(hop.held_s - hop.queue_s - hop.compute_s - HOP_S, 0.0) if step.chunks == 1 else 0.0
             self.observe(
-                hop.peer_id,
-                tokens=step.tokens * rows,
-                blocks=hop.end - hop.first,
-                compute_s=hop.compute_s + extra_s,
-                queue_s=hop.queue_s + idle_s,
+                hop.peer_id, tokens=tokens, blocks=hop.end - hop.first, compute_s=hop.compute_s + extra_s, queue_s=hop.queue_s + idle_s
             )
 
     def _ways_s(self, hops: Sequence[HopTimes]) -> float:

@@ -102,7 +102,16 @@ class Observed:
         self._seen: dict[str, _Seen] = {}
 
     def note(
-        self, record: ServerRecord, *, tokens: int, blocks: int, compute_s: float, queue_s: float, now: float, work: Work | None = None
+        self,
+        record: ServerRecord,
+        *,
+        tokens: int,
+        blocks: int,
+        compute_s: float,
+        queue_s: float,
+        now: float,
+        work: Work | None = None,
+        steps: int = 1,
     ) -> None:
         """A server has done a step.
 
@@ -112,6 +121,7 @@ class Observed:
             blocks: how many blocks it ran.
             compute_s, queue_s: seconds of computation, and of waiting for it.
             work: None: decode or prefill, by the number of tokens.
+            steps: how many such steps; the seconds are their average.
         """
         if tokens < 1 or blocks < 1 or not (compute_s >= 0 and queue_s >= 0):
             return
@@ -124,14 +134,14 @@ class Observed:
             seen.is_caught = False
         value = min(compute_s / blocks / of_single(record, work, tokens), LONGEST_S)
         value = min(value, OUTLIER * max(average.with_prior(announced_s), UNKNOWN_BLOCK_S))
-        average.add(value, min(1.0 + tokens / WHOLE_STEP_TOKENS, PRIOR))
+        average.add(value, min(steps * min(1.0 + tokens / WHOLE_STEP_TOKENS, PRIOR), MOST))
         mean = average.total / average.weight
         if mean > SLOW * announced_s and average.weight >= PRIOR and not seen.is_caught:
             seen.strikes, seen.is_caught = seen.strikes + 1, True
         elif mean < HONEST * announced_s and average.weight >= 2 * PRIOR:
             seen.strikes, seen.is_caught = 0, False
         seen.queue.age(now, QUEUE_HALF_LIFE_S)
-        seen.queue.add(min(queue_s, LONGEST_S), 1.0)
+        seen.queue.add(min(queue_s, LONGEST_S), min(steps, MOST))
 
     def speed(self, record: ServerRecord, work: Work, now: float) -> Speed:
         """What to expect of a server for this kind of work."""
