@@ -353,11 +353,12 @@ class Discovery:
         await self._connect_to_any(self._bootstrap)
         if not self.joined and (remembered := self.known.peers(KNOWN_AT_ONCE)):
             await self._connect_to_any(remembered, timeout_s=KNOWN_TIMEOUT_S)
-            if self.joined:
+            if self._host.connected_peers():
                 why = "none of the initial peers answers; " if self._bootstrap else ""
                 logger.info("%sthe swarm was found again through a peer that was remembered", why)
-        connected, self.joined = self.joined, self.joined or not self._bootstrap
-        if connected:
+        if not self._bootstrap:
+            self.joined = True
+        if self._host.connected_peers():
             with trio.move_on_after(REFRESH_TIMEOUT_S):
                 await self._table.refresh()
 
