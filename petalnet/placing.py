@@ -12,6 +12,7 @@ from typing import Protocol
 import trio
 
 from petalnet.errors import PetalnetError
+from petalnet.routing.pace import refresh_every_s
 from petalnet.routing.placement import Move, choose_span, find_moves, may_leave, reconsider, yields_to
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import SwarmView, missing_blocks
@@ -26,7 +27,7 @@ SECOND_LOOKS = 3
 """How often a newcomer may find that others chose the same blocks before it loads what it has chosen last."""
 CHECK_EVERY_S = 5.0
 """Seconds between two looks at whether each block has a server."""
-LOOK_EVERY_S = 90.0
+LOOK_EVERY_S = 60.0
 """Seconds between two looks at whether the swarm would be better otherwise, as the mean of times drawn by chance: so that not all of them
 look at the same moment (Petals: 120)."""
 HOLE_PATIENCE_S = 10.0
@@ -36,7 +37,7 @@ TURN_S = 3 * LOOK_EVERY_S
 """Seconds after which a server that should go first, where there is a hole and otherwise, and does not, is not counted on."""
 IDLE_S = 3600.0
 """For so long."""
-STAY_S = 600.0
+STAY_S = 180.0
 """How long a server that has loaded blocks keeps them, unless others have no server at all: loading is not for nothing."""
 
 
@@ -95,21 +96,19 @@ class Placing:
             own: gives the server's present record, whose blocks it has loaded just now.
         """
         loaded = trio.current_time()
-        look_at = loaded + self._look_after_s()
+        look_at, urgent_at = loaded + self._look_after_s(), loaded
         hole_since: float | None = None
         while True:
             await trio.sleep(CHECK_EVERY_S * self._random.uniform(0.8, 1.2))
             now = trio.current_time()
             hole_since = (now if hole_since is None else hole_since) if self._hole() else None
             urgent = hole_since is not None and now - hole_since >= HOLE_PATIENCE_S
-            if not urgent and now < look_at:
-                continue
-            look_at = now + self._look_after_s()
-            move = await self._turn(own(), HOLE_TURN_S if urgent else TURN_S)
-            if move is None or (not move.fills and now - loaded < STAY_S):
+            if now < (urgent_at if urgent else look_at):
                 continue
             await self._look_up()
-            if move in (await self._moves(own()))[:1]:
+            look_at, urgent_at = now + self._look_after_s(), now + max(HOLE_PATIENCE_S, self._refresh_s / 4)
+            move = await self._turn(own(), HOLE_TURN_S if urgent else TURN_S)
+            if move is not None and (move.fills or now - loaded >= STAY_S):
                 return move
 
     async def clear_to_go(self, own: ServerRecord, move: Move) -> bool:
@@ -170,4 +169,9 @@ class Placing:
                 logger.debug("the swarm could not be looked up: %s", error)
 
     def _look_after_s(self) -> float:
-        return LOOK_EVERY_S * self._random.uniform(0.5, 1.5)
+        return max(LOOK_EVERY_S, self._refresh_s) * self._random.uniform(0.5, 1.5)
+
+    @property
+    def _refresh_s(self) -> float:
+        """How often the swarm may be asked for all its records: the more there are, the more each look-up costs."""
+        return refresh_every_s(len(self._swarm.view))

@@ -74,7 +74,7 @@ def strengths(places: Iterable[Place], num_blocks: int) -> list[int]:
     return strength
 
 
-def weakest_window(strength: Sequence[int], count: int, *, stay: int | None = None) -> int:
+def weakest_window(strength: Sequence[float], count: int, *, stay: int | None = None) -> int:
     """Where `count` consecutive blocks begin, to which a server adds most: the weakest block lies in them, the second weakest, and so on.
 
     That is also the window after which the swarm is best in the leximin order, whatever the server's rate: of two windows, the one with
@@ -96,7 +96,7 @@ def weakest_window(strength: Sequence[int], count: int, *, stay: int | None = No
     return stay if stay is not None and low <= stay <= high else low
 
 
-def _among_equals(strength: Sequence[int], count: int, starts: Sequence[int], order: Sequence[int], stay: int | None) -> int:
+def _among_equals(strength: Sequence[float], count: int, starts: Sequence[int], order: Sequence[int], stay: int | None) -> int:
     """`weakest_window` of these windows from the blocks in `order` on, of which several are equally strong."""
     for _, blocks in groupby(order, key=strength.__getitem__):
         weak = sorted(blocks)
