@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from petalnet.blocks.checks import split_names
+from petalnet.blocks.incoming import Incoming
 from petalnet.blocks.links import LinkKey, OutgoingLink, Output, without_first
 from petalnet.blocks.replays import Replays
 from petalnet.blocks.requests import Requests
@@ -28,7 +29,6 @@ from petalnet.p2p.messages import (
     Attach,
     Attached,
     Error,
-    LinkOpened,
     OpenLink,
     OpenSession,
     Progress,
@@ -81,6 +81,7 @@ class Hop:
         self._link = self._link_to(request.pushes_to)
         self._replays = Replays(service, session, client)
         self._requests = Requests(client, service.read_ahead, urgent=self._take_urgent, ended=self.end)
+        self._incoming = Incoming(service.read_ahead, self._take, self.end)
         self._taken = 0  # the last step that came
         self._answered = 0  # the last one whose output the client was sent
         self._drops = self.key is not None  # steps of numbers that it has had
@@ -93,9 +94,6 @@ class Hop:
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
         self._notices: list[Message] = []
-        self._links: set[Requests] = set()  # of links that came: the latest, and those that end
-        self._latest: Requests | None = None
-        self._is_over = False
 
     async def serve(self) -> None:
         """Serve the session until its client ends the stream, or the session has to end (`end`)."""
@@ -103,11 +101,9 @@ class Hop:
             with self._scope:
                 await self._serve_all()
         finally:
-            self._is_over = True
+            self._nursery = None
             self._requests.forget()
-            for requests in self._links:
-                requests.forget()
-                requests.scope.cancel()
+            self._incoming.end()
 
     def end(self) -> None:
         """End the session, whatever it does."""
@@ -143,47 +139,8 @@ class Hop:
             raise failure
 
     async def serve_link(self, stream: Stream) -> None:
-        """Run the steps that come on a link, until that or the session ends, or the same server has opened another.
-
-        Raises:
-            CallerError: the session has ended.
-            UnsupportedError: something else came than steps.
-            PeerLost: of the link.
-        """
-        if self._is_over:
-            raise CallerError("the session has ended")
-        requests = Requests(stream, self._service.read_ahead, most=1)
-        former, self._latest = self._latest, requests
-        self._links.add(requests)
-        try:
-            if former is not None:
-                await former.close()
-            await stream.send(LinkOpened())
-            while not requests.is_closed and await self._serve_steps(requests):
-                pass
-        finally:
-            requests.forget()
-            self._links.discard(requests)
-            if self._latest is requests:
-                self._latest = None
-
-    async def _serve_steps(self, requests: Requests) -> bool:
-        """Run the steps of a link; True where that was interrupted, and goes on."""
-        with trio.CancelScope() as requests.scope:
-            while not (requests.scope.cancel_called or requests.is_closed):
-                request = await requests.next()
-                if request is None:
-                    return False
-                if not isinstance(request, Step):
-                    raise UnsupportedError(f"a link takes step, not {request.name}")
-                try:
-                    goes_on = await self._take(request, requests, self.key.takes_from if self.key is not None else "")
-                except PeerLost:  # the client's stream has ended
-                    goes_on = False
-                if not goes_on:
-                    self.end()
-                    return False
-        return True
+        """`Incoming.serve`, of a link to this session."""
+        await self._incoming.serve(stream)
 
     async def _run_link(self, link: OutgoingLink, may_tell: trio.Event | None = None) -> None:
         try:
@@ -305,9 +262,8 @@ class Hop:
         self._replays.give_up(self._given_up)
         if self._computing is not None:
             self._computing.cancel()
-        if has_moved and self._latest is not None:
-            await self._latest.close()
-            self._latest = None
+        if has_moved:
+            await self._incoming.close()
         link = self._link
         if link is not None and not link.stays(request.pushes_to, answered):
             link.give_up()
