@@ -27,6 +27,8 @@ CROWD = 50
 _KEPT = 8
 SLICES = 4
 """Parts in which the answer to a single ping is waited for: a stall of our own, however long, costs one of them."""
+LEAST_APART_S = 0.1
+"""Between two single pings to one peer, however many ask: well within the pace at which it reads them."""
 
 
 class Heartbeat:
@@ -104,6 +106,7 @@ class Pings:
         self._open_ping = open_ping
         self._last_heard = last_heard
         self._under_way: dict[str, _Shared] = {}
+        self._asked_at: dict[str, float] = {}  # of the last moment
 
     async def ping(self, peer_id: str, timeout_s: float) -> float:
         """One round trip in seconds; arguments and errors as of `Host.ping`."""
@@ -130,6 +133,7 @@ class Pings:
             nonlocal failure
             stream: Stream | None = None
             try:
+                await self._keep_pace(peer_id)
                 stream = await self._open_ping(peer_id)
                 shared.taken_s = await _ping(stream)
             except (UnsupportedError, BusyError):  # whoever refuses is there
@@ -156,6 +160,14 @@ class Pings:
         if shared.taken_s is None:
             raise _unanswered(peer_id, timeout_s) from failure
         return shared.taken_s
+
+    async def _keep_pace(self, peer_id: str) -> None:
+        """Wait until another ping may be sent to a peer."""
+        now = trio.current_time()
+        self._asked_at = {peer: at for peer, at in self._asked_at.items() if now < at + LEAST_APART_S}
+        if peer_id in self._asked_at:
+            await trio.sleep_until(self._asked_at[peer_id] + LEAST_APART_S)
+        self._asked_at[peer_id] = trio.current_time()
 
 
 class _Shared:

@@ -98,6 +98,31 @@ async def test_many_at_a_time_share_one(hosts) -> None:
     assert len(taken) == 100 and len(served) <= 2, "one of which may be the heartbeat's"
 
 
+async def test_many_one_after_another_keep_a_pace(hosts) -> None:
+    """Else the peer reads them more slowly, and whoever waits for an answer in vain takes it for dead."""
+    a, b = await hosts.start(), await hosts.start()
+    await a.connect(b.peer_id, b.addrs)
+    count = 0
+
+    async def answer(stream: Stream) -> None:
+        nonlocal count
+        while isinstance(message := await stream.receive(), Ping):
+            count += 1
+            await stream.send(Pong(message.nonce))
+
+    b.serve(PING, answer)
+
+    async def ask() -> None:
+        while True:
+            await a.ping(b.peer_id, 2.0)
+
+    with trio.move_on_after(1.0):
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(ask)
+    assert 3 <= count <= 13, "about ten times, for all of them at once"
+
+
 async def test_whoever_waits_for_longer_asks_again(hosts) -> None:
     """Of two that share a ping the one with more time is not bound by the other's."""
     a, b = await hosts.start(), await hosts.start()
