@@ -24,6 +24,8 @@ HALF_LIFE_S = 60.0
 LONGEST_HALF_LIFE_S = 3600.0
 QUEUE_HALF_LIFE_S = 15.0
 """Load changes faster than speed does."""
+LEAST_WAIT_S = 0.001
+"""What is shorter is no waiting."""
 SLOW = 2.0
 """A server is slow that takes so many times as long as it announces, and honest below `HONEST` times."""
 HONEST = 1.25
@@ -66,17 +68,38 @@ class Average:
 
 
 @dataclass(slots=True)
+class _Track:
+    """What was seen of one thing at one server, and how often it was found to be worse than the server says."""
+
+    half_life_s: float
+    average: Average = field(default_factory=Average)
+    strikes: int = 0
+    is_caught: bool = False  # whether it is found to be so now
+
+    def age(self, now: float) -> Average:
+        longer = 2.0 ** min(max(self.strikes - 1, 0), 16)
+        self.average.age(now, min(self.half_life_s * longer, LONGEST_HALF_LIFE_S))
+        return self.average
+
+    def add(self, value: float, weight: float, said: float) -> None:
+        """A measurement, and what it should have been. The average has its age already."""
+        average = self.average
+        if average.weight < PRIOR / 2:
+            self.is_caught = False  # forgiven: from here on it counts anew
+        average.add(value, weight)
+        mean = average.total / average.weight
+        if mean > SLOW * said and average.weight >= PRIOR and not self.is_caught:
+            self.strikes, self.is_caught = self.strikes + 1, True
+        elif mean < HONEST * said and average.weight >= 2 * PRIOR:
+            self.strikes, self.is_caught = 0, False
+
+
+@dataclass(slots=True)
 class _Seen:
     """What was seen of one server."""
 
-    blocks: dict[Work, Average] = field(default_factory=dict)
-    queue: Average = field(default_factory=Average)
-    strikes: int = 0  # how often it was found to be slow
-    is_caught: bool = False  # whether that is so now
-
-    @property
-    def half_life_s(self) -> float:
-        return min(HALF_LIFE_S * 2.0 ** min(max(self.strikes - 1, 0), 16), LONGEST_HALF_LIFE_S)
+    blocks: dict[Work, _Track] = field(default_factory=dict)
+    queue: _Track = field(default_factory=lambda: _Track(QUEUE_HALF_LIFE_S))
 
 
 class Speed(NamedTuple):
@@ -127,21 +150,16 @@ class Observed:
             return
         seen = self._of(record.peer_id)
         work = work or ("decode" if tokens <= FEW_TOKENS else "prefill")
-        average = seen.blocks.setdefault(work, Average(at=now))
-        average.age(now, seen.half_life_s)
+        track = seen.blocks.get(work)
+        if track is None:
+            track = seen.blocks[work] = _Track(HALF_LIFE_S, Average(at=now))
         announced_s = record.block_s(work) or UNKNOWN_BLOCK_S
-        if average.weight < PRIOR / 2:
-            seen.is_caught = False
         value = min(compute_s / blocks / of_single(record, work, tokens), LONGEST_S)
-        value = min(value, OUTLIER * max(average.with_prior(announced_s), UNKNOWN_BLOCK_S))
-        average.add(value, min(steps * min(1.0 + tokens / WHOLE_STEP_TOKENS, PRIOR), MOST))
-        mean = average.total / average.weight
-        if mean > SLOW * announced_s and average.weight >= PRIOR and not seen.is_caught:
-            seen.strikes, seen.is_caught = seen.strikes + 1, True
-        elif mean < HONEST * announced_s and average.weight >= 2 * PRIOR:
-            seen.strikes, seen.is_caught = 0, False
-        seen.queue.age(now, QUEUE_HALF_LIFE_S)
-        seen.queue.add(min(queue_s, LONGEST_S), min(steps, MOST))
+        value = min(value, OUTLIER * max(track.age(now).with_prior(announced_s), UNKNOWN_BLOCK_S))
+        track.add(value, min(steps * min(1.0 + tokens / WHOLE_STEP_TOKENS, PRIOR), MOST), announced_s)
+        seen.queue.age(now)
+        # Where few wait, as it announces, a step waits for no more than a round or two like its own.
+        seen.queue.add(min(queue_s, LONGEST_S), min(steps, MOST), compute_s * (1 + record.queue) + LEAST_WAIT_S)
 
     def speed(self, record: ServerRecord, work: Work, now: float) -> Speed:
         """What to expect of a server for this kind of work."""
@@ -150,12 +168,12 @@ class Observed:
         seen = self._seen.get(record.peer_id)
         if seen is None:
             return Speed(block_s, announced_s)
-        seen.queue.age(now, QUEUE_HALF_LIFE_S)
-        average = seen.blocks.get(work)
-        if average is None:
-            return Speed(block_s, announced_s, 0.0, seen.queue)
-        average.age(now, seen.half_life_s)
-        return Speed(average.with_prior(block_s), announced_s, average.weight, seen.queue)
+        queue = seen.queue.age(now)
+        track = seen.blocks.get(work)
+        if track is None:
+            return Speed(block_s, announced_s, 0.0, queue)
+        average = track.age(now)
+        return Speed(average.with_prior(block_s), announced_s, average.weight, queue)
 
     def forget(self, peer_id: str) -> None:
         """Whoever has this peer id now is another machine, or does other blocks."""

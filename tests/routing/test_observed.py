@@ -108,6 +108,21 @@ def test_a_liar_wins_for_a_moment_and_each_time_for_a_smaller_part_of_the_time(r
     assert pauses[0] > HALF_LIFE_S and max(pauses) > 8 * pauses[0]
 
 
+def test_who_announces_no_queue_and_lets_everybody_wait_gets_fewer_chances(record: Build, now: float) -> None:
+    observed = Observed()
+    servers = [record("A", decode_tokens_s=1e9), record("B")]
+    clock, won = 0.0, []
+    while clock < 6 * 3600:
+        (hop,) = find_route(servers, 0, 4, Client(round_trip=near, observed=observed, clock=clock), now=now)
+        takes = (0.0, 1.0) if hop.peer_id == "A" else (0.1, 0.0)
+        won += [clock] if hop.peer_id == "A" else []
+        for _ in range(20):
+            observed.note(servers[hop.peer_id == "B"], tokens=1, blocks=4, compute_s=takes[0], queue_s=takes[1], now=clock)
+            clock += sum(takes)
+        clock += 5.0
+    assert 2 <= len(won) <= 14 and won[-1] - won[-2] > 8 * (won[1] - won[0])
+
+
 def test_an_honest_server_that_was_slow_for_long_is_trusted_again(record: Build) -> None:
     observed, server = Observed(), record("A")
     clock = 0.0
