@@ -17,26 +17,26 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from petalnet.client.observing import Observing
 from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.prefix import SentNames
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
 from petalnet.p2p.addresses import own_interfaces
-from petalnet.routing.expected import HOP_S, Client, Expected
-from petalnet.routing.observed import FEW_TOKENS, Observed, unaccounted
+from petalnet.routing.expected import Client
+from petalnet.routing.observed import Observed
 from petalnet.routing.pace import refresh_every_s
 from petalnet.routing.records import ServerRecord, Work
 from petalnet.routing.routes import Hop, find_route
 from petalnet.routing.swarm import SwarmView
 
 if TYPE_CHECKING:
-    from petalnet.client.trace import HopTimes, StepTimes
+    from petalnet.client.trace import StepTimes
     from petalnet.p2p.host import Host
     from petalnet.peering import Peering
 
@@ -53,11 +53,11 @@ LOOK_AGAIN_S = 5.0
 """Age of a look-up from which on servers that are full are a reason for another one."""
 MOST_WARM = 32
 WARM_WITHIN_S = 5.0
+THERE_WITHIN_S = 1.5
+"""For the servers of a route to be connected: five round trips across the world. Others are preferred to one that takes longer."""
 OWN_WITHIN_S = 0.02
 """A server on this machine answers within this, unless it has no time at all."""
 OWN_ADDRESSES_FOR_S = 60.0
-COUNT_EVERY_S = 0.25
-WAYS_FOR_S = 5.0
 CUT_FOR_S = 60.0
 """How long two servers count as not reaching each other: they try again at each session, and with other clients."""
 
@@ -71,13 +71,10 @@ class Membership:
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
         self.sent_names = SentNames()
-        self.observed = Observed()
-        self._noted: dict[tuple[str, int, int, Work | None], tuple[int, float, float]] = {}  # steps, and their seconds
-        self._counted_at = -math.inf
+        self._observing = Observing(lambda peer_id: self.record(peer_id), lambda peer_id: self.host.round_trip_s(peer_id))
         self._cut: dict[tuple[str, str], float] = {}
         self._own_ips: frozenset[str] = frozenset()
         self._own_ips_at = -math.inf
-        self._ways: tuple[tuple[tuple[str, bool], ...], float, float] | None = None  # of a chain: when they were worked out, seconds
         self._peering: Peering
         self._nursery: trio.Nursery
         self._over = trio.Event()  # the first attempt to join
@@ -85,7 +82,8 @@ class Membership:
         self._look_ups: dict[str | None, trio.Event] = {}
         self._looked_at: dict[str | None, float] = {}  # when the last look-up for a model was over
         self._watched: set[str] = set()
-        self._warming: set[str] = set()
+        self._warming: dict[str, float] = {}  # since when
+        self._warmed = trio.lowlevel.ParkingLot()
         self._random = random.Random()
 
     @property
@@ -194,7 +192,10 @@ class Membership:
             spread = self._random if work == "forward" else None
             find = partial(find_route, first=first, end=end, now=now, work=work, tokens=tokens, rng=spread, kv_tokens=kv_tokens, like=like)
             try:
-                return find(records, client=self.outlook(records, direct=direct))
+                hops = find(records, client=self.outlook(records, direct=direct))
+                if await self._are_there(hops):
+                    return hops
+                continue
             except MissingBlocksError as error:
                 is_settled = trio.current_time() > self._joined_at + SETTLE_S
                 is_fresh = trio.current_time() <= self._looked_at.get(model, -math.inf) + LOOK_AGAIN_S
@@ -214,6 +215,25 @@ class Membership:
                     raise
             looked = True
 
+    async def _are_there(self, hops: Sequence[Hop]) -> bool:
+        """Whether the servers of a route are connected, or there is no use in waiting for that any longer.
+
+        Who is not there soon is doubtful from then on: records outlive their servers, and a dead one may look better than all others.
+        """
+        missing = [record for hop in hops if not self.host.is_connected(hop.peer_id) and (record := self.record(hop.peer_id)) is not None]
+        doubtful = [record for record in missing if self.view.is_doubtful(record.peer_id, now=time.time())]
+        unknown = [record for record in missing if record not in doubtful]
+        if not unknown:
+            return True
+        self._warm(unknown, most=MOST_WARM + len(unknown))
+        with trio.move_on_at(max(self._warming.get(record.peer_id, -math.inf) for record in unknown) + THERE_WITHIN_S):
+            while any(record.peer_id in self._warming for record in unknown):
+                await self._warmed.park()
+        late = [record for record in unknown if not self.host.is_connected(record.peer_id)]
+        for record in late:
+            self.mark_late(record.peer_id)
+        return not late
+
     def start(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run `function()` beside everything else for as long as this is a member of the swarm; it has to deal with its own errors."""
         self._nursery.start_soon(function)
@@ -223,7 +243,7 @@ class Membership:
 
         The user's own are those on this machine: their connections lead to loopback or to one of this machine's addresses.
         """
-        self._count_noted()
+        self._observing.count()
         host, view, now, wall = self.host, self._peering.view, trio.current_time(), time.time()
         if now - self._own_ips_at > OWN_ADDRESSES_FOR_S:
             self._own_ips_at = now
@@ -248,8 +268,13 @@ class Membership:
         now = trio.current_time()
         self._cut = {pair: until for pair, until in self._cut.items() if until > now} | {(peer_id, next_id): now + CUT_FOR_S}
 
+    @property
+    def observed(self) -> Observed:
+        """What this client saw of servers' speed."""
+        return self._observing.observed
+
     def observe(self, peer_id: str, *, tokens: int, blocks: int, compute_s: float, queue_s: float, work: Work | None = None) -> None:
-        """Note what a finished step took at a server, so that routes count with it. Cheap: what comes close together is added up first.
+        """Note what a finished step took at a server, so that routes count with it. Cheap.
 
         Args:
             tokens: rows × new tokens.
@@ -257,57 +282,11 @@ class Membership:
             compute_s, queue_s: seconds of computation, and of waiting for it.
             work: None for a session's step: decode or prefill, by the number of tokens.
         """
-        key = peer_id, tokens, blocks, work
-        steps, compute_before_s, queue_before_s = self._noted.get(key, (0, 0.0, 0.0))
-        self._noted[key] = steps + 1, compute_before_s + compute_s, queue_before_s + queue_s
-        if trio.current_time() - self._counted_at >= COUNT_EVERY_S:
-            self._count_noted()
-
-    def _count_noted(self) -> None:
-        noted, self._noted = self._noted, {}
-        self._counted_at = now = trio.current_time()
-        for (peer_id, tokens, blocks, work), (steps, compute_s, queue_s) in noted.items():
-            record = self.view.record(peer_id)
-            if record is not None:
-                self.observed.note(
-                    record,
-                    tokens=tokens,
-                    blocks=blocks,
-                    compute_s=compute_s / steps,
-                    queue_s=queue_s / steps,
-                    now=now,
-                    work=work,
-                    steps=steps,
-                )
+        self._observing.note(peer_id, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, work=work)
 
     def observe_step(self, step: StepTimes, *, rows: int = 1) -> None:
-        """Note what a finished step of a session took, at all of its servers.
-
-        What servers say of themselves is checked by this client's own clock: what they and their ways do not account for is counted as
-        theirs (see `unaccounted`), and what a server held a step for without a reason as waiting there.
-        """
-        tokens = step.tokens * rows
-        extra_s = 0.0
-        if step.chunks == 1 and tokens <= FEW_TOKENS:
-            extra_s = unaccounted([max(hop.held_s, hop.queue_s + hop.compute_s) for hop in step.hops], step.wall_s, self._ways_s(step.hops))
-        for hop in step.hops:
-            idle_s = max(hop.held_s - hop.queue_s - hop.compute_s - HOP_S, 0.0) if step.chunks == 1 else 0.0
-            self.observe(
-                hop.peer_id, tokens=tokens, blocks=hop.end - hop.first, compute_s=hop.compute_s + extra_s, queue_s=hop.queue_s + idle_s
-            )
-
-    def _ways_s(self, hops: Sequence[HopTimes]) -> float:
-        """Seconds that a token is expected to be on the way through a chain; worked out anew every few seconds."""
-        key = tuple((hop.peer_id, hop.direct) for hop in hops)
-        now = trio.current_time()
-        if self._ways is None or self._ways[0] != key or now - self._ways[1] > WAYS_FOR_S:
-            known = (self._peering.view.record(hop.peer_id) for hop in hops)
-            cut = {(hop.peer_id, after.peer_id) for hop, after in pairwise(hops) if not hop.direct}
-            expected = Expected([record for record in known if record is not None], Client(round_trip=self.host.round_trip_s, cut=cut))
-            ways = [expected.between(one.peer_id, other.peer_id) for one, other in pairwise(hops)]
-            ways += [expected.half(hops[0].peer_id), expected.half(hops[-1].peer_id)]
-            self._ways = key, now, sum(ways) / 1e9
-        return self._ways[2]
+        """Note what a finished step of a session took, at all of its servers; what they say of it is checked by this client's clock."""
+        self._observing.note_step(step, rows)
 
     def mark_failed(self, peer_id: str, *, wrong: bool = False) -> None:
         """Take a server out of all routes at once; `wrong` where it is there, and answered wrongly."""
@@ -323,12 +302,12 @@ class Membership:
         """A server has done its work."""
         self._peering.view.mark_ok(peer_id)
 
-    def _warm(self, records: Iterable[ServerRecord]) -> None:
+    def _warm(self, records: Iterable[ServerRecord], *, most: int = MOST_WARM) -> None:
         """Connect to servers ahead of need, so that their round trips are known when a route is chosen."""
         connected = set(self.host.connected_peers())
         for record in records:
-            if record.peer_id not in connected and record.peer_id not in self._warming and len(self._warming) < MOST_WARM:
-                self._warming.add(record.peer_id)
+            if record.peer_id not in connected and record.peer_id not in self._warming and len(self._warming) < most:
+                self._warming[record.peer_id] = trio.current_time()
                 self._nursery.start_soon(self._connect, record)
 
     async def _connect(self, record: ServerRecord) -> None:
@@ -338,7 +317,8 @@ class Membership:
             # Nobody needed it yet, and this machine may be what is late: it stays in the routes, unmeasured, behind those that answer.
             logger.debug("server %s cannot be reached ahead of need: %s", record.peer_id, error)
         finally:
-            self._warming.discard(record.peer_id)
+            del self._warming[record.peer_id]
+            self._warmed.unpark_all()
 
     async def _keep_fresh(self) -> None:
         refreshed = trio.current_time()

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from petalnet.client.swarm import LOOK_AGAIN_S, SETTLE_S, Membership
+from petalnet.client.swarm import LOOK_AGAIN_S, SETTLE_S, THERE_WITHIN_S, Membership
 from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.errors import MissingBlocksError, PeerUnreachable, ServerError
 from petalnet.p2p.access import Access
@@ -42,6 +42,9 @@ class Peering:
 
     def connected_peers(self) -> list[str]:
         return []
+
+    def is_connected(self, peer_id: str) -> bool:
+        return peer_id in self.trips
 
     def round_trip_s(self, peer_id: str) -> float | None:
         return self.trips.get(peer_id)
@@ -88,6 +91,31 @@ def test_a_connection_ahead_of_need_that_fails_takes_nobody_out_of_the_routes() 
             assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4, blocked={"near"})] == ["far"]
 
     trio.run(main)
+
+
+def test_who_is_not_there_soon_is_not_waited_for_where_others_are() -> None:
+    """Dead servers of which there are still records, all of which say more than is true; each address swallows what it is sent."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            ghosts = [replace(record(f"ghost{letter}"), decode_tokens_s=1e6) for letter in "abc"]
+            membership, peering = await join(nursery, replace(record("near"), decode_tokens_s=0.1), *ghosts)
+
+            async def connect(peer_id: str, addrs: Any, timeout_s: float) -> None:
+                await trio.sleep(timeout_s)
+                raise PeerUnreachable("silence", peer_id)
+
+            peering.connect = connect  # type: ignore[method-assign]
+            await membership.look_up(MODEL)
+            began = trio.current_time()
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["near"]
+            assert trio.current_time() - began == pytest.approx(THERE_WITHIN_S)
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["near"]
+            (ghost,) = await membership.route(MODEL, 0, 4, blocked={"near"})
+            assert ghost.peer_id.startswith("ghost") and trio.current_time() - began == pytest.approx(THERE_WITHIN_S)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
 def test_a_server_that_failed_is_asked_again_soon_where_nobody_else_is_there() -> None:
