@@ -46,6 +46,8 @@ PORTS_TRIED = 20
 """How many ports after the default one are tried before giving up."""
 ASK_ALL_EVERY_S = 60.0
 """Seconds between two look-ups that ask all keepers of a key."""
+TIDY_EVERY_S = 10.0
+"""How often what has expired is forgotten."""
 RESTART_S = 1.0
 AWAKE_WITHIN_S = 2.0
 """Seconds for peers to show that connections of before a sleep still stand."""
@@ -117,6 +119,7 @@ class Peering:
             if self.reachability is not None:
                 nursery.start_soon(_keep_going, "reachability", self.reachability.run)
             nursery.start_soon(_keep_going, "the watch over the clocks", self._watch_clocks)
+            nursery.start_soon(_keep_going, "forgetting", self._tidy)
             self._gossip.subscribe(GOSSIP_TOPIC, self._accept, lambda peer_id, data: None)
             await nursery.start(self._gossip.run)
             await nursery.start(self.discovery.run, initial_peers)
@@ -145,13 +148,18 @@ class Peering:
                 self._take(kept.data, age=time.time() - kept.received)
 
     async def keep_fresh(self, model: str | None = None) -> None:
-        """Look up again and again, and forget what has expired, until cancelled."""
+        """Look up again and again until cancelled."""
         while True:
             try:
                 await self.look_up(model)
             except PetalnetError as error:
                 logger.debug("the swarm could not be looked up: %s", error)
             await trio.sleep(refresh_every_s(len(self.view)))
+
+    async def _tidy(self) -> None:
+        """Forget what has expired, until cancelled."""
+        while True:
+            await trio.sleep(TIDY_EVERY_S)
             self.view.expire(time.time())
             self._gossiped.expire(time.time())
 

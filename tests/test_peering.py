@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from petalnet import peering as peering_module
 from petalnet.p2p.circuit import HOP
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.signed import sign
@@ -116,6 +117,20 @@ async def test_a_service_that_fails_is_started_again(autojump_clock: trio.testin
         await _keep_going("the service", service)
     assert runs == 3
     assert [entry.getMessage() for entry in caplog.records] == ["the service failed and is started again"] * 2
+
+
+async def test_a_servers_view_forgets_what_is_long_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers look nobody up all the time, as clients and bootstrap nodes do: the dead have to go all the same, and doubt has to end."""
+    monkeypatch.setattr(peering_module, "TIDY_EVERY_S", 0.02)
+    async with AsyncExitStack() as stack:
+        peering = await open_one(stack)
+        gone, doubted, an_hour_ago = Identity.generate(), Identity.generate().peer_id, time.time() - 3600
+        record = open_record(record_of(gone))
+        assert peering.view.add(record.received(an_hour_ago), now=an_hour_ago)
+        peering.view.mark_failed(doubted, now=an_hour_ago)
+        with trio.fail_after(5):
+            while len(peering.view) or peering.view.on_probation(doubted):  # noqa: ASYNC110  (there is no sign of it)
+                await trio.sleep(0.01)
 
 
 async def test_who_is_told_of_a_peer_does_not_keep_others_from_it() -> None:
