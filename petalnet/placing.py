@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -25,6 +26,8 @@ TOLD_S = 2.0
 LOOK_UP_WITHIN_S = 5.0
 SECOND_LOOKS = 3
 """How often a newcomer may find that others chose the same blocks before it loads what it has chosen last."""
+MOST_LOOKED_AFTER = 32
+"""Servers of which a newcomer finds out whether they are alive."""
 CHECK_EVERY_S = 5.0
 """Seconds between two looks at whether each block has a server."""
 LOOK_EVERY_S = 60.0
@@ -57,16 +60,28 @@ class Placing:
         peer_id: the server's own.
         model: the key of the model that it serves.
         num_blocks: blocks of that model.
+        is_alive: finds out within seconds whether a server answers.
         rng: draws the waits.
     """
 
-    def __init__(self, swarm: Swarm, peer_id: str, model: str, num_blocks: int, *, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        peer_id: str,
+        model: str,
+        num_blocks: int,
+        *,
+        is_alive: Callable[[ServerRecord], Awaitable[bool]],
+        rng: random.Random | None = None,
+    ) -> None:
         self._swarm = swarm
         self._peer_id = peer_id
         self._model = model
         self._num_blocks = num_blocks
+        self._is_alive = is_alive
         self._random = rng or random.Random()
         self._known: list[str] = []
+        self._gone: set[str] = set()
         self._first: tuple[str, float] | None = None
         self._idle: dict[str, float] = {}
 
@@ -75,7 +90,25 @@ class Placing:
         await self._look_up()
         others = self._others(("joining", "online"))
         self._known = [record.peer_id for record in others]
-        return choose_span(others, self._num_blocks, count, now=time.time())
+        self._gone = await self._find_gone(others)
+        return choose_span((other for other in others if other.peer_id not in self._gone), self._num_blocks, count, now=time.time())
+
+    async def _find_gone(self, others: Sequence[ServerRecord]) -> set[str]:
+        """Those of the servers that alone hold some block and cannot be reached: a dead server's record stays for a while, and a newcomer
+        has not seen it die."""
+        holders = Counter(block for record in others for block in range(*record.span))
+        needed = [record for record in others if record.state == "online" and any(holders[block] == 1 for block in range(*record.span))]
+        gone: set[str] = set()
+
+        async def look(record: ServerRecord) -> None:
+            if not await self._is_alive(record):
+                logger.info("server %s, of blocks %d:%d, does not answer: not counting on it", record.peer_id, *record.span)
+                gone.add(record.peer_id)
+
+        async with trio.open_nursery() as nursery:
+            for record in self._random.sample(needed, min(len(needed), MOST_LOOKED_AFTER)):
+                nursery.start_soon(look, record)
+        return gone
 
     async def reconsider(self, own: ServerRecord, *, again: bool = False) -> tuple[int, int] | None:
         """Other blocks to load than those that a joining server has announced, because others announced theirs at the same moment; None
@@ -86,7 +119,8 @@ class Placing:
         """
         await trio.sleep(TOLD_S)
         await self._look_up()
-        span = reconsider(self._others(("joining", "online")), own, self._known, now=time.time(), again=again)
+        others = [other for other in self._others(("joining", "online")) if other.peer_id not in self._gone]
+        span = reconsider(others, own, self._known, now=time.time(), again=again)
         return None if span == own.span else span
 
     async def next_move(self, own: Callable[[], ServerRecord]) -> Move:

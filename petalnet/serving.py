@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WITHDRAW_WITHIN_S = 2.0
+ALIVE_WITHIN_S = 5.0
+"""For a connection to a server, and for its answer: over a relay it takes a few round trips."""
 MAX_NAME = 128
 """Characters of a model's name in a record."""
 
@@ -104,7 +106,7 @@ class Server:
         self.span = (0, 0)
         self.model_name = model.source.name
         self._answering = Answering(peering.host)
-        self._placing = Placing(peering, peering.host.peer_id, model.key, model.num_blocks)
+        self._placing = Placing(peering, peering.host.peer_id, model.key, model.num_blocks, is_alive=self._is_alive)
         self._announcer: Announcer
         self._linking: Linking
         self._online = False
@@ -186,6 +188,15 @@ class Server:
         span = await self._placing.choose(count)
         logger.info("chose blocks %d:%d: the swarm can do these least", *span)
         return span
+
+    async def _is_alive(self, record: ServerRecord) -> bool:
+        host = self._peering.host
+        try:
+            await host.connect(record.peer_id, record.addrs, timeout_s=ALIVE_WITHIN_S)
+            await host.ping(record.peer_id, ALIVE_WITHIN_S)
+        except PetalnetError:
+            return False
+        return True
 
     async def _look_again(self) -> None:
         """Choose anew where others chose at the same moment."""

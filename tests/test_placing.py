@@ -48,7 +48,7 @@ class Member:
         self.view = SwarmView(record.peer_id)
         self.record = record
         self._swarm = swarm
-        self.placing = Placing(self, record.peer_id, "m", BLOCKS, rng=swarm.rng)
+        self.placing = Placing(self, record.peer_id, "m", BLOCKS, is_alive=swarm.is_alive, rng=swarm.rng)
         self.moves: list[Move] = []
 
     async def look_up(self, model: str | None = None) -> None:
@@ -124,6 +124,9 @@ class Simulated:
                     counts[block] += 1
         return counts
 
+    async def is_alive(self, record: ServerRecord) -> bool:
+        return record.peer_id in self.members
+
     def remove(self, peer_id: str) -> None:
         """A server dies, and its record has run out everywhere."""
         del self.members[peer_id]
@@ -147,6 +150,17 @@ async def test_newcomers_at_the_same_moment_spread(autojump_clock) -> None:
                     member = swarm.add(record_of(peer_id, (0, 1), state="left"))
                     joining.start_soon(member.join, 4)
         assert sorted(swarm.online()) == [2] * BLOCKS
+
+
+async def test_a_newcomer_does_not_count_on_a_dead_server_that_is_still_listed(autojump_clock) -> None:
+    async with trio.open_nursery() as nursery:
+        swarm = Simulated(nursery, 1)
+        for peer_id, span in {"A": (0, 4), "B": (4, 8), "C": (8, 12)}.items():
+            swarm.add(record_of(peer_id, span, decode_tokens_s=20.0 if peer_id == "B" else 10.0))
+        late = swarm.add(record_of("D", (0, 1), state="left"))
+        del swarm.members["B"]
+        await late.join(4)
+        assert late.record.span == (4, 8)
 
 
 async def test_a_spare_server_fills_a_hole_and_only_one_of_them(autojump_clock) -> None:
