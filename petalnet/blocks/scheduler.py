@@ -72,7 +72,7 @@ TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}
 
 
 class Done(NamedTuple):
-    """Work of one kind: its tokens, for decodes as if each had gone alone, and the seconds that its rounds took."""
+    """Work of one kind: its tokens, as if each had gone alone (decodes) or in rounds of `SEED_TOKENS`, and its rounds' seconds."""
 
     tokens: float
     seconds: float
@@ -280,13 +280,11 @@ class Scheduler:
 
     def _note_done(self, task: Task, tokens: int, seconds: float) -> None:
         """A round took so long. What its tokens count for follows from how long they should have taken: steps of several sessions side by
-        side take little longer than one alone."""
+        side take little longer than one alone, and a pass of one token little less than one of 32."""
         bounded = min(seconds, OUTLIER * self._costs[task.kind].seconds(tokens))
         kind: Kind = "forward" if task.kind == "pass" else "prefill" if tokens >= SEED_TOKENS else "decode"
-        count = float(tokens)
-        if kind != "forward":
-            unit = 1 if kind == "decode" else SEED_TOKENS
-            count = unit * self._announced.seconds(tokens) / self._announced.seconds(unit)
+        unit = 1 if kind == "decode" else SEED_TOKENS
+        count = unit * self._announced.seconds(tokens) / self._announced.seconds(unit)
         before = self._done[kind]
         self._done[kind] = Done(before.tokens + count, before.seconds + bounded)
 
