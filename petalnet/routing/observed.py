@@ -190,13 +190,14 @@ class Observed:
 def of_single(record: ServerRecord, work: Work, tokens: int) -> float:
     """How many times as long as a single token a step of so many takes in a block, by the shape of what the server announces.
 
-    In a prompt and a pass each token counts. A few tokens in a step take little longer than one, since the weights are read once.
+    In a prompt and a pass each token counts, though few together take no less than one alone; a few tokens in a step take little longer
+    than one. Both follow from the weights being read once.
     """
-    if work != "decode":
-        return float(tokens)
-    one_s, more_s = record.block_s("decode"), record.block_s("prefill")
+    one_s, more_s = record.block_s("decode"), record.block_s("prefill" if work == "decode" else work)
     if one_s is None or more_s is None:
         return float(tokens)
+    if work != "decode":
+        return max(float(tokens), one_s / more_s)
     return 1.0 + (tokens - 1) * min(more_s / one_s, 1.0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnet.errors import MissingBlocksError
-from petalnet.routing.expected import Client
+from petalnet.routing.expected import Client, Expected
 from petalnet.routing.observed import HALF_LIFE_S, LONGEST_S, MAX_SERVERS, Observed, unaccounted
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.routes import find_route
@@ -75,6 +75,16 @@ def test_a_few_tokens_in_one_step_are_not_held_against_the_decode_rate(record: B
     for _ in range(20):
         observed.note(server, tokens=5, blocks=4, compute_s=4 * (0.025 + 4 * 0.0025), queue_s=0.0, now=0.0)
     assert observed.speed(server, "decode", 0.0).block_s == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(("work", "tokens"), [("forward", 1), ("forward", 8), ("prefill", 17)])
+def test_short_passes_and_prompts_are_not_held_against_the_rate_of_long_ones(record: Build, work: str, tokens: int) -> None:
+    # A device that takes as long for 32 tokens as for one: 2.5 ms a block.
+    observed, server = Observed(), record("A", decode_tokens_s=100.0, prefill_tokens_s=3200.0, forward_tokens_s=3200.0)
+    for second in range(40):
+        observed.note(server, tokens=tokens, blocks=4, compute_s=0.01, queue_s=0.0, now=float(second), work=work)
+    assert observed.speed(server, work, 40.0).block_s == pytest.approx(server.block_s(work))
+    assert Expected([server], Client(round_trip=near), work=work, tokens=tokens).hop_time("A").block_s == pytest.approx(0.0025)
 
 
 def test_waiting_is_remembered_for_some_seconds(record: Build) -> None:
