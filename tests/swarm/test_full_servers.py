@@ -7,6 +7,7 @@ by one with plenty.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -126,12 +127,23 @@ def test_what_can_never_fit_is_refused_at_once(servers: Servers, clients: list[t
     assert clients[0].generate(ids(1, 8, seed=4), max_new_tokens=2, **GREEDY).shape == (1, 10)
 
 
+def wait_for_room(servers: Servers, model: torch.nn.Module) -> None:
+    """Until a client has heard that the tight server is free: one that announced little room is no server for a long session."""
+    view = model.remote_blocks.target.swarm.membership.view
+    deadline = time.monotonic() + 20
+    while (record := view.record(servers.tight)) is None or record.free_kv_tokens < ROOM:
+        assert time.monotonic() < deadline, "the end of the sessions before was not announced"
+        model.remote_blocks.route()
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("clients", ["both"], indirect=True)
 def test_a_full_server_beside_a_free_one(servers: Servers, clients: list[torch.nn.Module], failures: list[str]) -> None:
     """Who does not fit into the quicker server goes to the slower one while that is full."""
     one, other = clients
     prompt = ids(1, 40, seed=5)
     expected = servers.local.generate(prompt, max_new_tokens=40, **GREEDY)
+    wait_for_room(servers, one)
     with one.inference_session(max_length=200) as holding:
         one.generate(prompt, max_new_tokens=2, session=holding, **GREEDY)
         assert holding.hops[-1].peer_id == servers.tight
