@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import time
 from contextlib import AsyncExitStack
 
@@ -10,6 +12,7 @@ import trio
 import trio.testing
 
 from petalnet import peering as peering_module
+from petalnet.errors import AddressInUse
 from petalnet.p2p.circuit import HOP
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.signed import sign
@@ -145,3 +148,19 @@ async def test_who_is_told_of_a_peer_does_not_keep_others_from_it() -> None:
         one.host.on_peer_found(heard.append)
         await one.host.connect(other.host.peer_id, other.host.addrs)
         assert heard == [other.host.peer_id]
+
+
+async def test_where_the_usual_port_is_taken_the_next_free_one_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(peering_module, "DEFAULT_PORT", port)
+        async with open_peering(Identity.generate(), initial_peers=(), listen=None, server=True) as peering:
+            (used,) = {addr.split("/")[4] for addr in peering.host.plain_addrs}
+            assert used != str(port) and f"port {port} is taken; listening on {used}" in caplog.text
+        monkeypatch.setattr(peering_module, "PORTS_TRIED", 1)
+        with pytest.RaisesGroup(pytest.RaisesExc(AddressInUse, match="are all taken: say --host-maddrs"), allow_unwrapped=True):
+            async with open_peering(Identity.generate(), initial_peers=(), listen=None, server=True):
+                pass
