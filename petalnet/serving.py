@@ -8,7 +8,6 @@ sessions are sent away, "online" once requests are answered.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from petalnet.announcing import LIFETIME_S, Announcer, Load
+from petalnet.announcing import LIFETIME_S, RATE_FIELDS, Announcer, Load
 from petalnet.answering import Answering
 from petalnet.config import DEFAULT_DRAIN_S, Settings
 from petalnet.errors import PetalnetError, UsageError
@@ -138,6 +137,8 @@ class Server:
                     move = await self._until_gone()
                     blocks.cancel_scope.cancel()
                 loaded = await self._load_other(move.span)
+                if self._leaving.is_set():
+                    await trio.sleep_forever()  # the swarm has been told goodbye meanwhile, and the node is about to end
 
     async def move(self, span: tuple[int, int]) -> None:
         """Serve blocks [a, b) instead, if others serve those that it has now; returns once it is online again, wherever that is.
@@ -158,9 +159,11 @@ class Server:
         service = self._answering.service
         if service is not None:
             service.drain(grace_s)
-            await self._say("draining")
+            with trio.move_on_after(WITHDRAW_WITHIN_S):
+                await self._say("draining")
             await self._wait_for_sessions(service, grace_s)
-        await self._say("left")
+        with trio.move_on_after(WITHDRAW_WITHIN_S):
+            await self._say("left")
 
     @property
     def sessions(self) -> int:
@@ -250,12 +253,11 @@ class Server:
     async def _say(self, state: str, **fields: Any) -> int:
         """Tell the swarm; returns on how many peers that is stored, 0 where it could not be told now: the next beat tells it."""
         self._announcer.change(state=state, **fields)
-        with trio.move_on_after(WITHDRAW_WITHIN_S if state in ("draining", "left") else math.inf):
-            try:
-                return await self._announcer.tell()
-            except PetalnetError as error:
-                logger.warning("the swarm could not be told that this server is %s (%s)", state, error)
-        return 0
+        try:
+            return await self._announcer.tell()
+        except PetalnetError as error:
+            logger.warning("the swarm could not be told that this server is %s (%s)", state, error)
+            return 0
 
     # ---- loading and serving
 
@@ -322,8 +324,8 @@ class Server:
         service = self._answering.service
         if service is None or self._leaving.is_set() or move.span == self.span or not self._placing.may_leave(self._announcer.record, move):
             return False
-        await self._say("draining")
-        cleared = await self._placing.clear_to_go(self._announcer.record, move)
+        told = await self._say("draining") > 0
+        cleared = told and await self._placing.clear_to_go(self._announcer.record, move)
         if cleared and not self._leaving.is_set():
             grace_s = self._settings.drain_time
             service.drain(grace_s)
@@ -332,7 +334,7 @@ class Server:
         if self._leaving.is_set():
             return False
         if not cleared:
-            logger.info("staying: others leave, or have left, the same blocks")
+            logger.info("staying: others leave, or have left, the same blocks, or could not be told")
             service.draining = False
             await self._say("online")
         return cleared
@@ -353,10 +355,14 @@ class Server:
         except Exception as error:
             # Whatever it is that keeps these from being loaded, a file that cannot be had or a full memory: the ones before were loaded.
             logger.warning("blocks %d:%d could not be loaded, going back to %d:%d: %s", *span, *before, error)
+            self._placing.could_not_load(span)
         await in_thread(release_memory)
         return await self._load_after_telling(before)
 
     async def _load_after_telling(self, span: tuple[int, int]) -> Loaded:
+        length = span[1] - span[0]
+        unknown = {} if length == self.span[1] - self.span[0] else dict.fromkeys(RATE_FIELDS, 0.0)
         self.span = span
-        await self._say("joining", span=span, block_digests=())
+        if not self._leaving.is_set():
+            await self._say("joining", span=span, block_digests=(), **unknown)
         return await self._load()
