@@ -146,6 +146,12 @@ class History:
         )
         self.position = end
 
+    def reorder(self, order: Blob) -> None:
+        """The rows were put into an order without a step."""
+        rows = _rows_of(order)
+        self._order = rows if self._order is None else [self._order[row] for row in rows]
+        self.rows = len(rows)
+
     def cut(self, position: int) -> None:
         """Forget the entries from `position` on; rows stay in the order that they have, except at 0, where nothing is left."""
         pieces = self._pieces
@@ -233,14 +239,14 @@ class History:
 
     # ---- reading
 
-    def parts(self, cut: Cut, *, all_rows: bool = False) -> Iterator[Part]:
-        """All entries, in the order in which they are to be computed anew.
-
-        Args:
-            all_rows: compute the session's rows in all parts, also where several are alike.
-        """
-        for part, _ in self._read(cut, all_rows, with_hidden=False):
-            yield part
+    def parts(self, cut: Cut, number: int) -> list[Step]:
+        """The same as `steps` for all rows, also where several are alike, without hidden states: these only tell shape and dtype."""
+        size, dtype = self.hidden_size, self._pieces[0].hidden.dtype if self._pieces else "float32"
+        read = self._read(cut, all_rows=True, with_hidden=False)
+        return [
+            _step(part, Blob(dtype, (len(part.rows), part.end - part.position, size), "raw", b""), number + count)
+            for count, (part, _) in enumerate(read)
+        ]
 
     def steps(self, cut: Cut, number: int) -> list[Step]:
         """The steps that compute all entries anew, in a session that has none, and leave its rows as they are.
@@ -250,24 +256,8 @@ class History:
         Returns:
             steps whose outputs nobody wants, with the prompts for all blocks.
         """
-        steps: list[Step] = []
-        for part, hidden in self._read(cut, all_rows=False, with_hidden=True):
-            assert hidden is not None
-            steps.append(
-                Step(
-                    step=number + len(steps),
-                    position=part.position,
-                    hidden=hidden,
-                    mask=part.mask,
-                    position_ids=part.position_ids,
-                    prompts=part.prompts,
-                    order=None if part.order is None else encode_tensor(torch.tensor(part.order)),
-                    keep=KEEP_NONE,
-                    codec=part.codec,
-                    reach=part.reach,
-                )
-            )
-        return steps
+        read = self._read(cut, all_rows=False, with_hidden=True)
+        return [_step(part, hidden, number + count) for count, (part, hidden) in enumerate(read) if hidden is not None]
 
     def _read(self, cut: Cut, all_rows: bool, *, with_hidden: bool) -> Iterator[tuple[Part, Blob | None]]:
         pieces = self._pieces
@@ -345,6 +335,22 @@ class History:
             )
             yield part, None if hidden is None else columns(hidden, at, stop)
             at = stop
+
+
+def _step(part: Part, hidden: Blob, number: int) -> Step:
+    """A step whose outputs nobody wants."""
+    return Step(
+        step=number,
+        position=part.position,
+        hidden=hidden,
+        mask=part.mask,
+        position_ids=part.position_ids,
+        prompts=part.prompts,
+        order=None if part.order is None else encode_tensor(torch.tensor(part.order)),
+        keep=KEEP_NONE,
+        codec=part.codec,
+        reach=part.reach,
+    )
 
 
 def _rows_of(order: Blob | list[int]) -> list[int]:

@@ -10,15 +10,19 @@ on their way over it may have been lost. The client cannot know, so it asks the 
 answered yet once more (`Replay`), and carries that.
 
 A step that wants every block's outputs is answered by each server, beside being sent on: there is nothing to ask for again.
+
+What servers that have taken the place of lost ones compute anew are steps as well, which go only as far as these (`Step.until`): the last
+of them answers. They begin at the first of these, which gets them from the client, or at the server before it, which is asked for outputs
+that it has kept (`Replay.until`) and sends them on as its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from petalnet.client.inputs import wanted_tokens
+from petalnet.client.inputs import is_finite, wanted_tokens
 from petalnet.client.requests import last_of, part_of
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob
@@ -28,12 +32,21 @@ from petalnet.routing.routes import Hop
 REPLAYS_AT_ONCE = 4
 """Outputs that a server is asked for once more at a time: it needs the line for the newer ones, too, and refuses too many."""
 
+SHORT_BYTES = 64 * 1024
+"""Size from which on hidden states take time to be sent."""
+
 
 class Send(NamedTuple):
     """A message for a hop, by its number in the chain."""
 
     hop: int
     message: Step | Replay
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it takes no time to send."""
+        message = self.message
+        return isinstance(message, Replay) or len(message.hidden.data) < SHORT_BYTES
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +62,8 @@ class Pending:
         reached: the last hop that has said anything about the step; -1 for none.
         carried: the hops from which the client carried it on.
         replayed: the hops that were asked for it once more.
+        first, last: the hops that it goes through.
+        from_kept: whether the first of them has computed it before, and is asked to send on what it has kept.
     """
 
     request: Step
@@ -59,28 +74,33 @@ class Pending:
     reached: int = -1
     carried: set[int] = field(default_factory=set)
     replayed: set[int] = field(default_factory=set)
+    first: int = 0
+    last: int = 0
+    from_kept: bool = False
 
 
 class Pipeline:
     """The steps under way in one chain.
 
     Attributes:
+        hops: the chain.
         relayed_steps: for each hop how many of its outputs the client has carried to the next one.
         replays: outputs that were asked for once more.
         finished: the steps of the latest `begin` that are done, in their order.
     """
 
-    def __init__(self, hops: Sequence[Hop], direct: bool) -> None:
+    def __init__(self, hops: Sequence[Hop], direct: bool, carried: Collection[int] = ()) -> None:
         """
         Args:
             hops: the chain, first block to last.
             direct: whether servers were told to send outputs on to the next one; otherwise all of them answer the client.
+            carried: hops that were told to answer the client all the same.
         """
-        self._hops = tuple(hops)
+        self.hops = self._hops = tuple(hops)
         self._last = len(hops) - 1
         self._direct = direct
         self._pushed = [0] * len(hops)  # of links that broke, the last step that may have been lost
-        self._is_up = [direct and index < self._last for index in range(len(hops))]
+        self._is_up = [direct and index < self._last and index not in carried for index in range(len(hops))]
         self._pending: dict[int, Pending] = {}
         self.finished: list[Pending] = []
         self.relayed_steps = [0] * len(hops)
@@ -116,8 +136,22 @@ class Pipeline:
         self.finished = []
         sends = []
         for request in requests:
-            self._pending[request.step] = Pending(request)
-            sends.append(Send(0, self._request_to(0, request)))
+            self._pending[request.step] = pending = Pending(request, last=self._last)
+            sends.append(Send(0, self._request_to(0, pending)))
+        return sends
+
+    def rebuild(self, requests: Iterable[Step], first: int, last: int, *, from_kept: bool) -> list[Send]:
+        """Steps that some hops compute anew, beside others of other hops; numbers as for `begin`.
+
+        Args:
+            requests: where they come from what is kept, their hidden states only tell shape and dtype.
+            first, last: the hops that they go through, the one that has kept its outputs included.
+        """
+        sends = []
+        for request in requests:
+            request = replace(request, until=self._hops[last].end)
+            self._pending[request.step] = pending = Pending(request, reached=first - 1, first=first, last=last, from_kept=from_kept)
+            sends.append(Send(first, self._replay_of(pending) if from_kept else self._request_to(first, pending)))
         return sends
 
     def sent(self, step: Step) -> None:
@@ -141,22 +175,26 @@ class Pipeline:
         """
         pending = self._pending.get(done.step)
         if pending is None:
+            if self._pending and done.step > max(self._pending):
+                raise ProtocolError(f"answered step {done.step}, which nobody gave", self._hops[hop].peer_id)
             return []
         request = pending.request
-        if hop != self._last and self._is_up[hop] and not request.all_hidden:
+        if not pending.first <= hop <= pending.last:
+            raise ProtocolError(f"answered step {done.step}, which does not go through it", self._hops[hop].peer_id)
+        if hop != pending.last and self._is_up[hop] and not request.all_hidden:
             raise ProtocolError(f"answered step {done.step} instead of passing it on", self._hops[hop].peer_id)
-        self._check(hop, request, done.output)
+        self._check(hop, pending, done.output)
         if hop in pending.spent:
             return []
         before = done.spent if len(done.spent) == 3 * hop else (0.0,) * (3 * hop)
         pending.spent[hop] = (*before, done.queue_s, done.compute_s, done.held_s)
         pending.reached = max(pending.reached, hop)
-        if hop == self._last or request.all_hidden:
+        if hop == pending.last or request.all_hidden:
             pending.answers[hop] = done.output
         if len(pending.answers) == (self._last + 1 if request.all_hidden else 1):
             del self._pending[done.step]
             self._finish(pending)
-        elif hop != self._last:
+        elif hop != pending.last:
             pending.onward[hop] = last_of(done.output) if request.all_hidden else done.output
         return self._advance()
 
@@ -174,6 +212,8 @@ class Pipeline:
         for number, pending in self._pending.items():
             if number > pushed:
                 break
+            if not pending.first <= hop < pending.last:
+                continue
             if not pending.request.hidden.shape[1] and not pending.request.all_hidden:  # nothing in it that could be lost
                 pending.onward[hop] = pending.request.hidden
                 pending.spent[hop] = (0.0,) * (3 * (hop + 1))
@@ -197,49 +237,75 @@ class Pipeline:
             request = pending.request
             if number > self._pushed[hop] or under_way == REPLAYS_AT_ONCE:
                 break
-            if pending.reached > hop or hop in pending.spent or request.all_hidden:
+            if not pending.first <= hop < pending.last or pending.reached > hop or hop in pending.spent or request.all_hidden:
                 continue
             under_way += 1
             if hop not in pending.replayed:
                 pending.replayed.add(hop)
                 self.replays += 1
-                sends.append(Send(hop, Replay(number, request.position, request.hidden.shape[1])))
+                again = hop == pending.first and pending.from_kept
+                replay = self._replay_of(pending) if again else Replay(number, request.position, request.hidden.shape[1])
+                sends.append(Send(hop, replay))
         return sends
 
     def _carry(self, hop: int) -> list[Send]:
         """Outputs of a hop that can be carried to the next one now."""
         sends: list[Send] = []
         for pending in self._pending.values():
-            if pending.reached > hop or hop in pending.carried:
+            if not pending.first <= hop < pending.last or pending.reached > hop or hop in pending.carried:
                 continue
             output = pending.onward.pop(hop, None)
             if output is None:
                 break  # were a later one carried first, this one would be dropped
             pending.carried.add(hop)
             self.relayed_steps[hop] += 1
-            sends.append(Send(hop + 1, self._request_to(hop + 1, pending.request, output, pending.spent[hop])))
+            sends.append(Send(hop + 1, self._request_to(hop + 1, pending, output, pending.spent[hop])))
         return sends
 
-    def _request_to(self, hop: int, request: Step, hidden: Blob | None = None, spent: tuple[float, ...] = ()) -> Step:
+    def _request_to(self, hop: int, pending: Pending, hidden: Blob | None = None, spent: tuple[float, ...] = ()) -> Step:
         """A step as a hop gets it."""
-        prompts = request.prompts
-        if prompts is not None:
-            start, end = self._hops[0].first, self._hops[-1 if self._direct else hop].end
-            prompts = part_of(prompts, self._hops[hop].first - start, end - start)
+        request = pending.request
+        prompts = self._prompts(hop, pending)
         keep = request.keep if self._direct or hop == self._last else 0  # the next server needs all of them
         if hidden is None and prompts is None and keep == request.keep:
             return request
         return replace(request, hidden=hidden or request.hidden, prompts=prompts, keep=keep, spent=spent)
 
-    def _check(self, hop: int, request: Step, output: Blob) -> None:
+    def _replay_of(self, pending: Pending) -> Replay:
+        """What makes the first hop of a step send it on as the next one gets it."""
+        request = pending.request
+        return Replay(
+            request.step,
+            request.position,
+            request.hidden.shape[1],
+            request.codec,
+            request.until,
+            request.reach,
+            request.mask,
+            request.position_ids,
+            self._prompts(pending.first + 1, pending),
+        )
+
+    def _prompts(self, hop: int, pending: Pending) -> Blob | None:
+        """Those that a hop gets: for its own blocks, and for all that follow in the step's way where it sends it on."""
+        prompts = pending.request.prompts
+        if prompts is None:
+            return None
+        start = self._hops[0].first
+        return part_of(prompts, self._hops[hop].first - start, self._hops[pending.last if self._direct else hop].end - start)
+
+    def _check(self, hop: int, pending: Pending, output: Blob) -> None:
+        request = pending.request
         rows, new, size = request.hidden.shape
-        shape: tuple[int, ...] = (rows, wanted_tokens(request) if hop == self._last else new, size)
+        shape: tuple[int, ...] = (rows, wanted_tokens(request) if hop == pending.last else new, size)
         if request.all_hidden:
             shape = (self._hops[hop].end - self._hops[hop].first, *shape)
         if output.shape != shape or output.dtype != request.hidden.dtype:
             raise ProtocolError(
                 f"answered {output.dtype} {list(output.shape)} instead of {request.hidden.dtype} {list(shape)}", self._hops[hop].peer_id
             )
+        if not is_finite(output, request.mask):
+            raise ProtocolError(f"answered step {request.step} with numbers that are not finite", self._hops[hop].peer_id)
 
     def _finish(self, pending: Pending) -> None:
         """Steps end in the order in which they began, unless servers do not keep to it."""

@@ -4,50 +4,68 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import trio
 
+from petalnet.client.attempts import Busy, Full, Retries
 from petalnet.client.chain import Chain
 from petalnet.client.history import History
 from petalnet.client.inputs import Inputs
+from petalnet.client.mending import NotMendable, mend
 from petalnet.client.recovery import Recovery
-from petalnet.client.requests import FIRST_PAUSE_S, LONGEST_PAUSE_S, Busy, Full, Patience, Target
+from petalnet.client.requests import Target
 from petalnet.client.trace import StepTimes, Trace
 from petalnet.client.visit import Visit
-from petalnet.errors import BusyError, CallerError, MissingBlocksError, PetalnetError, ServerError, SessionClosed, one_line
+from petalnet.errors import (
+    BusyError,
+    CallerError,
+    MissingBlocksError,
+    PetalnetError,
+    ServerError,
+    SessionClosed,
+    TooLargeError,
+    UnsupportedError,
+    one_line,
+)
 from petalnet.models.frequencies import Frequencies
 from petalnet.p2p.fields import Blob
 from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)
 
+MOST_MENDS = 2
+"""Attempts to mend a chain, one after another, after which another one is opened and computes all entries: that always works."""
+
 
 class Loss:
-    """A chain that broke in the middle of a session, until another one stands in its place."""
+    """Servers that a session has lost, until it stands as before.
 
-    def __init__(self, chain: Chain, failure: Exception, noticed_s: float) -> None:
-        self.hops = chain.hops
-        self.promised_rows = chain.promised_rows
-        self.reason = one_line(str(failure))
-        self.noticed_s = noticed_s
-        self.began = time.perf_counter()
-        self._peers = {getattr(failure, "peer_id", None)}
+    Attributes:
+        hops: the lost ones.
+    """
 
-    def add(self, failure: Exception) -> None:
-        """Another attempt has failed."""
-        self._peers.add(getattr(failure, "peer_id", None))
+    def __init__(self, failure: Exception, noticed_s: float) -> None:
+        """
+        Args:
+            noticed_s: seconds from the beginning of the step under way until now.
+        """
+        self.hops: list[Hop] = []
+        self._reason = one_line(str(failure))
+        self._noticed_s = noticed_s
+        self._began = time.perf_counter()
 
-    def recovery(self, chain: Chain, tokens: int) -> Recovery:
-        """What it took, once a new chain stands."""
-        lost = [hop for hop in self.hops if hop.peer_id in self._peers] or self.hops
+    def recovery(self, hops: Sequence[Hop], tokens: int, uploaded_bytes: int) -> Recovery:
+        """What it took.
 
-        def overlaps(hop: Hop) -> bool:
-            return any(hop.first < gone.end and gone.first < hop.end for gone in lost)
-
-        taking = [hop for hop in chain.hops if overlaps(hop)]
-        rebuilt_s = time.perf_counter() - self.began
-        return Recovery(self.reason, tuple(lost), tuple(taking), tokens, self.noticed_s, rebuilt_s, chain.uploaded_bytes)
+        Args:
+            hops: that were found in their place, and maybe more.
+        """
+        lost = sorted(set(self.hops), key=lambda hop: hop.first)
+        taking = [hop for hop in hops if any(hop.first < gone.end and gone.first < hop.end for gone in lost)]
+        rebuilt_s = time.perf_counter() - self._began
+        return Recovery(self._reason, tuple(lost), tuple(taking), tokens, self._noticed_s, rebuilt_s, uploaded_bytes)
 
 
 class ServerSide:
@@ -73,6 +91,7 @@ class ServerSide:
         self._promise_rows = promise_rows
         self._history = History(frequencies)
         self._loss: Loss | None = None
+        self._mends = 0  # failed attempts in a row to mend the chain
         self._has_begun = False  # a step was asked for
         self._lock = trio.Lock()
         self._opening = trio.CancelScope()
@@ -86,22 +105,20 @@ class ServerSide:
                 return
             with self._opening:
                 try:
-                    await self._open()
+                    self._check_open()
+                    await self._use(await Chain.open(self._target, self._max_length, self._promise_rows, history=self._history))
                 except PetalnetError as error:
                     self._error = error
 
-    async def _open(self, full: Full | None = None) -> Chain:
-        self._check_open()
-        if self.chain is None:
-            chain = await Chain.open(self._target, self._max_length, self._promise_rows, full, self._history)
-            try:
-                self._check_open()
-            except SessionClosed:
-                await chain.close()
-                raise
-            chain.trace_sink, chain.recoveries = self._note, self.recoveries
-            self.chain = chain
-        return self.chain
+    async def _use(self, chain: Chain) -> None:
+        """The session goes on with a new chain. Raises SessionClosed where it has ended."""
+        try:
+            self._check_open()
+        except SessionClosed:
+            await chain.close()
+            raise
+        chain.trace_sink, chain.recoveries = self._note, self.recoveries
+        self.chain = chain
 
     def _note(self, times: StepTimes) -> None:
         self.trace.add(times)
@@ -146,70 +163,102 @@ class ServerSide:
                 raise
 
     async def _complete(self, visit: Visit) -> list[Blob]:
-        """Have a step computed, on one chain after another. Raises as `step`."""
+        """Have a step computed, whatever servers do meanwhile. Raises as `step`."""
         history, settings = self._history, self._target.settings
-        full, patience = Full(settings), Patience(settings)
+        full, retries = Full(settings), Retries(settings)
         rows = max(visit.hidden.shape[0], visit.inputs.promise_rows)
-        failures = 0
-        last: Exception | None = None
         while True:
             before = history.position
             began = time.perf_counter()
             try:
-                chain = await self._open(full)
-                if chain.is_new and history.position:
-                    await chain.rebuild()
-                    self._recovered(chain)
+                chain = await self._standing(visit, full)
                 if history.position and rows > chain.promised_rows:
                     await chain.reserve(rows)
-                answers = await chain.step(visit)
+                return await chain.step(visit)
             except Busy as busy:
                 full.add(busy)
+                retries.attempts.note(busy.peer_id, busy.error)
                 if not history.position:
                     self._promise_rows = rows
                     self._abandon()
-                elif self.chain is None or self.chain.failure is not None:
-                    self._lose(busy.error, began)
-                elif visit.order is not None and rows <= self.chain.promised_rows:
-                    raise busy.error from None  # the servers before that one have reordered their rows: not a second time
-                else:
+                elif self.chain is not None and self.chain.failure is None:
+                    if visit.order is not None and rows <= self.chain.promised_rows:
+                        raise busy.error from None  # the servers before that one have reordered their rows: not a second time
                     await full.wait()  # what was computed is there, and nowhere else
+                else:
+                    self._note_loss(busy.error, time.perf_counter() - began)
             except MissingBlocksError as missing:
-                if not history.position:
-                    raise
-                try:
-                    await patience.wait(BusyError(str(missing)))
-                except BusyError:
-                    raise missing from last
+                if full.peers and not full.have_moved:
+                    try:
+                        await full.wait()
+                    except (BusyError, TooLargeError) as refused:
+                        raise retries.attempts.told(refused)  # noqa: B904  # it has its cause
+                else:
+                    await retries.missing(missing)
+                    full.clear()
             except (CallerError, ServerError) as failure:
                 if self.chain.failure is None if self.chain is not None else isinstance(failure, CallerError):
                     raise  # the step was refused, and that is all
-                self._lose(failure, began)
-                failures, last = failures + 1, failure
+                self._note_loss(failure, time.perf_counter() - began)
                 if history.position > before:
-                    failures, patience = 1, Patience(settings)
-                if settings.max_retries is not None and failures > settings.max_retries:
-                    raise
-                logger.info("trying again (%d): %s", failures, failure)
-                if failures > 1:
-                    await trio.sleep(min(FIRST_PAUSE_S * 2 ** (failures - 2), LONGEST_PAUSE_S))
+                    retries.progressed()
+                await retries.after(failure if isinstance(failure, ServerError) else ServerError(str(failure)))
+
+    async def _standing(self, visit: Visit, full: Full) -> Chain:
+        """A chain that has all entries: as it stands, mended, or a new one. Raises Busy, CallerError, MissingBlocksError, ServerError."""
+        chain = self.chain
+        if chain is not None and chain.failure is None and chain.drains:
+            await chain.look_for_others()
+        if chain is not None and chain.failure is not None:
+            self._note_loss(chain.failure, 0.0)  # of those that were lost since the last step, or since that failed
+            if self._history.position and self._mends < MOST_MENDS:
+                await self._mend(chain, visit, full)
             else:
-                return answers
+                self._abandon()
+        if self.chain is not None:
+            return self.chain
+        self._check_open()
+        chain = await Chain.open_once(self._target, self._max_length, self._promise_rows, full.peers, self._history)
+        await self._use(chain)
+        if self._history.position:
+            await chain.rebuild()
+            self._recovered(chain.hops, chain.exchange.uploaded_bytes)
+        return chain
 
-    def _lose(self, failure: Exception, began: float) -> None:
-        """The chain cannot be used any more, or there was none."""
-        if self._loss is not None:
-            self._loss.add(failure)
-        elif self.chain is not None and self._history.position:
-            self._loss = Loss(self.chain, failure, time.perf_counter() - began)
-            self._promise_rows = max(self._promise_rows, self.chain.promised_rows)
-        self._abandon()
+    async def _mend(self, chain: Chain, visit: Visit, full: Full) -> None:
+        """Have the servers replaced that the chain has lost, or leave it where it cannot be mended. Raises as `_standing`."""
+        before = chain.exchange.uploaded_bytes
+        self._mends += 1
+        try:
+            hops = await mend(chain, visit, full.peers)
+        except NotMendable as reason:
+            logger.debug("the chain cannot be mended: %s", reason)
+            self._abandon()
+        except UnsupportedError:
+            self._mends = MOST_MENDS  # a server of an older version, which goes on between the neighbours that it has or not at all
+            raise
+        except (Busy, MissingBlocksError):
+            self._mends -= 1  # that says nothing against it
+            raise
+        else:
+            self._mends = 0
+            self._recovered(hops, chain.exchange.uploaded_bytes - before)
 
-    def _recovered(self, chain: Chain) -> None:
-        """A new chain has all entries."""
+    def _note_loss(self, failure: Exception, noticed_s: float) -> None:
+        """Servers were lost; or others, in an attempt to go on without them."""
+        chain = self.chain
+        if chain is not None and self._history.position:
+            if self._loss is None:
+                self._loss = Loss(failure, noticed_s)
+            self._loss.hops += [link.hop for link in chain.exchange.links if link.lost is not None and link.is_built]
+            self._promise_rows = max(self._promise_rows, chain.promised_rows)
+
+    def _recovered(self, hops: Sequence[Hop], uploaded_bytes: int) -> None:
+        """The session stands as before."""
         loss, self._loss = self._loss, None
-        if loss is not None:
-            recovery = loss.recovery(chain, self._history.position)
+        self._mends = 0
+        if loss is not None and loss.hops:
+            recovery = loss.recovery(hops, self._history.position if hops else 0, uploaded_bytes)
             self.recoveries.append(recovery)
             self.trace.recovered(recovery)
             logger.info("%s", recovery)
@@ -217,6 +266,7 @@ class ServerSide:
     def _abandon(self) -> None:
         """Leave the chain, without waiting for its servers."""
         chain, self.chain = self.chain, None
+        self._mends = 0
         if chain is not None:
             self._target.swarm.membership.start(chain.close)
 

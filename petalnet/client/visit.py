@@ -24,6 +24,7 @@ class Visit:
         position: KV entries before them.
         order: which rows they continue, int64 [rows]; None for each its own.
         inputs: what goes along.
+        is_ordered: whether the servers' rows are in that order already.
     """
 
     def __init__(self, hidden: Blob, position: int, order: Blob | None, inputs: Inputs) -> None:
@@ -31,6 +32,7 @@ class Visit:
         self.position = position
         self.order = order
         self.inputs = inputs
+        self.is_ordered = order is None
         self._answers: list[list[Blob]] = []
 
     @property
@@ -38,14 +40,10 @@ class Visit:
         """KV entries after them."""
         return self.position + self.hidden.shape[1]
 
-    @property
-    def is_answered(self) -> bool:
-        """Whether a part of it is: then the rows are in their order."""
-        return bool(self._answers)
-
     def answered(self, answers: Sequence[Blob]) -> None:
         """The next part of it is done: the last server's output, or with `all_hidden` each server's, first block to last."""
         self._answers.append(list(answers))
+        self.is_ordered = True
 
     def rest(self, position: int) -> tuple[Blob, Inputs]:
         """What is left where the servers have `position` entries."""
@@ -68,7 +66,7 @@ class Visit:
     def steps(self, position: int, number: int, ends: Sequence[int]) -> list[Step]:
         """The steps for what is left; `ends` as for `steps_of`, of the tokens that `rest` gives."""
         hidden, inputs = self.rest(position)
-        order = None if self._answers else self.order
+        order = None if self.is_ordered else self.order
         reach = reach_of(self.position, self.hidden.shape[1], self.inputs) if position > self.position else 0
         return steps_of(hidden, position, order, inputs, number=number, ends=ends, reach=reach)
 

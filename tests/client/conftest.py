@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,10 @@ class Servers:
         while not trio.from_thread.run_sync(condition, trio_token=self._token):
             assert time.monotonic() < deadline, "it has not come to that in time"
             threading.Event().wait(0.01)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on the servers' thread."""
+        return trio.from_thread.run_sync(function, *arguments, trio_token=self._token)
 
     def open_sessions(self) -> int:
         return sum(len(server.service.sessions) for server in self.servers if server.alive)

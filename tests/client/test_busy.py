@@ -18,7 +18,7 @@ from trio.testing import MockClock
 
 from petalnet.client.chain import Chain
 from petalnet.client.inputs import Inputs
-from petalnet.client.requests import Busy, Full, Patience, retrying
+from petalnet.client.requests import Busy, Patience, retrying
 from petalnet.client.server_side import ServerSide
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
@@ -183,9 +183,10 @@ def test_a_session_that_a_full_server_closed_goes_on_elsewhere(monkeypatch: pyte
     class FakeChain:
         promised_rows = 1
         failure: Exception | None = None
-        is_new = False
+        drains = False
         hops: tuple[Any, ...] = ()
-        uploaded_bytes = 0
+        exchange = SimpleNamespace(links=[], uploaded_bytes=0)
+        history = target = None  # nothing is left of it to go on with
         is_full = True
 
         async def step(self, *_: Any) -> list[Any]:
@@ -204,10 +205,10 @@ def test_a_session_that_a_full_server_closed_goes_on_elsewhere(monkeypatch: pyte
         settings = ClientSettings(max_retries=3)
         swarm = SimpleNamespace(membership=SimpleNamespace(start=lambda function: None))
 
-    async def reopened(target: Any, max_length: int, rows: int, full: Full, history: Any) -> FakeChain:
-        full_peers.append(full.peers)
+    async def reopened(target: Any, max_length: int, rows: int, full: frozenset[str], history: Any) -> FakeChain:
+        full_peers.append(full)
         chain = FakeChain()
-        chain.is_full, chain.is_new = False, True
+        chain.is_full = False
         return chain
 
     async def attempt() -> None:
@@ -216,9 +217,8 @@ def test_a_session_that_a_full_server_closed_goes_on_elsewhere(monkeypatch: pyte
         before, token = encode_tensor(torch.zeros(1, 3, 4)), encode_tensor(torch.zeros(1, 1, 4))
         side._history.note(Step(1, 0, before), before, "raw")
         assert await side.step(token, 3, None, Inputs()) == ["answer"]
-        assert len(side.recoveries) == 1
 
-    monkeypatch.setattr(Chain, "open", reopened)
+    monkeypatch.setattr(Chain, "open_once", reopened)
     _, end = in_virtual_time(attempt)
     assert end == 0 and full_peers == [frozenset({"peer"})]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import trio
 
-from petalnet.client import chain as chain_module
+from petalnet.client import exchange as exchange_module
 from petalnet.client.chain import Counts
 from petalnet.client.swarm import Membership
 from petalnet.client.trace import StepTimes
@@ -28,7 +28,7 @@ def chain_of(session: Any) -> Any:
 
 def relayed(session: Any) -> list[int]:
     """For each server how many of its outputs the client carried on."""
-    return list(chain_of(session)._pipeline.relayed_steps)
+    return list(chain_of(session).exchange.pipeline.relayed_steps)
 
 
 def test_nothing_between_servers_goes_through_the_client(pair: Any, wire: Any) -> None:
@@ -134,7 +134,7 @@ def test_the_server_that_is_late_is_blamed(
     bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, wire: Any, late: int
 ) -> None:
     """The others show that they have done the step."""
-    monkeypatch.setattr(chain_module, "PROBE_WITHIN_S", 1.0)
+    monkeypatch.setattr(exchange_module, "PROBE_WITHIN_S", 1.0)
     with (
         serving(bloom_path, [(0, 2), (2, 4), (4, 6)]) as servers,
         connect(bloom_path, servers.peers, request_timeout=2, max_retries=0) as model,

@@ -9,9 +9,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from petalnet.client.chain import Chain
+from petalnet.client.exchange import Exchange
 from petalnet.client.inputs import Inputs, steps_of
 from petalnet.client.links import Link
+from petalnet.client.pipeline import Pending
 from petalnet.errors import PeerLost, PetalnetError
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.messages import LinkDown, Replay, SessionOpened, Step, StepDone
@@ -43,12 +44,22 @@ def hidden(tokens: int) -> Blob:
     return Blob("float32", (1, tokens, 1), "raw", bytes(4 * tokens))
 
 
-def chain_of(lines: list[Line]) -> Chain:
+async def ping(peer_id: str, within_s: float) -> float:
+    return 0.0
+
+
+def exchange_of(lines: list[Line]) -> Exchange:
     settings = SimpleNamespace(direct_chains=True, request_timeout=REQUEST_TIMEOUT_S, wire_precision="exact")
-    membership = SimpleNamespace(mark_failed=lambda peer_id: None, mark_ok=lambda peer_id: None)
+    host = SimpleNamespace(round_trip_s=lambda peer_id: 0.0, connected_peers=lambda: [], ping=ping)
+    ignored = {name: lambda *_, **__: None for name in ("mark_failed", "mark_late", "mark_ok", "observe_step")}
+    membership = SimpleNamespace(**ignored, host=host)
     target: Any = SimpleNamespace(settings=settings, swarm=SimpleNamespace(membership=membership))
     opened = SessionOpened(0, dtype="float32")
-    return Chain(target, [Link(Hop(f"peer {i}", (), i, i + 1), line, opened) for i, line in enumerate(lines)])  # type: ignore[arg-type]
+    return Exchange(target, [Link(Hop(f"peer {i}", (), i, i + 1), line, opened) for i, line in enumerate(lines)])  # type: ignore[arg-type]
+
+
+async def run(exchange: Exchange, requests: list[Step]) -> list[Pending]:
+    return await exchange.run(exchange.pipeline.begin(requests))
 
 
 @pytest.fixture
@@ -76,13 +87,13 @@ async def test_a_link_breaks_while_a_long_prompt_is_sent(autojump_clock: MockClo
             taken.append(message.step)
             await last.answers.send(StepDone(message.step, 0, hidden(2)))
 
-    chain = chain_of([first, last])
+    exchange = exchange_of([first, last])
     requests = steps_of(hidden(32), 0, None, Inputs(), number=1, ends=list(range(2, 33, 2)))
     async with trio.open_nursery() as nursery:
-        for task in (serve_first, serve_last, chain._read_all):
+        for task in (serve_first, serve_last, exchange.run_links):
             nursery.start_soon(task)
         with trio.fail_after(REQUEST_TIMEOUT_S / 2):
-            finished = await chain._run(requests)
+            finished = await run(exchange, requests)
         nursery.cancel_scope.cancel()
     assert len(finished) == 16 and taken == list(range(1, 17))
 
@@ -97,13 +108,13 @@ async def test_the_last_server_goes_while_a_long_prompt_is_sent(autojump_clock: 
         await last.answers.aclose()
         await trio.sleep_forever()
 
-    chain = chain_of([first, last])
+    exchange = exchange_of([first, last])
     requests = steps_of(hidden(32), 0, None, Inputs(), number=1, ends=list(range(2, 33, 2)))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve_first)
-        nursery.start_soon(chain._read_all)
+        nursery.start_soon(exchange.run_links)
         with trio.fail_after(REQUEST_TIMEOUT_S / 2), pytest.raises(PetalnetError, match="gone"):
-            await chain._run(requests)
+            await run(exchange, requests)
         nursery.cancel_scope.cancel()
 
 
@@ -115,10 +126,10 @@ async def test_answers_that_were_there_before_do_not_keep_anybody_waiting(autoju
             await trio.sleep(REQUEST_TIMEOUT_S / 2)
             await last.answers.send(StepDone(7, 0, hidden(1)))
 
-    chain = chain_of([first, last])
+    exchange = exchange_of([first, last])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve_last)
-        nursery.start_soon(chain._read_all)
+        nursery.start_soon(exchange.run_links)
         with trio.fail_after(5 * REQUEST_TIMEOUT_S), pytest.raises(PeerLost, match="no answer within"):
-            await chain._run(steps_of(hidden(1), 0, None, Inputs(), number=8, ends=[1]))
+            await run(exchange, steps_of(hidden(1), 0, None, Inputs(), number=8, ends=[1]))
         nursery.cancel_scope.cancel()

@@ -1,0 +1,56 @@
+"""Which servers can take the place of those that a chain has lost.
+
+Runs on the portal's thread. They hold the same bytes of the blocks, and compute in the same dtype and quantization, or the session would
+go on with other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from petalnet.client.links import Link
+from petalnet.client.requests import Target
+from petalnet.errors import MissingBlocksError, ServerError
+from petalnet.routing.routes import Hop
+
+if TYPE_CHECKING:
+    from petalnet.routing.records import ServerRecord
+
+
+async def replacements(
+    target: Target, first: int, end: int, like: Sequence[ServerRecord], without: Collection[str], kv_tokens: int, *, look: bool = False
+) -> list[Hop]:
+    """The quickest servers through blocks [first, end) that can go on with what others have begun.
+
+    Args:
+        like: records of these others.
+        without: peers to do without.
+        kv_tokens: that the session takes: rows × its greatest length.
+        look: whether to ask the swarm where nobody is known.
+    Raises:
+        MissingBlocksError: there are none.
+        ServerError: the swarm cannot be asked.
+    """
+    settings = target.settings
+    return await target.swarm.membership.route(
+        target.model,
+        first,
+        end,
+        allowed=settings.allowed_servers,
+        blocked=settings.blocked_servers | set(without),
+        look=look,
+        kv_tokens=kv_tokens,
+        like=like or None,
+        direct=settings.direct_chains,
+    )
+
+
+async def has_stand_in(target: Target, link: Link) -> bool:
+    """Whether other servers hold a link's blocks."""
+    hop = link.hop
+    try:
+        await replacements(target, hop.first, hop.end, [] if link.record is None else [link.record], {hop.peer_id}, 0)
+    except (MissingBlocksError, ServerError):
+        return False
+    return True
