@@ -59,6 +59,8 @@ LIBP2P_CONNECT_TIMEOUT_S = 3.0
 CLOSE_TIMEOUT_S = 0.5
 IDENTIFIED_WITHIN_S = 2.0
 """For a peer to say which protocols it serves, where that has to be known."""
+TELL_VERSION_EVERY_S = 60.0
+"""Seconds between two warnings of that kind: peer ids cost nothing, and each could bring a line into the log."""
 PARTING_S = 1.0
 """Between finding out that a peer speaks another version and ending the connection: the peer needs it to find out as well."""
 
@@ -99,6 +101,7 @@ class Host:
         self._lost_callbacks: list[Callable[[str], None]] = []
         self._found_callbacks: list[Callable[[str], None]] = []
         self._identified: set[str] = set()
+        self._told_version_at = float("-inf")
         self._identified_more = trio.lowlevel.ParkingLot()
         self._dialler = Dialler(self.libp2p, limits, admission)
         self.circuits = self._dialler.circuits
@@ -292,8 +295,11 @@ class Host:
         version = foreign_version(protocols)
         if version is not None:
             why = describe_foreign(peer_id, version)
-            if self.admission.turn_away(peer_id, why):
-                logger.warning("%s", why)
+            is_news = self.admission.turn_away(peer_id, why)
+            told = is_news and trio.current_time() >= self._told_version_at + TELL_VERSION_EVERY_S
+            logger.log(logging.WARNING if told else logging.DEBUG, "%s", why)
+            if told:
+                self._told_version_at = trio.current_time()
             self._nursery.start_soon(self._part_from, peer_id)
         elif self.is_connected(peer_id):
             self._identified.add(peer_id)
