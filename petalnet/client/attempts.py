@@ -104,7 +104,7 @@ class Patience:
         message = f"{busy}; waited for {self._longest:g} s, which is what request_timeout and max_retries allow"
         raise type(busy)(message, busy.retry_after_s, busy.fits_tokens) from busy
 
-    async def sleep(self, pause_s: float, why: Exception) -> bool:
+    async def sleep(self, pause_s: float, why: Exception, *, is_news: bool = True) -> bool:
         """Sleep for about so long; False, at once, when patience is at its end."""
         now = trio.current_time()
         if self._until is None:
@@ -112,7 +112,7 @@ class Patience:
         if now >= self._until:
             return False
         pause_s = min(max(pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S, self._until - now)
-        logger.info("waiting %.1f s: %s", pause_s, why)
+        logger.log(logging.INFO if is_news else logging.DEBUG, "waiting %.1f s: %s", pause_s, why)
         await trio.sleep(pause_s)
         return True
 
@@ -168,15 +168,20 @@ class Retries:
         self._patience = Patience(settings)
         self._count = 0
         self._blameless = 0
+        self._missing: MissingBlocksError | None = None  # what is waited for
 
     def progressed(self) -> None:
         """A part of the request is done: what follows has all its tries."""
         self._patience = Patience(self._settings)
         self._count = self._blameless = 0
+        self._missing = None
 
     async def after(self, error: ServerError) -> None:
         """A server has failed: pause before the next try. Raises the error, which tells what everybody answered, where there is none."""
         self.attempts.note(error.peer_id, error)
+        if self._missing is not None and error.peer_id is not None:  # it was asked because nobody else is there
+            await self.missing(self._missing)
+            return
         # A swarm that cannot be joined may be there later; anything else that nobody is to blame for would come again.
         self._blameless = self._blameless + 1 if error.peer_id is None and not isinstance(error, PeerUnreachable) else 0
         limit = self._settings.max_retries
@@ -192,5 +197,7 @@ class Retries:
 
         Raises the error, which tells what everybody answered, where nobody was or patience is at its end.
         """
-        if not self.attempts.answers or not await self._patience.sleep(MISSING_PAUSE_S, error):
+        is_news, self._missing = self._missing is None, error
+        was_there = bool(self.attempts.answers or error.answers)
+        if not was_there or not await self._patience.sleep(MISSING_PAUSE_S, error, is_news=is_news):
             raise self.attempts.told(error)

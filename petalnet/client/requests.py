@@ -65,8 +65,9 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
     Args:
         full: servers that are known to have no room, and how long they have been waited for; others that are met are added.
 
-    A server's fault is tried again elsewhere (the server is out of the routes by then), a full server is left out of the next tries until
-    nobody else holds its blocks, then waited for; one that is too small is not. Where servers have failed and nobody holds their blocks any
+    A server's fault is tried again elsewhere (the server is out of the routes by then, one that was late is left out as long as others hold
+    its blocks), a full server is left out of the next tries until nobody else holds its blocks, then waited for; one that is too small is
+    not. Where servers have failed and nobody holds their blocks any
     more, somebody who does is waited for.
 
     Raises: the last error, which tells what all servers answered that were asked:
@@ -77,14 +78,17 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
     """
     full = full or Full(target.settings)
     retries = Retries(target.settings)
+    late: set[str] = set()
     while True:
         try:
-            return await attempt(full.peers)
+            return await attempt(full.peers | late)
         except Busy as busy:
             full.add(busy)
             retries.attempts.note(busy.peer_id, busy.error)
         except MissingBlocksError as error:
-            if full.peers and not full.have_moved:
+            if late:
+                late.clear()
+            elif full.peers and not full.have_moved:
                 try:
                     await full.wait()
                 except (BusyError, TooLargeError) as refused:
@@ -95,6 +99,8 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
         except CallerError:
             raise
         except ServerError as error:
+            if isinstance(error, PeerLate) and error.peer_id is not None:
+                late.add(error.peer_id)
             await retries.after(error)
 
 

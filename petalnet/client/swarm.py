@@ -179,7 +179,8 @@ class Membership:
                 Without it they are looked for once, unless that was done lately: others are known, and there is something to do meanwhile.
 
         Raises:
-            MissingBlocksError: some block has no server: at once where the swarm is known, a moment after joining at the latest.
+            MissingBlocksError: some block has no server: at once where the swarm is known, a moment after joining at the latest. Its
+                `answers` are of servers that have the blocks and failed a moment ago.
             ServerError: the swarm could not be joined.
         """
         await self.joined()
@@ -205,7 +206,14 @@ class Membership:
                     with suppress(MissingBlocksError):
                         return find(records, client=self.outlook(records, direct=direct))
                     known = view.servers(model, now=now, include_failed=True)
-                    raise MissingBlocksError(error.blocks, (record.peer_id for record in known), hint=error.hint) from None
+                    failed = {
+                        record.peer_id: f"failed a moment ago, avoided for {until - now:.0f} s more"
+                        for record in view.servers(model, now=now, allowed=allowed, blocked=blocked, include_failed=True)
+                        if (until := view.failed_until(record.peer_id, now=now)) is not None
+                        and any(record.span[0] <= block < record.span[1] for block in error.blocks)
+                    }
+                    peers = (record.peer_id for record in known)
+                    raise MissingBlocksError(error.blocks, peers, hint=error.hint, answers=failed) from None
             if looked:
                 await trio.sleep(RETRY_LOOKUP_S)
             try:

@@ -128,6 +128,17 @@ async def test_servers_that_come_back_are_waited_for(autojump_clock: MockClock) 
         await run(attempt, max_retries=2, request_timeout=40)
     assert attempt.times[-1] - attempt.times[0] == pytest.approx(40, abs=2), "the bound is the user's"
 
+    attempt = Attempt(MissingBlocksError([0], answers={"a": "failed a moment ago"}), "done")
+    assert await run(attempt) == "done" and attempt.times[1] > attempt.times[0], "one that died before the request may be back as well"
+
+    dead = [MissingBlocksError([0], ["a"]), PeerUnreachable("nobody there", "a")]
+    attempt = Attempt(PeerLost("gone", "a"), *dead * 10, "done")
+    assert await run(attempt, max_retries=1, request_timeout=180) == "done", "to ask one that is dead again costs no retry"
+    began = trio.current_time()
+    with pytest.raises(MissingBlocksError, match="a: nobody there"):
+        await run(Attempt(PeerLost("gone", "a"), *dead * 1000), max_retries=1, request_timeout=180)
+    assert trio.current_time() - began == pytest.approx(30, abs=2)
+
     for attempt, retries in ((Attempt(MissingBlocksError([0])), 3), (Attempt(PeerLost("gone", "a"), MissingBlocksError([0])), 0)):
         began = trio.current_time()
         with pytest.raises(PetalnetError):
@@ -135,11 +146,19 @@ async def test_servers_that_come_back_are_waited_for(autojump_clock: MockClock) 
         assert trio.current_time() == began, "nobody was there before, or there is to be no retry"
 
 
+async def test_who_was_late_is_asked_again_only_where_nobody_else_is(autojump_clock: MockClock) -> None:
+    attempt = Attempt(PeerLate("hangs", "a"), PeerLate("hangs", "b"), MissingBlocksError([0]), "done")
+    assert await run(attempt, max_retries=2) == "done"
+    assert attempt.without == [frozenset(), {"a"}, {"a", "b"}, frozenset()]
+
+
 async def test_without_end_is_not_without_pause(autojump_clock: MockClock) -> None:
     attempt = Attempt(*[ServerError("wrong", "a")] * 2000, "done")
     assert await run(attempt, max_retries=None) == "done"
     pauses = [after - before for before, after in zip(attempt.times, attempt.times[1:], strict=False)]
-    assert pauses[0] == 0 and all(0 < before <= after + 1e-6 <= LONGEST_PAUSE_S + 1e-5 for before, after in zip(pauses[1:], pauses[2:], strict=False))
+    assert pauses[0] == 0 and all(
+        0 < before <= after + 1e-6 <= LONGEST_PAUSE_S + 1e-5 for before, after in zip(pauses[1:], pauses[2:], strict=False)
+    )
 
 
 async def test_what_nobody_is_to_blame_for_ends_also_without_bound(autojump_clock: MockClock) -> None:

@@ -125,8 +125,9 @@ def test_a_server_that_failed_is_asked_again_soon_where_nobody_else_is_there() -
         async with trio.open_nursery() as nursery:
             membership, peering = await join(nursery, record("near"))
             membership.mark_failed("near")
-            with pytest.raises(MissingBlocksError):
+            with pytest.raises(MissingBlocksError) as caught:
                 await membership.route(MODEL, 0, 4)
+            assert caught.value.answers.keys() == {"near"}
             peering.view.forget("near")
             peering.view.add(record("near"), now=time.time())
             peering.view.mark_failed("near", now=time.time() - FIRST_LAST_RESORT)
