@@ -40,6 +40,10 @@ TURN_S = 3 * LOOK_EVERY_S
 """Seconds after which a server that should go first, where there is a hole and otherwise, and does not, is not counted on."""
 IDLE_S = 3600.0
 """For so long."""
+DRAIN_COUNTS_S = 120.0
+"""Seconds for which a server that drains keeps others from going: it may only be about to end, with hours for its sessions to do so too."""
+UNLOADABLE_S = 3600.0
+"""Seconds for which blocks that could not be loaded are not tried again: whoever tries gives up the ones it has."""
 STAY_S = 180.0
 """How long a server that has loaded blocks keeps them, unless others have no server at all: loading is not for nothing."""
 
@@ -84,6 +88,8 @@ class Placing:
         self._gone: set[str] = set()
         self._first: tuple[str, float] | None = None
         self._idle: dict[str, float] = {}
+        self._draining: dict[str, float] = {}  # since when
+        self._unloadable: dict[tuple[int, int], float] = {}
 
     async def choose(self, count: int) -> tuple[int, int]:
         """The blocks to begin with."""
@@ -142,14 +148,20 @@ class Placing:
             await self._look_up()
             look_at, urgent_at = now + self._look_after_s(), now + max(HOLE_PATIENCE_S, self._refresh_s / 4)
             move = await self._turn(own(), HOLE_TURN_S if urgent else TURN_S)
-            if move is not None and (move.fills or now - loaded >= STAY_S):
+            if move is None or now < self._unloadable.get(move.span, now):
+                continue
+            if move.fills or now - loaded >= STAY_S:
                 return move
+
+    def could_not_load(self, span: tuple[int, int]) -> None:
+        """These blocks are not to be had here."""
+        self._unloadable[span] = trio.current_time() + UNLOADABLE_S
 
     async def clear_to_go(self, own: ServerRecord, move: Move) -> bool:
         """Whether a server that has announced that it drains may go; to be asked before its sessions are sent away."""
         await trio.sleep(TOLD_S)
         await self._look_up()
-        if yields_to(self._others(("joining", "online", "draining")), own, now=time.time()):
+        if yields_to(self._with_movers(), own, now=time.time()):
             return False
         return self.may_leave(own, move)
 
@@ -187,8 +199,14 @@ class Placing:
         return None
 
     async def _moves(self, own: ServerRecord) -> list[Move]:
-        others = self._others(("joining", "online", "draining"))
-        return await in_thread(partial(find_moves, others, own, now=time.time(), idle=frozenset(self._idle)))
+        return await in_thread(partial(find_moves, self._with_movers(), own, now=time.time(), idle=frozenset(self._idle)))
+
+    def _with_movers(self) -> list[ServerRecord]:
+        """The other servers, and those that drain and may be about to go elsewhere."""
+        now, draining = trio.current_time(), self._others(("draining",))
+        self._draining = {record.peer_id: self._draining.get(record.peer_id, now) for record in draining}
+        movers = [record for record in draining if now - self._draining[record.peer_id] < DRAIN_COUNTS_S]
+        return [*self._others(("joining", "online")), *movers]
 
     def _others(self, states: tuple[str, ...]) -> list[ServerRecord]:
         """Servers that failed lately are among them: whether they are gone for good, the end of their records tells."""

@@ -190,6 +190,32 @@ async def test_who_does_not_take_its_turn_is_passed_over(autojump_clock) -> None
         nursery.cancel_scope.cancel()
 
 
+async def test_a_server_that_drains_for_hours_keeps_nobody_from_filling_a_hole(autojump_clock) -> None:
+    async with trio.open_nursery() as nursery:
+        swarm = Simulated(nursery, 1)
+        swarm.add(record_of("9", (0, 6), state="draining"))  # its peer id is the smallest
+        for peer_id in "AB":
+            nursery.start_soon(swarm.add(record_of(peer_id, (0, 6))).live)
+        await trio.sleep(30)
+        assert swarm.moves == 0, "it may be about to go there itself"
+        await trio.sleep(150 + DRAIN_S + LOAD_S)
+        assert 0 not in swarm.online()
+        nursery.cancel_scope.cancel()
+
+
+async def test_blocks_that_could_not_be_loaded_are_not_tried_again_and_again(autojump_clock) -> None:
+    async with trio.open_nursery() as nursery:
+        swarm = Simulated(nursery, 1)
+        first, _ = (swarm.add(record_of(peer_id, (0, 6))) for peer_id in "AB")
+        move = await first.placing.next_move(lambda: first.record)
+        assert move.span == (6, 12)
+        first.placing.could_not_load(move.span)
+        with trio.move_on_after(HOUR_S / 2) as patience:
+            await first.placing.next_move(lambda: first.record)
+        assert patience.cancelled_caught, "nobody gets anything from a server that unloads its blocks every minute"
+        assert (await first.placing.next_move(lambda: first.record)).span == (6, 12), "but it may work later"
+
+
 async def test_a_swarm_that_stands_badly_settles_and_then_rests(autojump_clock) -> None:
     async with trio.open_nursery() as nursery:
         swarm = Simulated(nursery, 1)

@@ -149,6 +149,7 @@ async def test_old_blocks_come_back_where_new_ones_cannot_be_loaded(model: Model
         await mover.move((0, 6))
         assert mover.span == (6, 12) and await runs(swarm, mover, 6, 12)
         assert "no such file" in caplog.text
+        assert (0, 6) in mover._placing._unloadable, "it does not leave its blocks for those again soon"
         states = swarm.heard(mover)
     assert states[-4:] == [("draining", (6, 12)), ("joining", (0, 6)), ("joining", (6, 12)), ("online", (6, 12))]
 

@@ -14,8 +14,9 @@ Nobody gives orders. Servers that know the same records come to the same conclus
   the weakest block weaker; who has moved does so again only after a while, unless there is a hole.
 
 What strangers can still do: a server that lies about its rate keeps others away from its blocks, as if it were up to `MOST_OF_MEDIAN`
-times as fast as the median (more identities, more of that), and one that answers for blocks that it does not serve lets others leave them.
-Routers find that out and avoid it, placement does not.
+times as fast as the median (more identities, more of that), one that answers for blocks that it does not serve lets others leave them, and
+those that say again and again, under ever new names, that they drain or load keep others from going where they are needed. Routers find
+liars out and avoid them, placement does not.
 """
 
 from __future__ import annotations
