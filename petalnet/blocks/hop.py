@@ -258,7 +258,7 @@ class Hop:
         service.incoming_links.move(self, key)
         self._drops = True
         self._given_up = max(self._given_up, request.step)
-        self._last_step = max(self._last_step, request.step)
+        self._last_step = request.step  # what was above it was not the client's: a server made it up
         self._replays.give_up(self._given_up)
         if self._computing is not None:
             self._computing.cancel()

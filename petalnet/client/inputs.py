@@ -129,3 +129,17 @@ def _names_of(names: Names | None, position: int, start: int, end: int) -> Blob 
         return None
     base = position // UNIT_TOKENS
     return encode_names(tuple(row[begin - base : stop - base] for row in names))
+
+
+def is_finite(output: Blob, mask: Blob | None) -> bool:
+    """Whether an answer [blocks if all of them, rows, kept, hidden] holds numbers, padding aside.
+
+    Args:
+        mask: [rows, entries], False for padding, whose last columns are those of the tokens that are kept; None where nothing is.
+    """
+    values = decode_tensor(output)
+    if bool(values.sum().isfinite()):  # a sum is finite only where all its terms are, and quicker than asking each
+        return True
+    if mask is not None and values.shape[-2]:
+        values = values[..., decode_tensor(mask)[:, -values.shape[-2] :], :]
+    return bool(values.isfinite().all())
