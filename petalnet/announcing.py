@@ -96,9 +96,9 @@ class Rates:
 
 
 def _fitting(record: ServerRecord) -> ServerRecord:
-    """The record, without what it can do without where it would be too long: round trips, then the digests of a hundred blocks and more."""
+    """The record, without what it can do without where it would be too long: its links, then the digests of a hundred blocks and more."""
     shorter = record
-    for expendable in ("next_round_trips", "block_digests"):
+    for expendable in ("next_bytes_s", "next_round_trips", "block_digests"):
         try:
             shorter.encode()
         except RecordRejected as error:
@@ -117,6 +117,7 @@ class Announcer:
         round_trip_s: seconds to a peer, None where it is not known.
         addrs: gives the multiaddrs at which the server is reached, without its peer id; without it, the record's stay as they are.
         done: gives the work that was done (see `Rates.note`); without it, the record's rates stay as they are.
+        bytes_s: bytes a second that the link to a peer was seen to carry, None where it is not known.
     """
 
     swarm: Swarm
@@ -125,6 +126,7 @@ class Announcer:
     round_trip_s: Callable[[str], float | None]
     addrs: Callable[[], Sequence[str]] | None = None
     done: Callable[[], Mapping[str, tuple[float, float]]] | None = None
+    bytes_s: Callable[[str], float | None] | None = None
     _rates: Rates = field(default_factory=Rates, init=False)
     _told: Load = field(default=Load(0, 0), init=False)
     _told_at: float = field(default=0.0, init=False)
@@ -141,6 +143,7 @@ class Announcer:
         now = time.time()
         self._told = self.load()
         self._told_at = trio.current_time()
+        next_round_trips = self._next_round_trips(now)
         rates: dict[str, Any] = dict(self._rates.differing(self._rates_told(), NEW_RATE))
         self.record = replace(
             self.record,
@@ -148,7 +151,8 @@ class Announcer:
             free_kv_tokens=self._told.free_kv_tokens,
             queue=self._told.queue,
             **rates,
-            next_round_trips=self._next_round_trips(now),
+            next_round_trips=next_round_trips,
+            next_bytes_s=self._next_bytes_s(next_round_trips),
             version=__version__,
             sequence=next_sequence(self.record.sequence, now),
             issued=now,
@@ -195,3 +199,10 @@ class Announcer:
             if other.holds(end) and other.peer_id != self.record.peer_id and (seconds := self.round_trip_s(other.peer_id)) is not None
         ]
         return tuple((peer_id, seconds) for seconds, peer_id in sorted(measured)[:MAX_ROUND_TRIPS])
+
+    def _next_bytes_s(self, round_trips: Sequence[tuple[str, float]]) -> tuple[float, ...]:
+        """What the links to these servers were seen to carry, to two digits; nothing where none of them has had enough to carry yet."""
+        if self.bytes_s is None:
+            return ()
+        rates = tuple(float(f"{self.bytes_s(peer_id) or 0.0:.2g}") for peer_id, _ in round_trips)
+        return rates if any(rates) else ()

@@ -237,7 +237,7 @@ class Server:
             public_name=self._settings.public_name,
             movable=movable,
         )
-        return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs, self._done_now)
+        return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs, self._done_now, host.bytes_s)
 
     def _load_now(self) -> Load:
         service = self._answering.service

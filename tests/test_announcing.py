@@ -198,3 +198,17 @@ def test_smoothing_counts_seconds_of_work_and_not_of_the_clock() -> None:
     rates.note({"decode_tokens_s": (2000.0, 5.0)}, told)
     assert 110 < rates.differing(told, 1.01)["decode_tokens_s"] < 130
     assert not rates.differing(told, 1.4)
+
+
+async def test_what_links_to_the_next_servers_carry_is_told_beside_their_round_trips() -> None:
+    listener = Listener()
+    for peer_id in ("B", "C"):
+        listener.view.add(dataclasses.replace(make_record(peer_id, (4, 8)), state="online"), now=time.time())
+    trips, rates = {"B": 0.05, "C": 0.01}, {"B": 12_345_678.0}
+    announcer = Announcer(listener, make_record(span=(0, 4)), lambda: Load(0, 0), trips.get, bytes_s=rates.get)
+    await announcer.tell()
+    told = listener.heard[-1][1]
+    assert told.next_round_trips == (("C", 0.01), ("B", 0.05)) and told.next_bytes_s == (0.0, 12_000_000.0)
+    rates.clear()
+    await announcer.tell()
+    assert listener.heard[-1][1].next_bytes_s == ()

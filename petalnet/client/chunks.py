@@ -23,6 +23,8 @@ NEAR_S = 0.003
 """A server within this round trip is in the same house."""
 NEAR_BYTES_S, FAR_BYTES_S = 1e9, 12.5e6
 """Bytes a second that are expected of the way to a server in the same house, and to others: 100 Mbit/s, as many homes send."""
+LEAST_BYTES_S = 1e4
+"""Believed at least of a link that a server has measured."""
 MESSAGE_S = 0.0005
 """Seconds that each message costs on its way, beside its bytes."""
 UNKNOWN_DECODE_S, UNKNOWN_PREFILL_S = 0.02, 0.001
@@ -47,8 +49,10 @@ def stages_of(hops: Sequence[Hop], round_trips: Sequence[float | None], token_by
     if near == [True]:
         return []
     stages: list[Stage] = []
-    for hop, is_near, was_near in zip(hops, near, [True, *near], strict=False):
-        stages.append(Stage(MESSAGE_S, token_bytes / (NEAR_BYTES_S if is_near and was_near else FAR_BYTES_S)))
+    carried = [0.0, *(hop.next_bytes_s for hop in hops)]  # as the server before says of its link
+    for hop, is_near, was_near, bytes_s in zip(hops, near, [True, *near], carried, strict=False):
+        usual = NEAR_BYTES_S if is_near and was_near else FAR_BYTES_S
+        stages.append(Stage(MESSAGE_S, token_bytes / (max(bytes_s, LEAST_BYTES_S) if bytes_s else usual)))
         # A pass over one token is nearly all fixed cost: the weights are read once, whatever is in it.
         stages.append(Stage(hop.decode_s or UNKNOWN_DECODE_S, hop.prefill_s or UNKNOWN_PREFILL_S))
     return stages

@@ -99,6 +99,7 @@ class ServerRecord:
         queue: requests that wait for its compute thread.
         movable: whether it goes to other blocks by itself where the swarm needs it more; not where its owner chose the span.
         next_round_trips: (peer id, seconds) to servers that hold the blocks after its own.
+        next_bytes_s: bytes a second that its links to these were seen to carry, 0 where that is not known; or nothing at all.
         sequence: grows from record to record of one server, over restarts too: the clock's milliseconds (see `next_sequence`).
         issued, expires: unix seconds.
 
@@ -129,6 +130,7 @@ class ServerRecord:
     free_kv_tokens: int = 0
     queue: int = 0
     next_round_trips: tuple[tuple[str, float], ...] = ()
+    next_bytes_s: tuple[float, ...] = ()
     movable: bool = False
 
     def __post_init__(self) -> None:
@@ -142,6 +144,8 @@ class ServerRecord:
             raise RecordRejected(f"a server record announces blocks {first}:{end} of a model of {self.num_blocks} blocks")
         if self.block_digests and len(self.block_digests) != end - first:
             raise RecordRejected(f"a server record has {len(self.block_digests)} digests for {end - first} blocks")
+        if self.next_bytes_s and len(self.next_bytes_s) != len(self.next_round_trips):
+            raise RecordRejected(f"a server record has {len(self.next_bytes_s)} rates for {len(self.next_round_trips)} links")
         if not self.issued < self.expires <= self.issued + MAX_LIFETIME:
             raise RecordRejected(f"a server record is valid for {self.expires - self.issued:g} s; 0 to {MAX_LIFETIME:g} s are allowed")
 
@@ -334,6 +338,7 @@ _CHECKS: dict[str, Check] = {
     "free_kv_tokens": _integer(0, 2**53),
     "queue": _integer(0, 10**6),
     "next_round_trips": _many(_pair(_peer_id, _number(3600)), MAX_ROUND_TRIPS),
+    "next_bytes_s": _many(_number(1e12), MAX_ROUND_TRIPS),
     "movable": _truth,
 }
 _UNSAID: dict[str, Any] = {"movable": False, "protocol": 1}

@@ -41,6 +41,7 @@ class Hop:
         decode_s: expected seconds of one token alone through these blocks; 0 where the server announces no rate and none was seen.
         prefill_s: the same for each token of a prompt. Two hops are equal whatever is expected of them.
         dtype: what the server computes in, as it announces it.
+        next_bytes_s: bytes a second that its link to the next hop's server was seen to carry, as it announces; 0 where it does not.
     """
 
     peer_id: str
@@ -50,6 +51,7 @@ class Hop:
     decode_s: float = field(default=0.0, compare=False)
     prefill_s: float = field(default=0.0, compare=False)
     dtype: str = field(default="", compare=False)
+    next_bytes_s: float = field(default=0.0, compare=False)
 
 
 class _Path(NamedTuple):
@@ -86,7 +88,11 @@ class Choice:
     def hops(self) -> list[Hop]:
         ends = [start for start, _ in self.chain[1:]] + [self.end]
         client, records = self.expected.client, self.expected.records
-        return [_hop(records[peer_id], start, stop, client) for (start, peer_id), stop in zip(self.chain, ends, strict=True)]
+        nexts = [peer_id for _, peer_id in self.chain[1:]] + [""]
+        return [
+            _hop(records[peer_id], start, stop, client, after)
+            for (start, peer_id), stop, after in zip(self.chain, ends, nexts, strict=True)
+        ]
 
 
 def find_route(
@@ -239,12 +245,14 @@ def _resorted(cost: Cost, is_last: bool) -> Cost:
     return Cost(cost.fixed_ns + LAST_RESORT_NS, cost.block_ns) if is_last else cost
 
 
-def _hop(record: ServerRecord, first: int, end: int, client: Client) -> Hop:
+def _hop(record: ServerRecord, first: int, end: int, client: Client, after: str) -> Hop:
     decode_s, prefill_s = (
         0.0 if speed.announced_s is None and not speed.seen else (end - first) * speed.block_s
         for speed in ((client.observed or NOTHING_SEEN).speed(record, work, client.clock) for work in ("decode", "prefill"))
     )
-    return Hop(record.peer_id, record.addrs, first, end, decode_s, prefill_s, record.dtype)
+    links = zip(record.next_round_trips, record.next_bytes_s, strict=False)
+    bytes_s = next((rate for (other, _), rate in links if other == after), 0.0)
+    return Hop(record.peer_id, record.addrs, first, end, decode_s, prefill_s, record.dtype, bytes_s)
 
 
 def _shortlist(

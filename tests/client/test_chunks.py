@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,14 @@ def test_chunks_say_the_same_as_the_whole(data: st.DataObject) -> None:
         wanted_tokens(later) == later.hidden.shape[1] for earlier, later in zip(steps, steps[1:], strict=False) if wanted_tokens(earlier)
     )
     assert torch.equal(torch.cat([decode_tensor(step.position_ids) for step in steps if step.position_ids is not None], dim=1), positions)
+
+
+def test_what_a_server_has_seen_its_link_carry_counts_instead_of_a_guess() -> None:
+    first = Hop("A", (), 0, 1, decode_s=0.01, prefill_s=0.0005, next_bytes_s=1e6)
+    stages = stages_of([first, Hop("B", (), 1, 2, decode_s=0.01, prefill_s=0.0005)], [0.05, 0.05], token_bytes=4000)
+    assert [stage.token_s for stage in stages[::2]] == pytest.approx([4000 / 12.5e6, 4000 / 1e6])
+    slow = replace(first, next_bytes_s=1e-9)
+    assert stages_of([slow, first], [0.05, 0.05], token_bytes=4000)[2].token_s <= 0.4, "nobody makes it endless"
 
 
 def test_an_array_in_blocks_cannot_be_cut() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalnet.errors import MissingBlocksError
+from petalnet.errors import MissingBlocksError, RecordRejected
 from petalnet.routing import routes
 from petalnet.routing.expected import Client, Expected
 from petalnet.routing.records import ServerRecord
@@ -354,3 +354,11 @@ def test_a_thousand_servers_are_looked_through_quickly(record: Build, now: float
         find_route(servers, 0, 80, Client(round_trip=trip_of.get), now=now)
         seconds.append(time.process_time() - began)
     assert min(seconds) < 0.3, "30 ms are usual; the rest is for a machine with other things to do"
+
+
+def test_a_hop_knows_what_its_link_to_the_next_one_carries(record: Build, now: float) -> None:
+    first = record("A", (0, 4), next_round_trips=(("C", 0.001), ("B", 0.002)), next_bytes_s=(1e6, 5e6))
+    hops = find_route([first, record("B", (4, 8))], 0, 8, Client(round_trip=near), now=now)
+    assert [hop.next_bytes_s for hop in hops] == [5e6, 0.0]
+    with pytest.raises(RecordRejected, match="2 rates for 1 links"):
+        record("A", (0, 4), next_round_trips=(("C", 0.001),), next_bytes_s=(1e6, 5e6))
