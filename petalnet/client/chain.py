@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import trio
 
+from petalnet.client.attempts import Full
 from petalnet.client.chunks import chunk_ends, stages_of
 from petalnet.client.exchange import Exchange
 from petalnet.client.history import History
@@ -26,7 +27,7 @@ from petalnet.client.links import Link, Session, open_links
 from petalnet.client.pipeline import Pending
 from petalnet.client.recovery import Recovery
 from petalnet.client.replacements import has_stand_in
-from petalnet.client.requests import Full, Target, describe_route, find_hops, retrying
+from petalnet.client.requests import Target, describe_route, find_hops, retrying
 from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.client.visit import Visit
 from petalnet.errors import ProtocolError

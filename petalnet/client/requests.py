@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from petalnet.client.attempts import FIRST_PAUSE_S as FIRST_PAUSE_S
-from petalnet.client.attempts import LONGEST_PAUSE_S as LONGEST_PAUSE_S
-from petalnet.client.attempts import Attempts as Attempts
 from petalnet.client.attempts import Busy, Full, Retries
-from petalnet.client.attempts import Patience as Patience
 from petalnet.client.settings import ClientSettings
 from petalnet.client.swarm import Swarm
 from petalnet.errors import (

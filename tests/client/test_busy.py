@@ -16,9 +16,10 @@ import trio
 from transformers import AutoModelForCausalLM
 from trio.testing import MockClock
 
+from petalnet.client.attempts import Busy, Patience
 from petalnet.client.chain import Chain
 from petalnet.client.inputs import Inputs
-from petalnet.client.requests import Busy, Patience, retrying
+from petalnet.client.requests import retrying
 from petalnet.client.server_side import ServerSide
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
