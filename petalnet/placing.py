@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -27,7 +27,7 @@ LOOK_UP_WITHIN_S = 5.0
 SECOND_LOOKS = 3
 """How often a newcomer may find that others chose the same blocks before it loads what it has chosen last."""
 MOST_LOOKED_AFTER = 32
-"""Servers of which a newcomer finds out whether they are alive."""
+"""Servers at most of which a newcomer, or one that is about to go, finds out whether they are alive."""
 CHECK_EVERY_S = 5.0
 """Seconds between two looks at whether each block has a server."""
 LOOK_EVERY_S = 60.0
@@ -100,8 +100,8 @@ class Placing:
         return choose_span((other for other in others if other.peer_id not in self._gone), self._num_blocks, count, now=time.time())
 
     async def _find_gone(self, others: Sequence[ServerRecord]) -> set[str]:
-        """Those of the servers that alone hold some block and cannot be reached: a dead server's record stays for a while, and a newcomer
-        has not seen it die."""
+        """Those of the servers that alone among them hold some block and cannot be reached: a dead server's record stays for a while, and
+        who was not connected to it has not seen it die."""
         holders = Counter(block for record in others for block in range(*record.span))
         needed = [record for record in others if record.state == "online" and any(holders[block] == 1 for block in range(*record.span))]
         gone: set[str] = set()
@@ -161,14 +161,17 @@ class Placing:
         """Whether a server that has announced that it drains may go; to be asked before its sessions are sent away."""
         await trio.sleep(TOLD_S)
         await self._look_up()
-        if yields_to(self._with_movers(), own, now=time.time()):
+        if yields_to(self._with_movers(), own, now=time.time()) or not self.may_leave(own, move):
             return False
-        return self.may_leave(own, move)
+        stand_ins = [other for other in self._others(("online",)) if max(other.span[0], own.span[0]) < min(other.span[1], own.span[1])]
+        gone = await self._find_gone(stand_ins)
+        return self.may_leave(own, move, gone)
 
-    def may_leave(self, own: ServerRecord, move: Move) -> bool:
-        """Whether others have what would be missed, as far as is known at this moment. A server that failed lately does not count."""
+    def may_leave(self, own: ServerRecord, move: Move, gone: Collection[str] = ()) -> bool:
+        """Whether others have what would be missed, as far as is known at this moment. A server that failed lately does not count, nor does
+        one of `gone`."""
         view, now = self._swarm.view, time.time()
-        online = [record for record in view.servers(self._model, now=now) if not view.on_probation(record.peer_id)]
+        online = [record for record in view.servers(self._model, now=now, blocked=gone) if not view.on_probation(record.peer_id)]
         return may_leave(online, own, move, now=now)
 
     def lacks(self, span: tuple[int, int]) -> bool:

@@ -178,6 +178,17 @@ async def test_a_spare_server_fills_a_hole_and_only_one_of_them(autojump_clock) 
         nursery.cancel_scope.cancel()
 
 
+async def test_nobody_goes_in_reliance_on_a_dead_server_that_is_still_listed(autojump_clock) -> None:
+    async with trio.open_nursery() as nursery:
+        swarm = Simulated(nursery, 1)
+        mover = swarm.add(record_of("B", (0, 6)))
+        swarm.add(record_of("C", (0, 6)))
+        assert await mover.placing.clear_to_go(mover.record, Move("B", (6, 12), True, (0, 1)))
+        del swarm.members["C"]
+        assert mover.placing.may_leave(mover.record, Move("B", (6, 12), True, (0, 1))), "nobody has heard of it"
+        assert not await mover.placing.clear_to_go(mover.record, Move("B", (6, 12), True, (0, 1)))
+
+
 async def test_who_does_not_take_its_turn_is_passed_over(autojump_clock) -> None:
     async with trio.open_nursery() as nursery:
         swarm = Simulated(nursery, 1)
