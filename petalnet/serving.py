@@ -288,7 +288,7 @@ class Server:
         )
         others = f"its record is stored on {stored - 1} other peer{'s' * (stored > 2)}" if stored > 1 else "no other peer knows it yet"
         logger.info("online: blocks %d:%d of %s; %s", *self.span, self._model.source.name, others)
-        self._settled.set()
+        self._settle()
 
     # ---- going to other blocks
 
@@ -296,16 +296,20 @@ class Server:
         """Find out, while the blocks are served, when it is this server's turn to go to others."""
         while True:
             move = await self._placing.next_move(lambda: self._announcer.record)
-            now, then = move.strength
-            why = "nobody serves some of them" if move.fills else f"the weakest block would get {then / now:.1f} times as strong"
-            logger.info("wanted at blocks %d:%d: %s", *move.span, why)
+            logger.info("wanted at blocks %d:%d: %s", *move.span, move.why)
             self._want(move)
             await self._settled.wait()
 
     def _want(self, move: Move) -> None:
         self._wanted = move
-        self._settled = trio.Event()
+        if self._settled.is_set():  # else somebody waits for it already
+            self._settled = trio.Event()
         self._asked.set()
+
+    def _settle(self) -> None:
+        """It is clear what becomes of the move that was wanted; unless another has been wanted meanwhile."""
+        if not self._asked.is_set():
+            self._settled.set()
 
     async def _until_gone(self) -> Move:
         """Wait until this server is to go to other blocks, and no session is left that it would leave behind."""
@@ -317,14 +321,14 @@ class Server:
                 return move
             if self._leaving.is_set():
                 await trio.sleep_forever()  # the node is about to end: nothing is loaded any more
-            self._settled.set()
+            self._settle()
 
     async def _took_leave(self, move: Move) -> bool:
         """Tell others, wait for sessions to be moved, and say whether the blocks may go now; if not, all is as it was."""
         service = self._answering.service
         if service is None or self._leaving.is_set() or move.span == self.span or not self._placing.may_leave(self._announcer.record, move):
             return False
-        told = await self._say("draining") > 0
+        told = await self._say("draining") > 1  # by others than itself
         cleared = told and await self._placing.clear_to_go(self._announcer.record, move)
         if cleared and not self._leaving.is_set():
             grace_s = self._settings.drain_time

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 import trio
+import trio.testing
 
 from petalnet import placing, serving
 from petalnet.config import Settings
@@ -54,7 +55,7 @@ class Swarm:
         nursery.start_soon(self._watch)
 
     async def start(self, serve: tuple[int, int] | int, **options: object) -> Server:
-        settings = Settings(serve=serve, dtype="float32", device="cpu", throughput=10.0, attn_cache_tokens=512, **options)  # type: ignore[arg-type]
+        settings = Settings(**({"serve": serve, "dtype": "float32", "device": "cpu", "throughput": 10.0, "attn_cache_tokens": 512} | options))
         opened = open_peering(Identity.generate(), initial_peers=self.watcher.host.addrs, listen=["/ip4/127.0.0.1/tcp/0"], server=True)
         peering = await self._nursery.start(_keep_open, opened)
         server = Server(settings, peering, self._model)
@@ -134,6 +135,30 @@ async def test_a_server_stays_where_nobody_else_has_its_blocks(model: Model) -> 
             await only.move((8, 13))
 
 
+async def test_a_server_stays_that_could_tell_nobody_that_it_leaves(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 12))
+        mover = await swarm.start((0, 6))
+
+        async def keep_to_itself(record: ServerRecord) -> int:
+            return 1  # on itself
+
+        monkeypatch.setattr(mover._peering, "announce", keep_to_itself)
+        await mover.move((6, 12))
+        assert mover.span == (0, 6)
+
+
+async def test_two_moves_that_are_wanted_at_once_are_both_settled(model: Model) -> None:
+    async with swarm_of(model) as swarm:
+        await swarm.start((0, 12))
+        mover = await swarm.start((0, 6))
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mover.move, (6, 12))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(mover.move, (3, 9))
+
+
 async def test_old_blocks_come_back_where_new_ones_cannot_be_loaded(model: Model, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     load = serving.load
 
@@ -194,3 +219,36 @@ async def test_newcomers_at_the_same_moment_take_different_blocks(model: Model) 
             for _ in range(3):
                 nursery.start_soon(start)
         assert sorted(server.span for server in servers) == [(0, 4), (4, 8), (8, 12)]
+
+
+async def test_an_answer_goes_on_while_a_server_of_its_chain_goes_to_other_blocks(model: Model) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from petalnet import AutoDistributedModelForCausalLM
+    from petalnet.models.checkpoint import DEMO_MODEL
+
+    ids = torch.tensor([[40, 50, 60, 70]])
+    options = {"max_new_tokens": 120, "min_new_tokens": 120, "do_sample": False}
+    expected = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).generate(ids, **options)
+    answers: list[torch.Tensor] = []
+
+    async with swarm_of(model) as swarm:
+        await swarm.start((6, 12))
+        await swarm.start((0, 6), throughput=1.0)
+        mover = await swarm.start((0, 6), throughput=100.0, drain_time=20.0)
+
+        def ask() -> None:
+            client = AutoDistributedModelForCausalLM.from_pretrained(
+                str(DEMO_MODEL), initial_peers=swarm.watcher.host.addrs, dtype=torch.float32
+            )
+            try:
+                answers.append(client.generate(ids, **options))
+            finally:
+                client.close()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, ask)
+            await eventually(lambda: mover.sessions == 1)
+            await mover.move((6, 12))
+            assert not answers, "it went in the middle of the answer"
+        assert mover.span == (6, 12) and torch.equal(answers[0], expected)

@@ -49,6 +49,16 @@ class Move:
     fills: bool
     strength: tuple[int, int]
 
+    @property
+    def why(self) -> str:
+        """What it is for, in words."""
+        now, then = self.strength
+        if self.fills:
+            return "nobody serves some of them"
+        if not now:
+            return "that lets others go where nobody serves some blocks"
+        return f"the weakest block would get {then / now:.1f} times as strong"
+
 
 def choose_span(
     records: Iterable[ServerRecord], num_blocks: int, count: int, *, now: float, stay: tuple[int, int] | None = None

@@ -207,6 +207,18 @@ def test_nobody_begins_while_another_drains_and_those_that_load_count(record: Bu
 GO = Move("A", (6, 12), False, (1, 2))
 
 
+def test_a_move_that_only_makes_way_for_one_that_fills_a_hole_says_so(record: Build) -> None:
+    """Nobody gets a token through the model as it is, so there is nothing by how many times it would be stronger."""
+    fixed = {"movable": False}
+    servers = [movable(record, "A", (0, 4), 60.0), movable(record, "B", (4, 8), 20.0, **fixed), movable(record, "C", (1, 7), 20.0)]
+    servers += [movable(record, "D", (1, 3), 20.0), movable(record, "E", (5, 11), 10.0, **fixed)]
+    move = find_moves(servers[1:], servers[0], now=NOW)[0]
+    assert (move.peer_id, move.fills, move.strength[0]) == ("C", False, 0)
+    assert move.why == "that lets others go where nobody serves some blocks"
+    assert Move("A", (0, 4), True, (0, 10)).why == "nobody serves some of them"
+    assert Move("A", (0, 4), False, (10, 15)).why == "the weakest block would get 1.5 times as strong"
+
+
 def test_other_weights_do_not_stand_in(record: Build, now: float) -> None:
     mine, theirs = ("ab" * 16,) * 6, ("cd" * 16,) * 6
     own = movable(record, "A", (0, 6), block_digests=mine)
