@@ -39,7 +39,7 @@ class PeerFile:
     """
 
     def __init__(self, identity_path: Path, initial_peers: Sequence[str], swarm_key: str | None) -> None:
-        self.path = identity_path.with_suffix(".peers")
+        self.path = identity_path.with_name(f"{identity_path.name.removesuffix('.key')}.peers")  # never the key's own
         self.known = KnownPeers()
         self._initial_peers = list(initial_peers)
         self._swarm_key = swarm_key

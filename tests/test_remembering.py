@@ -151,3 +151,8 @@ def test_a_full_disk_is_told_once_and_costs_nothing_else(
     monkeypatch.setattr(json, "dump", dump)
     file.store()
     assert (tmp_path / "a.peers").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["box", "box.peers", "box.one", "box.key"])
+def test_the_file_is_never_that_of_the_key(tmp_path: Path, name: str) -> None:
+    assert PeerFile(tmp_path / name, [], None).path not in {tmp_path / other for other in ("box", "box.key", name)}
