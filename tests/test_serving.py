@@ -55,7 +55,9 @@ class Swarm:
         nursery.start_soon(self._watch)
 
     async def start(self, serve: tuple[int, int] | int, **options: object) -> Server:
-        settings = Settings(**({"serve": serve, "dtype": "float32", "device": "cpu", "throughput": 10.0, "attn_cache_tokens": 512} | options))
+        settings = Settings(
+            **({"serve": serve, "dtype": "float32", "device": "cpu", "throughput": 10.0, "attn_cache_tokens": 512} | options)
+        )
         opened = open_peering(Identity.generate(), initial_peers=self.watcher.host.addrs, listen=["/ip4/127.0.0.1/tcp/0"], server=True)
         peering = await self._nursery.start(_keep_open, opened)
         server = Server(settings, peering, self._model)
@@ -221,6 +223,7 @@ async def test_newcomers_at_the_same_moment_take_different_blocks(model: Model) 
         assert sorted(server.span for server in servers) == [(0, 4), (4, 8), (8, 12)]
 
 
+@pytest.mark.long
 async def test_an_answer_goes_on_while_a_server_of_its_chain_goes_to_other_blocks(model: Model) -> None:
     from transformers import AutoModelForCausalLM
 
