@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from petalnet.routing.observed import NOTHING_SEEN, Observed, Speed, of_single
+from petalnet.routing.observed import LEAST_WAIT_S, NOTHING_SEEN, Observed, Speed, of_single
 from petalnet.routing.records import ServerRecord, Work
 
 HOP_S = 0.001
@@ -132,8 +132,8 @@ class Expected:
         block_s = max(speed.block_s, FASTEST_BLOCK_S[self.work])
         single = of_single(record, self.work, self.tokens)
         queue_s = self._queue_s(record, block_s)
-        if speed.queue is not None:
-            queue_s = speed.queue.with_prior(queue_s)
+        if speed.queue is not None and abs(change_s := speed.queue.with_prior(queue_s) - queue_s) >= LEAST_WAIT_S:
+            queue_s += change_s
         return HopTime(speed, block_s * single, queue_s, client.round_trip(peer_id))
 
     def _queue_s(self, record: ServerRecord, block_s: float) -> float:

@@ -120,7 +120,8 @@ def _hops(choice: Choice) -> list[dict[str, Any]]:
         if time.speed.announced_s is None:
             rate = "assumed" if not time.speed.seen else "measured here"
         else:
-            rate = "announced" if not time.speed.seen else "corrected"
+            is_true = time.speed.block_s == time.speed.announced_s
+            rate = "announced" if not time.speed.seen else "announced, and seen" if is_true else "corrected"
         hops.append(
             {
                 **shown,

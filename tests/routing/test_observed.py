@@ -63,6 +63,15 @@ def test_one_step_that_took_forever_counts_for_little(record: Build) -> None:
     assert observed.speed(server, "decode", 1.0).block_s < 1.3 * 0.025
 
 
+def test_of_two_equal_servers_the_same_is_taken_though_measurements_differ(record: Build, now: float) -> None:
+    """Users find what was computed of their earlier prompts only where they were before."""
+    observed, servers = Observed(), [record("A"), record("B")]
+    for number in range(200):
+        (hop,) = find_route(servers, 0, 4, Client(round_trip=near, observed=observed, clock=float(number)), now=now)
+        assert hop.peer_id == "A"
+        steps(observed, servers[0], 1, 0.025 * (0.9 + 0.3 * (number % 2)), float(number))
+
+
 def test_prompts_correct_the_rate_of_prompts(record: Build) -> None:
     observed, server = Observed(), record("A")
     steps(observed, server, 3, 0.01, 0.0, tokens=512)
@@ -149,7 +158,6 @@ def test_what_is_remembered_is_bounded(record: Build) -> None:
     for number in range(MAX_SERVERS + 10):
         observed.note(record("P" + str(number + 1).replace("0", "z")), tokens=1, blocks=1, compute_s=1.0, queue_s=0.0, now=0.0)
     assert len(observed._seen) == MAX_SERVERS
-    observed.forget("Pz")
 
 
 numbers = st.floats(min_value=-1e300, max_value=1e300) | st.sampled_from([math.inf, -math.inf, math.nan, 0.0])
