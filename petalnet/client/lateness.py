@@ -32,6 +32,8 @@ LONGEST_EXTRA_S = 10.0
 some there is, since links that are busy with a prompt carry answers late."""
 LONGEST_ASKING_S = 2.0
 """Of the time until a step is given up the last half, and no more than this, is for servers to answer whether they are there."""
+ANSWERING = 0.9
+"""Of that part, what servers really have; what is left is for this machine's own tasks to have their turn."""
 LONGEST_PAUSE_S = 5.0
 """Between two times that the servers are asked about one and the same step, each pause being twice the one before."""
 
@@ -84,7 +86,7 @@ class Lateness:
 
     def answer_within_s(self, tokens: int, round_trip_s: float) -> float:
         """Seconds that servers have to answer when they are asked."""
-        return self.give_up_after_s(tokens, round_trip_s) - self.suspect_after_s(tokens, round_trip_s)
+        return ANSWERING * (self.give_up_after_s(tokens, round_trip_s) - self.suspect_after_s(tokens, round_trip_s))
 
     @property
     def usual_s(self) -> float:
