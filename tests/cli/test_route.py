@@ -135,5 +135,5 @@ def test_narrow_terminals_get_narrow_lines() -> None:
     lines = list(render(found, 60))
     assert max(map(len, lines)) <= 60
     wide = "\n".join(render(found, 200))
-    assert "corrected, 100.0 ms announced" in wide and "12,345" in wide and "no other route" in wide and "nobody else holds" in wide
+    assert "corrected, 100.0 ms announced" in wide and "12,345" in wide and "no other route: each of these servers" in wide
     assert milliseconds(12.34) == "12.3 s" and milliseconds(0.0001) == "0.1 ms"
