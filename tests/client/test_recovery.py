@@ -78,7 +78,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", ANSWERS.values(), ids=ANSWERS)
-@pytest.mark.parametrize("places", [[0], [1], [2], [0, 1], [0, 2]], ids=str)
+@pytest.mark.parametrize("places", [[1], *(pytest.param(places, marks=pytest.mark.long) for places in ([0], [2], [0, 1], [0, 2]))], ids=str)
 def test_servers_are_killed_in_mid_answer(
     bloom_path: Path, serving: Any, connect: Any, before: Before, wire: Any, mended: None, places: list[int], options: dict[str, Any]
 ) -> None:
@@ -103,6 +103,7 @@ def test_servers_are_killed_in_mid_answer(
                 assert recovery.uploaded_bytes >= 152 * 32 * 4
 
 
+@pytest.mark.long
 def test_whatever_a_session_does(bloom_path: Path, serving: Any, connect: Any, before: Before) -> None:
     """A part of a prompt is there, padding and positions of rows, going back, other rows, nothing under way."""
     generator = torch.Generator().manual_seed(0)
@@ -136,6 +137,7 @@ def test_whatever_a_session_does(bloom_path: Path, serving: Any, connect: Any, b
                 assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(got, expected, strict=True)), (number, place)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_servers_are_killed_within_a_prompt(bloom_path: Path, serving: Any, connect: Any, place: int) -> None:
     """What was computed of it stays computed, where that is so."""
@@ -156,6 +158,7 @@ def test_servers_are_killed_within_a_prompt(bloom_path: Path, serving: Any, conn
             session.close()
 
 
+@pytest.mark.long
 def test_a_session_that_nobody_can_go_on_with_is_what_it_was(bloom_path: Path, serving: Any, connect: Any) -> None:
     prompt = ids(1, 20)
     with (
