@@ -158,7 +158,7 @@ def render(found: dict[str, Any], width: int) -> Iterator[str]:
             yield f"  {milliseconds(other['seconds'])}  {chain}"[:width]
             yield f"      {other['loses']}"[:width]
     else:
-        yield "there is no other route: each of these servers holds blocks that nobody else holds"
+        yield "no other route: each of these servers alone holds some block"[:width]
     if found["left_out"]:
         yield "left out:"
         yield from (f"  {_server(server)} {{}}:{{}}  {server['why']}".format(*server["blocks"])[:width] for server in found["left_out"])
