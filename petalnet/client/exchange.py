@@ -33,6 +33,9 @@ from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)
 
+MOST_ODD_REFUSALS = 2
+"""How often a server that refuses what another one brought is taken to have been brought something else than this client gave: until both
+have been replaced. Then it is the caller's mistake after all."""
 PROBE_WITHIN_S = 5.0
 """For servers to prove that they have done a step that is late: they have it in memory."""
 FIRST_LOOK_S = LEAST_S / 2
@@ -74,7 +77,9 @@ class Exchange:
         self.links: list[Link] = []
         self.failure: Exception | None = None
         self.cut: set[tuple[str, str]] = set()
-        self.doubted: set[str] = set()  # servers that brought a step on which another failed
+        self.doubted: dict[str, set[str]] = {}  # servers that brought a step on which others failed, and these
+        self.cleared: set[str] = set()  # of these, those that had no part in it
+        self._odd_refusals = 0
         self.is_rebuilding = False
         self.uploaded_bytes = 0
         self.lateness = Lateness(max((link.hop.prefill_s for link in links), default=0.0))
@@ -344,6 +349,10 @@ class Exchange:
             self._break(PeerLost(f"an output of server {hop.peer_id} was lost on its way, and it does not have it any more: {error}"))
         elif isinstance(error, ServerError):
             raise error
+        elif isinstance(error, CallerError) and self._brought_by(link) is not None and self._odd_refusals < MOST_ODD_REFUSALS:
+            # It was no mistake for the servers before, so one of them may have made it.
+            self._odd_refusals += 1
+            raise ServerError(f"it refuses what another server brought: {error}", hop.peer_id)
         else:
             self._stop(blamed(self.target, hop, error))
 
@@ -362,10 +371,12 @@ class Exchange:
             brought_by = self._brought_by(link)
             link.lost = blamed(self.target, link.hop, error, brought_by) if is_own else error
             if is_own and brought_by is not None and not isinstance(error, (PeerLost, PeerUnreachable)):
+                failed = self.doubted.setdefault(brought_by.peer_id, set())
+                failed.add(link.hop.peer_id)
                 before = self.links[link.index - 1]
-                if brought_by.peer_id in self.doubted and before.lost is None:
+                if len(failed) > 1 and before.lost is None:
                     before.lost = link.lost  # the second server that fails on what this one brings
-                self.doubted.add(brought_by.peer_id)
+                    self.cleared |= failed
             if link.replied is not None:
                 link.replied.set()
             self._break(link.lost)

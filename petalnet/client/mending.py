@@ -114,6 +114,7 @@ def _told(failure: Exception, newcomers: Sequence[Hop], avoided: Collection[str]
 async def _find(chain: Chain, kept: Sequence[Link], gone: Sequence[Link], full: frozenset[str]) -> list[Hop]:
     """Servers for the blocks that nobody has. Raises MissingBlocksError, ServerError."""
     chain.avoided |= {link.hop.peer_id for link in gone if link.lost is not None}
+    chain.avoided -= chain.exchange.cleared
     target, rows = chain.target, max(chain.promised_rows, chain.history.rows)
     found: list[Hop] = []
     for first, end in gaps_of([link.hop for link in kept], target.first, target.end):
