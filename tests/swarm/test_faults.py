@@ -16,12 +16,11 @@ from .models import SPANS, connected, load_local, save_model
 LLAMA = SPANS["llama"]
 MIDDLE = LLAMA[1]
 QUICKLY = {
-    "kill": (Writing("greedy", prompt=9, tokens=12), 5),
     "stop": (Writing("beams", prompt=20, tokens=10), 5),
+    "kill": (Writing("greedy", prompt=9, tokens=12), 5),
     "garbage": (Writing("steps", prompt=90, tokens=5), 2),
-    "drain": (Writing("sampled", prompt=70, tokens=12), 5),
 }
-"""Of the tests that take little time: one server more of a swarm that others use as well, preferred because it is said to be quicker."""
+"""Of the tests that take little time; who was stopped goes on later."""
 MOMENTS = {
     "prefill": (Writing("greedy", prompt=330, tokens=6), -1),
     "decode": (Writing("greedy", prompt=9, tokens=16), 8),
@@ -46,38 +45,42 @@ def local(swarm: FaultySwarm) -> Any:
 
 
 @pytest.fixture(scope="module")
-def quicker(families: Families, module_nodes: Nodes) -> dict[str, NodeProcess]:
-    """For each fault a server that nobody else uses."""
+def replicas(families: Families, module_nodes: Nodes) -> list[NodeProcess]:
+    """Servers of the middle of a model whose first and last blocks others use as well: one is left where all is lost that is to be."""
     first, end = MIDDLE
-    served = (families.paths["llama"], "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "1000")
-    started = {}
-    for kind in QUICKLY:
-        more = {"GARBAGE_FILE": str(module_nodes.folder / kind), "PYTHONPATH": str(ROOT)}
-        started[kind] = module_nodes.launch(*served, "--initial-peers", *families.peers, program=PROGRAM, environment=more)
-    return {kind: node.wait_ready() for kind, node in started.items()}
+    served = (families.paths["llama"], "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "100")
+    started = []
+    for number in range(len(QUICKLY)):
+        more = {"GARBAGE_FILE": str(module_nodes.folder / f"garbage-{number}"), "PYTHONPATH": str(ROOT)}
+        (module_nodes.folder / f"garbage-{number}").write_text("nan")
+        started.append(module_nodes.launch(*served, "--initial-peers", *families.peers, program=PROGRAM, environment=more))
+    return [node.wait_ready() for node in started]
 
 
 @pytest.mark.parametrize("kind", QUICKLY)
-def test_an_answer_goes_on_without_a_server(families: Families, quicker: dict[str, NodeProcess], module_nodes: Nodes, kind: str) -> None:
+def test_an_answer_goes_on_without_a_server(families: Families, replicas: list[NodeProcess], kind: str) -> None:
     writing, after = QUICKLY[kind]
-    node, path = quicker[kind], families.paths["llama"]
-    usable = [server.peer_id for server in families.servers["llama"]] + [node.peer_id]
+    path, (first, _, last) = families.paths["llama"], families.servers["llama"]
+    usable = {node.peer_id: node for node in replicas if node.process.poll() is None}
     sessions: list[Any] = []
+    lost: list[NodeProcess] = []
 
     def act() -> None:
-        assert node.peer_id in {hop.peer_id for hop in sessions[0].hops}
-        if kind == "garbage":
-            (module_nodes.folder / kind).write_text("nan")
-        node.process.send_signal({"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "garbage": signal.SIGUSR1, "drain": signal.SIGTERM}[kind])
+        lost.append(usable[sessions[0].hops[1].peer_id])
+        lost[0].process.send_signal({"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "garbage": signal.SIGUSR1}[kind])
 
     try:
-        with connected(path, families.peers, allowed_servers=usable, request_timeout=30.0) as model:
+        allowed = [first.peer_id, last.peer_id, *usable]
+        with connected(path, families.peers, allowed_servers=allowed, request_timeout=30.0) as model:
             answer = within(WITHIN_S, lambda: writing.remote(model, {after: act}, sessions.append))
         assert torch.equal(answer, writing.local(load_local(path)))
         assert len(sessions[0].recoveries) == 1
-        assert [hop.peer_id for hop in sessions[0].recoveries[0].lost] == [node.peer_id]
+        assert [hop.peer_id for hop in sessions[0].recoveries[0].lost] == [lost[0].peer_id]
     finally:
-        node.kill()
+        for node in lost:
+            node.process.send_signal(signal.SIGCONT)
+            if kind == "garbage":
+                node.kill()
 
 
 def happens(swarm: FaultySwarm, local: Any, kind: str, moment: str, hop: int) -> None:
