@@ -89,6 +89,8 @@ async def mend(chain: Chain, visit: Visit, full: frozenset[str]) -> list[Hop]:
         elif (answer.position, answer.rows) != (history.position, history.rows):
             exchange.fail(link, ProtocolError(f"resumed at {answer.position} with {answer.rows} rows", link.hop.peer_id))
             failures.append(link.lost or ProtocolError("resumed wrongly", link.hop.peer_id))
+        elif link.lost is not None:
+            failures.append(link.lost)  # it went while others were waited for: that would not be noticed a second time
     if failures:
         raise _told(failures[0], newcomers, chain.avoided)
     exchange.failure = None

@@ -1,0 +1,63 @@
+"""What may come in between while a chain is mended: answers of survivors that are early, and survivors that go after they have answered."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from petalnet.client.inputs import Inputs
+from petalnet.client.server_side import ServerSide
+from tests.client.simulated import Caches, Machine, Simulated, blob_of, rows_of
+
+
+@pytest.fixture
+def autojump_clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
+
+
+class Lived:
+    """A session among simulated servers, and what it ought to compute."""
+
+    def __init__(self, swarm: Simulated) -> None:
+        self.swarm, self.side = swarm, ServerSide(swarm.target(), 4096, 1)
+        self.reference, self.position = Caches(0, swarm.blocks), 0
+
+    async def step(self, values: list[int]) -> None:
+        with trio.fail_after(20.0):  # far less than the time-out of a request
+            outputs = await self.side.step(blob_of([values]), self.position, None, Inputs())
+        assert rows_of(outputs[0]) == self.reference.take(self.position, [values], None)
+        self.position += len(values)
+
+    def machine(self, place: int) -> Machine:
+        chain = self.side.chain
+        assert chain is not None
+        return self.swarm.machine(chain.hops[place].peer_id)
+
+
+def swarm_of(nursery: trio.Nursery) -> Simulated:
+    return Simulated(6, [Machine(f"{copy} {first}", first, first + 2) for first in (0, 2, 4) for copy in "ab"], Random(0), nursery)
+
+
+async def test_a_survivor_goes_after_it_has_resumed(autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        lived = Lived(swarm_of(nursery))
+        await lived.step([3, 1, 4])
+        survivor, lost = lived.machine(0), lived.machine(1)
+        newcomer = next(one for one in lived.swarm.machines if one.first == lost.first and one is not lost)
+        newcomer.set("hung")
+        lost.set("dead")
+
+        async def meanwhile() -> None:
+            await trio.sleep(1.0)
+            survivor.set("dead")
+            await trio.sleep(1.0)
+            newcomer.set("well")
+
+        nursery.start_soon(meanwhile)
+        await lived.step([1])
+        await lived.step([5])
+        await lived.side.close()
+        nursery.cancel_scope.cancel()
