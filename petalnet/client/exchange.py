@@ -103,13 +103,13 @@ class Exchange:
 
     def join(self, links: Sequence[Link]) -> None:
         """Those that were missing are there, or not all of them."""
-        end = self.pipeline.hops[-1].end
+        hops = self.pipeline.hops  # which is the same as before: some links may be known to be down already
+        places = {hop.first: index for index, hop in enumerate(hops)}
         for link in links:
-            link.is_built, link.is_last = False, link.hop.end == end
+            link.index = places[link.hop.first]
+            link.is_built, link.is_last = False, link.hop.end == hops[-1].end
             self.start(link)
-        together = sorted([*self.links, *links], key=lambda link: link.hop.first)
-        self._arrange(self.pipeline.hops, together)
-        self._set_links(together)
+        self._set_links(sorted([*self.links, *links], key=lambda link: link.index))
 
     def _arrange(self, hops: Sequence[Hop], links: Iterable[Link]) -> None:
         """These are the hops of the chain from now on, of which some have links already; nothing is under way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import trio
@@ -10,7 +11,9 @@ from trio.testing import MockClock
 
 from petalnet.client.inputs import Inputs
 from petalnet.client.server_side import ServerSide
-from tests.client.simulated import Caches, Machine, Simulated, blob_of, rows_of
+from petalnet.p2p.fields import Message
+from petalnet.p2p.messages import LinkDown, Resume
+from tests.client.simulated import Caches, Hosted, Machine, Simulated, blob_of, rows_of
 
 
 @pytest.fixture
@@ -59,5 +62,42 @@ async def test_a_survivor_goes_after_it_has_resumed(autojump_clock: MockClock) -
         nursery.start_soon(meanwhile)
         await lived.step([1])
         await lived.step([5])
+        await lived.side.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_survivor_does_not_reach_the_newcomer_and_says_so_at_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blamed: list[str] = []
+    serve_one = Hosted.serve_one
+
+    def resumed(hosted: Hosted, message: Message) -> None:
+        serve_one(hosted, message)
+        if isinstance(message, Resume) and hosted.pushes_to == newcomer.peer_id:
+            hosted.is_down = True
+            hosted.stream.tell(LinkDown("connection refused", 0))
+
+    def mark_failed(peer_id: str, **options: Any) -> None:
+        blamed.append(peer_id)
+
+    async with trio.open_nursery() as nursery:
+        lived = Lived(swarm_of(nursery))
+        await lived.step([3, 1, 4])
+        lost = lived.machine(1)
+        newcomer = next(one for one in lived.swarm.machines if one.first == lost.first and one is not lost)
+        monkeypatch.setattr(Hosted, "serve_one", resumed)
+        monkeypatch.setattr(lived.swarm, "mark_failed", mark_failed)
+        newcomer.set("hung")
+        lost.set("dead")
+
+        async def meanwhile() -> None:
+            await trio.sleep(1.0)
+            newcomer.set("well")
+
+        nursery.start_soon(meanwhile)
+        await lived.step([1])
+        await lived.step([5])
+        assert set(blamed) == {lost.peer_id} and len(lived.side.recoveries) == 1
         await lived.side.close()
         nursery.cancel_scope.cancel()
