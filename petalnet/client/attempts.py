@@ -180,7 +180,7 @@ class Retries:
         """A server has failed: pause before the next try. Raises the error, which tells what everybody answered, where there is none."""
         self.attempts.note(error.peer_id, error)
         if self._missing is not None and error.peer_id is not None:  # it was asked because nobody else is there
-            await self.missing(self._missing)
+            await self.missing(self._missing, at_stake=True)
             return
         # A swarm that cannot be joined may be there later; anything else that nobody is to blame for would come again.
         self._blameless = self._blameless + 1 if error.peer_id is None and not isinstance(error, PeerUnreachable) else 0
@@ -192,12 +192,11 @@ class Retries:
         logger.info("trying again (%d): %s", self._count, error)
         await trio.sleep(pause_s)
 
-    async def missing(self, error: MissingBlocksError) -> None:
-        """Nobody holds some blocks any more: wait for somebody to come back, where somebody was there.
+    async def missing(self, error: MissingBlocksError, *, at_stake: bool) -> None:
+        """Nobody holds some blocks any more: wait for somebody to come back, where work would be lost otherwise.
 
-        Raises the error, which tells what everybody answered, where nobody was or patience is at its end.
+        Raises the error, which tells what everybody answered, where none would or patience is at its end.
         """
         is_news, self._missing = self._missing is None, error
-        was_there = bool(self.attempts.answers or error.answers)
-        if not was_there or not await self._patience.sleep(MISSING_PAUSE_S, error, is_news=is_news):
+        if not at_stake or not await self._patience.sleep(MISSING_PAUSE_S, error, is_news=is_news):
             raise self.attempts.told(error)

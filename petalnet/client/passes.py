@@ -78,7 +78,7 @@ async def forward(target: Target, hidden: Blob, inputs: Inputs, *, for_gradients
             membership.observe(hop.peer_id, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, work="forward")
             return hop, answer.output
 
-        hop, output = await retrying(rest, attempt)
+        hop, output = await retrying(rest, attempt, at_stake=bool(hops))
         hops.append(hop)
         outputs.append(output)
         hidden = last_of(output) if inputs.all_hidden else output
@@ -126,7 +126,7 @@ async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inpu
             gradient = answer.grad_hidden
         return gradient, joined(prompt_gradients[::-1]) if prompt_gradients else None
 
-    return await retrying(target, attempt)
+    return await retrying(target, attempt, at_stake=True)
 
 
 async def _ask(target: Target, hop: Hop, request: Forward | Backward, expected: type[Answer], token_s: float) -> Answer:

@@ -55,20 +55,23 @@ class Target:
     settings: ClientSettings
 
 
-async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable[T]], full: Full | None = None) -> T:
+async def retrying(
+    target: Target, attempt: Callable[[frozenset[str]], Awaitable[T]], full: Full | None = None, *, at_stake: bool = False
+) -> T:
     """`attempt(servers to do without)` until it succeeds, within the bounds of the target's settings.
 
     Args:
         full: servers that are known to have no room, and how long they have been waited for; others that are met are added.
+        at_stake: whether something was computed that would be lost: then somebody who holds the blocks that nobody holds any more is waited
+            for.
 
     A server's fault is tried again elsewhere (the server is out of the routes by then, one that was late is left out as long as others hold
     its blocks), a full server is left out of the next tries until nobody else holds its blocks, then waited for; one that is too small is
-    not. Where servers have failed and nobody holds their blocks any
-    more, somebody who does is waited for.
+    not.
 
     Raises: the last error, which tells what all servers answered that were asked:
         CallerError: at once.
-        MissingBlocksError: at once where nobody held some blocks in the first place; when patience is used up otherwise.
+        MissingBlocksError: at once, or with something at stake when patience is used up.
         ServerError: when the retries are used up.
         BusyError: when patience is.
     """
@@ -90,7 +93,7 @@ async def retrying(target: Target, attempt: Callable[[frozenset[str]], Awaitable
                 except (BusyError, TooLargeError) as refused:
                     raise retries.attempts.told(refused)  # noqa: B904  # it has its cause
             else:
-                await retries.missing(error)
+                await retries.missing(error, at_stake=at_stake or full.have_moved)
                 full.clear()
         except CallerError:
             raise

@@ -194,7 +194,7 @@ class ServerSide:
                     except (BusyError, TooLargeError) as refused:
                         raise retries.attempts.told(refused)  # noqa: B904  # it has its cause
                 else:
-                    await retries.missing(missing)
+                    await retries.missing(missing, at_stake=history.position > 0 or full.have_moved)
                     full.clear()
             except (CallerError, ServerError) as failure:
                 if self.chain.failure is None if self.chain is not None else isinstance(failure, CallerError):

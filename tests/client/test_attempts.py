@@ -72,8 +72,8 @@ class Attempt:
         return outcome
 
 
-async def run(attempt: Callable[[frozenset[str]], Awaitable[str]], **settings: Any) -> Any:
-    return await retrying(FakeTarget(**settings), attempt)  # type: ignore[arg-type]
+async def run(attempt: Callable[[frozenset[str]], Awaitable[str]], at_stake: bool = False, **settings: Any) -> Any:
+    return await retrying(FakeTarget(**settings), attempt, at_stake=at_stake)  # type: ignore[arg-type]
 
 
 async def test_what_everybody_answered_is_told_in_the_end(autojump_clock: MockClock) -> None:
@@ -119,31 +119,36 @@ def test_a_peers_words_are_cut_and_on_one_line() -> None:
 
 async def test_servers_that_come_back_are_waited_for(autojump_clock: MockClock) -> None:
     attempt = Attempt(PeerLost("gone", "a"), *[MissingBlocksError([0], ["a"])] * 10, "done")
-    assert await run(attempt, max_retries=1) == "done"
+    assert await run(attempt, at_stake=True, max_retries=1) == "done"
     pauses = [after - before for before, after in zip(attempt.times, attempt.times[1:], strict=False)]
     assert pauses[0] == 0.0 and all(pause >= 0.5 for pause in pauses[1:])
 
     attempt = Attempt(PeerLost("gone", "a"), MissingBlocksError([0], ["a"]))
     with pytest.raises(MissingBlocksError, match="gone"):
-        await run(attempt, max_retries=2, request_timeout=40)
+        await run(attempt, at_stake=True, max_retries=2, request_timeout=40)
     assert attempt.times[-1] - attempt.times[0] == pytest.approx(40, abs=2), "the bound is the user's"
 
     attempt = Attempt(MissingBlocksError([0], answers={"a": "failed a moment ago"}), "done")
-    assert await run(attempt) == "done" and attempt.times[1] > attempt.times[0], "one that died before the request may be back as well"
+    assert await run(attempt, at_stake=True) == "done" and attempt.times[1] > attempt.times[0], "one that died before may be back as well"
 
     dead = [MissingBlocksError([0], ["a"]), PeerUnreachable("nobody there", "a")]
     attempt = Attempt(PeerLost("gone", "a"), *dead * 10, "done")
-    assert await run(attempt, max_retries=1, request_timeout=180) == "done", "to ask one that is dead again costs no retry"
+    assert await run(attempt, at_stake=True, max_retries=1, request_timeout=180) == "done", "to ask one that is dead again costs no retry"
     began = trio.current_time()
     with pytest.raises(MissingBlocksError, match="a: nobody there"):
-        await run(Attempt(PeerLost("gone", "a"), *dead * 1000), max_retries=1, request_timeout=180)
+        await run(Attempt(PeerLost("gone", "a"), *dead * 1000), at_stake=True, max_retries=1, request_timeout=180)
     assert trio.current_time() - began == pytest.approx(30, abs=2)
 
-    for attempt, retries in ((Attempt(MissingBlocksError([0])), 3), (Attempt(PeerLost("gone", "a"), MissingBlocksError([0])), 0)):
+    lost = PeerLost("gone", "a")
+    for attempt, at_stake, retries in (
+        (Attempt(MissingBlocksError([0])), False, 3),
+        (Attempt(lost, MissingBlocksError([0])), False, 3),
+        (Attempt(lost, MissingBlocksError([0])), True, 0),
+    ):
         began = trio.current_time()
         with pytest.raises(PetalnetError):
-            await run(attempt, max_retries=retries)
-        assert trio.current_time() == began, "nobody was there before, or there is to be no retry"
+            await run(attempt, at_stake=at_stake, max_retries=retries)
+        assert trio.current_time() == began, "nothing would be lost, or there is to be no retry"
 
 
 async def test_who_was_late_is_asked_again_only_where_nobody_else_is(autojump_clock: MockClock) -> None:

@@ -124,7 +124,7 @@ def test_a_prompt_is_sent_again_only_when_there_is_room(
     prompts = [message for message in wire.sent if isinstance(message, Step) and message.hidden.shape[1] == 20]
     asked = [message for message in wire.sent if isinstance(message, OpenSession) and message.promise_rows == 2]
     assert len(prompts) == (1 if own_session else 2)
-    assert len(asked) >= 2
+    assert len(asked) >= (2 if own_session else 1), "the first to be refused is the one that asks, or the prompt itself"
 
 
 def test_patience_has_an_end(bloom_path: Path, serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
