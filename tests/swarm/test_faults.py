@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from .faults import KINDS, PROGRAM, ROOT, WITHIN_S, Case, Event, FaultySwarm, Wr
 from .models import SPANS, connected, load_local, save_model
 
 LLAMA = SPANS["llama"]
-MIDDLE = LLAMA[1]
+LAST = LLAMA[2]
 QUICKLY = {
     "stop": (Writing("beams", prompt=20, tokens=10), 5),
     "kill": (Writing("greedy", prompt=9, tokens=12), 5),
@@ -46,8 +48,8 @@ def local(swarm: FaultySwarm) -> Any:
 
 @pytest.fixture(scope="module")
 def replicas(families: Families, module_nodes: Nodes) -> list[NodeProcess]:
-    """Servers of the middle of a model whose first and last blocks others use as well: one is left where all is lost that is to be."""
-    first, end = MIDDLE
+    """Servers of the last blocks of a model whose other blocks others use as well: one is left where all is lost that is to be."""
+    first, end = LAST
     served = (families.paths["llama"], "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "100")
     started = []
     for number in range(len(QUICKLY)):
@@ -60,17 +62,17 @@ def replicas(families: Families, module_nodes: Nodes) -> list[NodeProcess]:
 @pytest.mark.parametrize("kind", QUICKLY)
 def test_an_answer_goes_on_without_a_server(families: Families, replicas: list[NodeProcess], kind: str) -> None:
     writing, after = QUICKLY[kind]
-    path, (first, _, last) = families.paths["llama"], families.servers["llama"]
+    path, (first, middle, _) = families.paths["llama"], families.servers["llama"]
     usable = {node.peer_id: node for node in replicas if node.process.poll() is None}
     sessions: list[Any] = []
     lost: list[NodeProcess] = []
 
     def act() -> None:
-        lost.append(usable[sessions[0].hops[1].peer_id])
+        lost.append(usable[sessions[0].hops[2].peer_id])
         lost[0].process.send_signal({"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "garbage": signal.SIGUSR1}[kind])
 
     try:
-        allowed = [first.peer_id, last.peer_id, *usable]
+        allowed = [first.peer_id, middle.peer_id, *usable]
         with connected(path, families.peers, allowed_servers=allowed, request_timeout=30.0) as model:
             answer = within(WITHIN_S, lambda: writing.remote(model, {after: act}, sessions.append))
         assert torch.equal(answer, writing.local(load_local(path)))
@@ -110,3 +112,11 @@ def test_random_schedules(swarm: FaultySwarm, local: Any, seed: int) -> None:
         print(f"seed {seed}: {case}: {outcome.seconds:.2f} s, {outcome.recoveries} recoveries")
     finally:
         swarm.heal()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_swarm_in_use_leaves_nothing_behind() -> None:
+    """Three minutes of what `scripts/soak.py` does for thirty."""
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "soak.py"), "--minutes", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
