@@ -57,7 +57,7 @@ class _Piece:
         mask: None where nothing was padding.
         codec: as of the step.
         position_ids, prompts: as of the step.
-        reach: one past the last position of what belonged together, for steps without positions of their own; see `_reach`.
+        reach: one past the last position of what belonged together; with `position_ids` as of the step, see `_reach`.
     """
 
     start: int
@@ -141,9 +141,8 @@ class History:
         hidden = Blob(hidden.dtype, hidden.shape, hidden.codec, bytearray(hidden.data))
         mask = None if step.mask is None else self._mask_of(step.mask, position, rows, order)
         end = position + new
-        self._pieces.append(
-            _Piece(position, end, hidden, order, mask, codec, step.position_ids, step.prompts, end if step.reach < end else step.reach)
-        )
+        reach = max(end, step.reach) if step.position_ids is None else step.reach  # with positions it may be less than the entries
+        self._pieces.append(_Piece(position, end, hidden, order, mask, codec, step.position_ids, step.prompts, reach))
         self.position = end
 
     def reorder(self, order: Blob) -> None:
@@ -220,9 +219,7 @@ class History:
         """One past the last position that the piece's frequencies were for."""
         if piece.position_ids is None or self._frequencies.alike is None:
             return piece.reach
-        own = int(decode_tensor(piece.position_ids).max()) + 1
-        whole = piece.start + piece.hidden.shape[1]
-        return max(own, piece.reach) if piece.reach > whole else own
+        return max(int(decode_tensor(piece.position_ids).max()) + 1, piece.reach)
 
     def _one_of(self, group: Sequence[_Piece]) -> _Piece:
         """The pieces as one, with the rows of the last."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from petalnet.client import history as history_module
 from petalnet.client.history import History
+from petalnet.client.inputs import Inputs, steps_of
 from petalnet.models.frequencies import Frequencies
 from petalnet.p2p.messages import KEEP_NONE, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
@@ -160,3 +161,19 @@ def test_memory_of_the_caller_is_not_kept() -> None:
     hidden.zero_()
     (step,) = history.steps(lambda rows, new, position: [new], 1)
     assert torch.equal(decode_tensor(step.hidden), expected)
+
+
+def test_padded_chunks_reach_as_far_as_the_first_time() -> None:
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[:, :6] = False
+    positions = (mask.cumsum(1) - 1).clamp(min=0).to(torch.int32)
+    inputs = Inputs(mask=encode_tensor(mask), position_ids=encode_tensor(positions))
+    chunks = steps_of(encode_tensor(torch.rand(2, 20, 1)), 0, None, inputs, number=1, ends=[8, 16, 20])
+    frequencies = Frequencies(unlike=10)
+    history, cache, rebuilt = History(frequencies), Cache(frequencies), Cache(frequencies)
+    for step in chunks:  # the second one ends at entry 16, beyond position 14, up to which all of them reach
+        history.note(step, step.hidden, step.codec)
+        cache.take(step)
+    for step in history.steps(lambda rows, new, position: [new], 1):
+        rebuilt.take(step)
+    assert rebuilt.rows == cache.rows
