@@ -101,6 +101,7 @@ class Pipeline:
         self._direct = direct
         self._pushed = [0] * len(hops)  # of links that broke, the last step that may have been lost
         self._is_up = [direct and index < self._last and index not in carried for index in range(len(hops))]
+        self._newest = 0  # the last step that was given
         self._pending: dict[int, Pending] = {}
         self.finished: list[Pending] = []
         self.relayed_steps = [0] * len(hops)
@@ -136,6 +137,7 @@ class Pipeline:
         self.finished = []
         sends = []
         for request in requests:
+            self._newest = request.step
             self._pending[request.step] = pending = Pending(request, last=self._last)
             sends.append(Send(0, self._request_to(0, pending)))
         return sends
@@ -149,6 +151,7 @@ class Pipeline:
         """
         sends = []
         for request in requests:
+            self._newest = request.step
             request = replace(request, until=self._hops[last].end)
             self._pending[request.step] = pending = Pending(request, reached=first - 1, first=first, last=last, from_kept=from_kept)
             sends.append(Send(first, self._replay_of(pending) if from_kept else self._request_to(first, pending)))
@@ -175,7 +178,7 @@ class Pipeline:
         """
         pending = self._pending.get(done.step)
         if pending is None:
-            if self._pending and done.step > max(self._pending):
+            if self._pending and done.step > self._newest:
                 raise ProtocolError(f"answered step {done.step}, which nobody gave", self._hops[hop].peer_id)
             return []
         request = pending.request

@@ -259,3 +259,16 @@ def test_outputs_that_nobody_wants() -> None:
     pipeline.answered(2, StepDone(1, 3, hidden_of([])))
     pipeline.answered(2, StepDone(2, 5, hidden_of([4])))
     assert [values_of(pending.answers[2]) for pending in pipeline.finished] == [[], [4]]
+
+
+def test_an_answer_that_comes_twice_is_no_answer_to_a_step_that_nobody_gave() -> None:
+    pipeline = Pipeline(hops_of(5), True)
+    given = steps_of(hidden_of([1, 2]), 0, None, Inputs(), number=1, ends=[1, 2])
+    pipeline.rebuild(given[:1], 0, 1, from_kept=True)
+    pipeline.rebuild(given[1:], 2, 4, from_kept=True)
+    pipeline.link_down(2, pushed=2)  # asks for it once more
+    pipeline.answered(4, StepDone(2, 2, hidden_of([1])))  # it was not lost
+    assert not pipeline.is_complete
+    assert pipeline.answered(2, StepDone(2, 2, hidden_of([1]))) == []
+    with pytest.raises(ProtocolError):
+        pipeline.answered(2, StepDone(3, 2, hidden_of([1])))
