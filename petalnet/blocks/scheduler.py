@@ -63,6 +63,8 @@ OVERDUE_TURN = 4
 WAIT_SHARE = 0.5
 """Seconds that a round may wait for stragglers, as a share of what it will take with them. Also what makes a session one that is far
 away: that it usually stays away for longer."""
+TELLING_WEIGHT = 0.5
+"""Rounds through less of the span tell nothing of how fast all of it is: a round has costs of its own, whatever it goes through."""
 Rank = Literal["empty", "decode", "prefill", "pass"]
 Kind = Literal["decode", "prefill", "forward"]
 """Of rates: one token after another, prompts, and passes without a session."""
@@ -275,12 +277,14 @@ class Scheduler:
         return seconds + sum(self._seconds(tasks[0], sum(task.tokens_left for task in tasks)) for tasks in decodes.values())
 
     def done(self) -> Mapping[Kind, Done]:
-        """All work so far, by its kind, as if all of it had gone through the whole span."""
+        """The work so far that went through half of the span or more, by its kind, as if all of it had gone through the whole span."""
         return self._done.copy()
 
     def _note_done(self, task: Task, tokens: int, seconds: float) -> None:
         """A round took so long. What its tokens count for follows from how long they should have taken: steps of several sessions side by
         side take little longer than one alone, and a pass of one token little less than one of 32."""
+        if task.weight < TELLING_WEIGHT:
+            return
         bounded = min(seconds, OUTLIER * self._costs[task.kind].seconds(tokens))
         kind: Kind = "forward" if task.kind == "pass" else "prefill" if tokens >= SEED_TOKENS else "decode"
         unit = 1 if kind == "decode" else SEED_TOKENS

@@ -593,6 +593,9 @@ def test_what_was_done_tells_how_fast_it_was() -> None:
     assert rates()["forward"] == pytest.approx(160.0), "whoever sends single tokens makes nobody look slow"
     before = scheduler.done()["decode"]
     for _ in range(10):
+        work([dataclasses.replace(step("a"), weight=1 / 12)], 3.0)
+    assert scheduler.done()["decode"] == before, "one block alone takes more than its share: that says nothing of the whole span"
+    for _ in range(10):
         work([step(session) for session in "abcd"], 3.0)  # another program takes its share
     after = scheduler.done()["decode"]
     assert (after.tokens - before.tokens) / (after.seconds - before.seconds) == pytest.approx(10 / 3)
