@@ -86,7 +86,8 @@ class Hop:
         self._answered = 0  # the last one whose output the client was sent
         self._drops = self.key is not None  # steps of numbers that it has had
         self._last_step = -1  # this one and all before are dropped
-        self._given_up = -1  # likewise, and nothing comes any more of those that were begun
+        self._given_up = -1  # replays likewise
+        self._resumes = 0  # how often the client has resumed it; whatever was begun before comes to nothing
         self._resumed_at = float("-inf")
         self._resuming = trio.Lock()
         self._turn = trio.Lock()
@@ -257,8 +258,10 @@ class Hop:
         has_moved = key != self.key
         service.incoming_links.move(self, key)
         self._drops = True
+        self._resumes += 1
         self._given_up = max(self._given_up, request.step)
         self._last_step = request.step  # what was above it was not the client's: a server made it up
+        self._taken = min(self._taken, request.step)
         self._replays.give_up(self._given_up)
         if self._computing is not None:
             self._computing.cancel()
@@ -282,16 +285,16 @@ class Hop:
 
     async def _send_on(self, request: Replay, requests: Requests) -> None:
         """Send outputs once more to the next server, in their turn. Raises a PetalnetError where that is refused."""
+        resumes = self._resumes
         async with self._turn:
             if self._link is not None:
                 await self._link.room()
-            if request.step <= self._given_up:
+            if request.step <= self._given_up or resumes != self._resumes:
                 return
             step = await self._replays.step(request)
-            if request.step <= self._given_up:
+            if resumes != self._resumes:
                 return
-            end = request.position + request.tokens
-            output = Output(step, end, step.hidden, step.prompts, 0.0, 0.0, requests.arrived)
+            output = Output(step, request.position + request.tokens, step.hidden, step.prompts, 0.0, 0.0, requests.arrived)
             if self._link is None:
                 await self._client.send(output.done())
                 self._answered = step.step
@@ -319,19 +322,21 @@ class Hop:
         if math.prod(step.hidden.shape[:2]) > WATCHED_TOKENS:
             requests.read_on(self._nursery)
         self._taken = max(self._taken, step.step)
+        resumes = self._resumes
         try:
             self._turn.acquire_nowait()  # `acquire` would give others a turn
         except trio.WouldBlock:
             await self._turn.acquire()
         try:
-            if step.step <= self._last_step:
+            if step.step <= self._last_step or resumes != self._resumes:
+                await trio.lowlevel.checkpoint()  # thousands of such steps may have come at once
                 return True  # it came from the client as well, or nobody wants it any more
             if self._drops:
                 self._last_step = step.step
             link = self._link if step.until != self.session.end else None
             if link is not None:
                 await link.room()
-                if step.step <= self._given_up:
+                if resumes != self._resumes:
                     return True
             with self._service.sessions.computing(self.session):
                 return await self._run(step, requests, link, brought_by)
@@ -339,7 +344,7 @@ class Hop:
             self._turn.release()
 
     async def _run(self, step: Step, requests: Requests, link: OutgoingLink | None, brought_by: str) -> bool:
-        service, session = self._service, self.session
+        service, session, resumes = self._service, self.session, self._resumes
         rows, new = 0, 0
         try:
             order = service.checks.step(session, step, self._client.protocol.limits.payload, pushes=link is not None)
@@ -373,15 +378,15 @@ class Hop:
                 result = await service.engine.submit(task)
             finally:  # what follows must not be cut off
                 self._computing = None
-        except (NotFinite, InputsNotFinite) as error:
-            service.sessions.reached(session, rows, step.position)
-            await self._client.send(Error.of(error, step.step))
-            return True
         except PetalnetError as error:
-            await self._client.send(Error.of(error, step.step))
-            return False
+            goes_on = isinstance(error, (NotFinite, InputsNotFinite))
+            if goes_on:
+                service.sessions.reached(session, rows, step.position)
+            if resumes == self._resumes:
+                await self._client.send(Error.of(error, step.step))
+            return goes_on
         service.sessions.reached(session, rows, position)
-        if step.step <= self._given_up:
+        if resumes != self._resumes:
             return True
         self._replays.computed(step)
         if step.until:
@@ -390,7 +395,7 @@ class Hop:
             held_s = trio.current_time() - requests.arrived
             await self._client.send(StepDone(step.step, position, result.value, result.compute_s, result.queue_s, held_s, step.spent))
             self._answered = step.step
-        if link is not None and step.step > self._given_up:
+        if link is not None and resumes == self._resumes:
             prompts = None if step.prompts is None else without_first(step.prompts, session.end - session.first)
             hidden = result.value if work.passed_on is None else work.passed_on
             await link.put(Output(step, position, hidden, prompts, result.queue_s, result.compute_s, requests.arrived, step.all_hidden))

@@ -50,6 +50,7 @@ class Replays:
     def give_up(self, step: int) -> None:
         """Drop what was asked for with numbers up to this one."""
         self._given_up = step
+        self.done_step = min(self.done_step, step)
         self._changed.unpark_all()
 
     def start(self, request: Replay, arrived: float, nursery: trio.Nursery, lost: Callable[[], object]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 async def three(saved: Callable[..., Path]) -> AsyncIterator[Chain]:
     """A chain of three, and another server for the blocks of each."""
     async with chain_of(saved("llama"), (1, 3), spares=((0, 1), (1, 3), (3, 4))) as chain:
+        yield chain
+
+
+@pytest.fixture
+async def alone(saved: Callable[..., Path]) -> AsyncIterator[Chain]:
+    """A chain of three, and nobody else."""
+    async with chain_of(saved("llama"), (1, 3)) as chain:
         yield chain
 
 
@@ -111,7 +119,7 @@ class Mending:
             assert (done.step, done.position, done.output.shape[1]) == (session.steps, stop, 0)
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("lost", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 async def test_another_server_takes_the_place_of_one(three: Chain, lost: int) -> None:
     expected = three.whole(X)[-1]
     async with three.session() as session:
@@ -127,6 +135,7 @@ async def test_another_server_takes_the_place_of_one(three: Chain, lost: int) ->
         assert three.servers[0].links["relayed_steps"] == 0
 
 
+@pytest.mark.long
 async def test_two_servers_take_the_place_of_one_and_then_one_of_them_is_lost(saved: Callable[..., Path]) -> None:
     async with chain_of(saved("llama"), (1, 3), spares=((1, 2), (2, 3), (1, 2), (2, 3))) as chain, chain.session() as session:
         expected = chain.whole(X)[-1]
@@ -214,7 +223,7 @@ async def deaf_server(chain: Chain, stack: Any) -> str:
     return str(deaf.peer_id)
 
 
-@pytest.mark.parametrize("tokens", [4, 100])
+@pytest.mark.parametrize("tokens", [4, pytest.param(100, marks=pytest.mark.long)])
 async def test_a_hop_whose_steps_are_stuck_before_a_hung_neighbour(saved: Callable[..., Path], tokens: int) -> None:
     """As many steps as the client can send: some were sent on, two wait, one is about to be computed, the others wait to be read."""
     wide = X[:1, :tokens].expand(16, tokens, HIDDEN)
@@ -266,8 +275,59 @@ class Gate:
         monkeypatch.setattr(span, "step", held)
 
 
-@pytest.mark.parametrize("server", [0, 1])
-@pytest.mark.parametrize("tokens", [1, 60])
+async def test_a_replay_of_any_number_gives_way_to_a_resume(alone: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = alone.servers[0]
+    async with alone.session() as session, alone.session() as other:
+        await session.run(X[:1, :100], 0)
+        gate = Gate(monkeypatch, first.service.span)
+        await other.streams[0].send(other.step(X[:1, :1], 0))
+        await eventually(gate.entered.is_set)
+        await session.streams[0].send(Replay(1000, 0, 50, until=3))  # has the session's turn, and waits for the compute thread
+        await eventually(lambda: first.service.engine.queue_length == 2)
+        await session.streams[0].send(Resume(10, 100, "", "nobody"))
+        await eventually(lambda: not first.links["open"] or first.links["failed"] > 0)
+        gate.free.set()
+        assert await answer_to(session.streams[0], Resumed) == Resumed(100, 1)
+        assert isinstance(await receive(session.streams[0]), LinkDown)
+        await session.streams[0].send(AskProgress(1))
+        assert await receive(session.streams[0]) == Progress(1, 1, 1, 0)  # nothing of the replay came before
+
+
+async def test_numbers_that_a_neighbour_makes_up_hold_nobody_up(alone: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = alone.whole(X)
+    first, second, third = alone.servers
+    async with alone.session() as session:
+        close(await session.run(X[:, :100], 0), expected[-1][:, :100])
+        gate = Gate(monkeypatch, second.service.span)
+        step = session.step(decode_tensor(encode_tensor(expected[0][:, 100:101])), 100, step=10)
+        async with contextlib.AsyncExitStack() as stack:
+            for number in (10, 2**53):  # one is computed, the other waits for the session's turn
+                stream = await stack.enter_async_context(await first.host.open_stream(second.peer_id, PUSH, addrs=second.host.addrs))
+                await stream.send(OpenLink(session.id, 1))
+                assert await receive(stream) == LinkOpened()
+                await stream.send(replace(step, step=number))
+                await eventually(gate.entered.is_set)
+            await session.streams[1].send(AskProgress(1))
+            await trio.sleep(0.05)
+            await session.streams[1].send(Resume(10, 100, first.peer_id, "nobody"))
+            await eventually(lambda: second.links["failed"] > 0)
+            gate.free.set()
+            assert await answer_to(session.streams[1], Progress)
+            assert await answer_to(session.streams[1], Resumed) == Resumed(100, 3)
+            assert isinstance(await receive(session.streams[1]), LinkDown)
+            await session.streams[1].send(AskProgress(2))
+            assert await receive(session.streams[1]) == Progress(2, 10, 1, 0)
+        session.steps = 10
+        peers = ["", *(server.peer_id for server in alone.servers), ""]
+        for index, stream in enumerate(session.streams):
+            await stream.send(Resume(10, 100, peers[index], peers[index + 2]))
+            assert await answer_to(stream, Resumed) == Resumed(100, 3)
+        close(await session.run(X[:, 100:], 100), expected[-1][:, 100:])
+
+
+@pytest.mark.parametrize(
+    ("server", "tokens"), [(1, 60), *(pytest.param(*case, marks=pytest.mark.long) for case in ((0, 1), (0, 60), (1, 1)))]
+)
 async def test_a_hop_that_computes(three: Chain, monkeypatch: pytest.MonkeyPatch, server: int, tokens: int) -> None:
     expected = three.whole(X)[-1]
     async with three.session() as session:
@@ -308,10 +368,10 @@ async def test_a_prompt_in_chunks_of_which_some_were_computed(three: Chain, monk
         close(await session.run(X[:, 80:], 80), expected[:, 80:])
 
 
-async def test_a_link_to_the_same_server_stays(three: Chain) -> None:
-    expected = three.whole(X)[-1]
-    peers = ["", *(server.peer_id for server in three.servers), ""]
-    async with three.session() as session:
+async def test_a_link_to_the_same_server_stays(alone: Chain) -> None:
+    expected = alone.whole(X)[-1]
+    peers = ["", *(server.peer_id for server in alone.servers), ""]
+    async with alone.session() as session:
         close(await session.run(X[:, :100], 0), expected[:, :100])
         for _ in range(3):
             for index, stream in enumerate(session.streams):
@@ -320,8 +380,8 @@ async def test_a_link_to_the_same_server_stays(three: Chain) -> None:
         for stream in session.streams[:2]:
             await stream.send(session.step(X, 0, step=1))  # which is of former times
         close(await session.run(X[:, 90:], 90), expected[:, 90:])
-        assert [server.links["open"] for server in three.servers] == [1, 1, 0]
-        assert not any(server.links["failed"] for server in three.servers)
+        assert [server.links["open"] for server in alone.servers] == [1, 1, 0]
+        assert not any(server.links["failed"] for server in alone.servers)
 
 
 async def test_what_a_former_neighbour_brings_is_of_no_use(three: Chain) -> None:
@@ -343,21 +403,22 @@ async def test_what_a_former_neighbour_brings_is_of_no_use(three: Chain) -> None
         await former.close()
 
 
-async def test_the_newest_link_of_a_server_counts(three: Chain) -> None:
-    first, second, _ = three.servers
-    async with three.session() as session:
+async def test_the_newest_link_of_a_server_counts(alone: Chain) -> None:
+    first, second, _ = alone.servers
+    async with alone.session() as session:
         await session.run(X[:, :60], 0)
         async with await first.host.open_stream(second.peer_id, PUSH, addrs=second.host.addrs) as stream:
             await stream.send(OpenLink(session.id, 1))
             assert await receive(stream) == LinkOpened()
             down = await receive(session.streams[0])
             assert isinstance(down, LinkDown)
-            await stream.send(session.step(decode_tensor(encode_tensor(three.whole(X)[0][:, 60:])), 60))
+            await stream.send(session.step(decode_tensor(encode_tensor(alone.whole(X)[0][:, 60:])), 60))
             done = await receive(session.streams[2])
             assert isinstance(done, StepDone)
-            close(decode_tensor(done.output), three.whole(X)[-1][:, 60:])
+            close(decode_tensor(done.output), alone.whole(X)[-1][:, 60:])
 
 
+@pytest.mark.long  # the shorter part: `test_what_cannot_be_resumed`
 async def test_outputs_for_a_server_that_cannot_be_reached_go_through_the_client(three: Chain) -> None:
     three.servers[0].knows.pop(three.spares[1].peer_id)
     async with three.session() as session:
@@ -369,9 +430,9 @@ async def test_outputs_for_a_server_that_cannot_be_reached_go_through_the_client
         assert isinstance(down, LinkDown) and down.pushed == 0 and "is not known" in down.reason
 
 
-async def test_a_hop_that_pushes_nowhere_any_more_answers_its_client(three: Chain) -> None:
-    expected = three.whole(X)
-    async with three.session() as session:
+async def test_a_hop_that_pushes_nowhere_any_more_answers_its_client(alone: Chain) -> None:
+    expected = alone.whole(X)
+    async with alone.session() as session:
         await session.run(X[:, :100], 0)
         await session.streams[0].send(Resume(session.steps, 100))
         assert await receive(session.streams[0]) == Resumed(100, 3)
@@ -396,9 +457,9 @@ def rows(*order: int) -> Any:
     return encode_tensor(torch.tensor(order, dtype=torch.int64))
 
 
-async def test_what_cannot_be_resumed(three: Chain) -> None:
-    peers = [server.peer_id for server in three.servers]
-    async with three.session() as session:
+async def test_what_cannot_be_resumed(alone: Chain) -> None:
+    peers = [server.peer_id for server in alone.servers]
+    async with alone.session() as session:
         first, second, third = session.streams
         assert "has had no step" in await refusal(first, Resume(0, 0))
         await session.run(X[:, :100], 0)
@@ -423,7 +484,7 @@ async def test_what_cannot_be_resumed(three: Chain) -> None:
         await third.send(Resume(session.steps, 100, peers[1]))
         for stream in session.streams:
             assert await receive(stream) == Resumed(100, 3)
-        close(await session.run(X[:, 100:], 100), three.whole(X)[-1][:, 100:])
+        close(await session.run(X[:, 100:], 100), alone.whole(X)[-1][:, 100:])
 
 
 async def test_nobody_gets_room_by_resuming(saved: Callable[..., Path]) -> None:
@@ -436,9 +497,9 @@ async def test_nobody_gets_room_by_resuming(saved: Callable[..., Path]) -> None:
         close(await session.run(X[:2, 100:], 100), chain.whole(X[:2])[-1][:, 100:])
 
 
-async def test_a_flood_of_requests_that_may_not_wait(three: Chain) -> None:
-    peers = [server.peer_id for server in three.servers]
-    async with three.session() as session:
+async def test_a_flood_of_requests_that_may_not_wait(alone: Chain) -> None:
+    peers = [server.peer_id for server in alone.servers]
+    async with alone.session() as session:
         await session.run(X[:, :100], 0)
         stream, began = session.streams[0], trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -446,16 +507,16 @@ async def test_a_flood_of_requests_that_may_not_wait(three: Chain) -> None:
             async def ask() -> None:
                 for nonce in range(500):
                     await stream.send(AskProgress(nonce))
-                for number in range(8):
+                for number in range(4):
                     await stream.send(Resume(session.steps, 100, "", (peers[1], peers[2])[number % 2]))
 
             nursery.start_soon(ask)
             for nonce in range(500):
                 assert await receive(stream) == Progress(nonce, 1, 1, 1)
-            for _ in range(8):
+            for _ in range(4):
                 await answer_to(stream, Resumed)
-        assert trio.current_time() - began > 7 * hop.RESUME_EVERY_S
-        assert three.servers[0].service.describe()["recovery"]["resumed"] == 8
+        assert trio.current_time() - began > 3 * hop.RESUME_EVERY_S
+        assert alone.servers[0].service.describe()["recovery"]["resumed"] == 4
 
 
 async def test_numbers_that_are_not_finite_are_blamed_on_who_brought_them(two_of_bloom: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,18 +567,18 @@ async def test_outputs_that_are_not_finite_are_the_servers_own_fault(two_of_bloo
         close(await session.run(X[:, 100:], 100), expected[:, 100:])
 
 
-async def test_draining_tells_every_client(three: Chain) -> None:
-    service = three.servers[1].service
+async def test_draining_tells_every_client(alone: Chain) -> None:
+    service = alone.servers[1].service
     with trio.fail_after(1):
         await service.empty()
-    async with three.session() as session, three.session() as other:
+    async with alone.session() as session, alone.session() as other:
         service.drain(30.0)
         for stream in (session.streams[1], other.streams[1]):
             assert await receive(stream) == Draining(30.0)
-        async with await three.begin(three.servers[1], "new") as refused:
+        async with await alone.begin(alone.servers[1], "new") as refused:
             answer = await receive(refused)
             assert isinstance(answer, Error) and answer.code == "busy"
-        close(await session.run(X, 0), three.whole(X)[-1])
+        close(await session.run(X, 0), alone.whole(X)[-1])
         is_empty = False
 
         async def wait() -> None:
@@ -534,12 +595,12 @@ async def test_draining_tells_every_client(three: Chain) -> None:
         assert is_empty and not len(service.sessions)
 
 
-@pytest.mark.parametrize("seed", range(3))
-async def test_whatever_a_client_says_its_session_leaves_nothing(three: Chain, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+async def test_whatever_a_client_says_its_session_leaves_nothing(alone: Chain, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Requests without rhyme or reason, on all streams at once."""
     monkeypatch.setattr(hop, "RESUME_EVERY_S", 0.0)
     chance = random.Random(seed)
-    peers = ["", "nobody", *(server.peer_id for server in (*three.servers, *three.spares))]
+    peers = ["", "nobody", *(server.peer_id for server in (*alone.servers, *alone.spares))]
 
     def any_request() -> Message:
         nonlocal latest
@@ -558,7 +619,7 @@ async def test_whatever_a_client_says_its_session_leaves_nothing(three: Chain, m
         return Step(number, position, hidden, order=order, until=chance.choice((0, 0, 1, 3, 4, 9)), keep=chance.choice((-1, 0, 1)))
 
     latest = 100
-    async with three.session() as session, trio.open_nursery() as nursery:
+    async with alone.session() as session, trio.open_nursery() as nursery:
         await session.run(X[:, :60], 0)
 
         async def read(stream: Stream) -> None:
@@ -577,6 +638,6 @@ async def test_whatever_a_client_says_its_session_leaves_nothing(three: Chain, m
         for stream in session.streams:
             nursery.start_soon(read, stream)
             nursery.start_soon(talk, stream)
-    await three.nothing_is_left()
-    async with three.session() as session:
-        close(await session.run(X, 0), three.whole(X)[-1])
+    await alone.nothing_is_left()
+    async with alone.session() as session:
+        close(await session.run(X, 0), alone.whole(X)[-1])
