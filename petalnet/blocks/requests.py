@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 SLOW_S = 0.25
 """Seconds after which a request is taken to be slow."""
 MOST_AHEAD, MOST_AHEAD_BYTES = 1024, 8 * 2**20
-"""Messages, and bytes of their arrays, that are held for one client; a single message may exceed that. As much as a client has on its way
+"""Messages, and bytes of them, that are held for one client; a single message may exceed that. As much as a client has on its way
 by the time it hears that a server is lost, so that what it says then is read behind it."""
+MESSAGE_BYTES, NUMBER_BYTES = 1024, 32
+"""What a message takes without its arrays and lists, and each entry of a list."""
 MOST_BYTES_OF_ALL = 512 * 2**20
 """The same for all clients together, one message of each aside."""
 
@@ -171,7 +173,14 @@ class Requests:
             return
         if self.is_closed:
             return
-        size = sum(len(value.data) for value in vars(request).values() if isinstance(value, Blob))
+        size = _size(request)
         self._ahead.append((request, arrived, size))
         self._hold(size)
         self._changed.unpark_all()
+
+
+def _size(message: Message) -> int:
+    """About the bytes that a message takes."""
+    values = vars(message).values()
+    arrays = sum(len(value.data) for value in values if isinstance(value, Blob))
+    return MESSAGE_BYTES + arrays + NUMBER_BYTES * sum(len(value) for value in values if isinstance(value, tuple))
