@@ -184,12 +184,11 @@ async def play(folder: Path, seed: int, visits: int) -> None:
         assert client.lost
 
 
-@pytest.mark.parametrize("seed", range(2))
-async def test_servers_are_lost_at_any_moment(saved: Callable[..., Path], seed: int) -> None:
-    await play(saved("llama"), seed, 12)
+async def test_servers_are_lost_at_any_moment(saved: Callable[..., Path]) -> None:
+    await play(saved("llama"), 0, 12)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(2, 12))
+@pytest.mark.parametrize("seed", range(1, 12))
 async def test_servers_are_lost_at_many_moments(saved: Callable[..., Path], seed: int) -> None:
     await play(saved("llama"), seed, 60)
