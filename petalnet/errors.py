@@ -153,7 +153,9 @@ class MissingBlocksError(PetalnetError, RuntimeError):
         self.answers = answers
         silent = [peer_id for peer_id in self.peers_asked if peer_id not in answers]
         named = describe_peers({**answers, **dict.fromkeys(silent, "")})
-        asked = f"asked {len(self.peers_asked)} peers: {named}" if self.peers_asked else "no server is known"
+        asked = (
+            f"asked {len(self.peers_asked)} peer{'s' * (len(self.peers_asked) > 1)}: {named}" if self.peers_asked else "no server is known"
+        )
         super().__init__(f"no server holds {describe_blocks(self.blocks)} ({asked}){': ' + hint if hint else ''}")
 
 

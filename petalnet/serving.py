@@ -345,7 +345,8 @@ class Server:
 
     async def _wait_for_sessions(self, service: BlockService, grace_s: float) -> None:
         if len(service.sessions):
-            logger.info("waiting up to %.0f s for %d sessions to go to other servers or to end", grace_s, len(service.sessions))
+            count = len(service.sessions)
+            logger.info("waiting up to %.0f s for %d session%s to go elsewhere or to end", grace_s, count, "s" * (count > 1))
         with trio.move_on_after(grace_s):
             await service.empty()
 
