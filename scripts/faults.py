@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ def main() -> int:
     kinds = tuple(options.kinds.split(","))
     if wrong := set(kinds) - set(KINDS):
         parser.error(f"no such kind: {', '.join(sorted(wrong))}; there are {', '.join(KINDS)}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the servers end with this program
     failed: list[int] = []
     with tempfile.TemporaryDirectory(prefix="petalnet-faults-") as folder:
         path = save_model(options.family, Path(folder) / "model")
