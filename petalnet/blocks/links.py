@@ -321,14 +321,15 @@ class IncomingLinks:
         """A session that may take steps from another server is found from now on. A former one of the same client is ended: its stream is
         over, which shows only when a step is done.
 
-        Raises CallerError where another client has such a one.
+        Raises BusyError where another client has such a one: ids are drawn by chance, so somebody who was told it keeps this client out,
+        which may go elsewhere.
         """
         if hop.key is None:
             return
         former = self._hops.get(hop.key)
         if former is not None:
             if former.session.peer_id != hop.session.peer_id:
-                raise CallerError("a session of this id is open on these blocks")
+                raise BusyError("a session of this id is open on these blocks")
             former.end()
         self._hops[hop.key] = hop
         waiting = self._waiting.get(hop.key)
