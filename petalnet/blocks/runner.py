@@ -109,11 +109,13 @@ class Runner:
         Returns:
             its rows and its KV entries; less than `position` where it does not have so many, and then its order is as it was.
         Raises:
-            CallerError: the order names rows that there are not.
+            CallerError: the order names rows that there are not, or the rows were put into yet another one since.
         """
         kv = session.kv
         if kv.length < position:
             return len(kv), kv.length
+        if order is not None and position and session.ordered > order_step:
+            raise CallerError(f"the rows were put into another order by step {session.ordered}, after step {order_step}")
         self._go_back(session, position)
         if order is not None and position and session.ordered < order_step:
             if not all(0 <= row < len(kv) for row in order):

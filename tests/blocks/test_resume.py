@@ -202,6 +202,16 @@ async def test_rows_are_put_in_order_once(three: Chain) -> None:
         close(await session.run(X[order, 101:], 101), expected[:, 101:])
 
 
+async def test_an_order_that_another_one_followed_cannot_be_told_apart(alone: Chain) -> None:
+    order = torch.tensor([1, 2, 0])
+    async with alone.session() as session:
+        await session.run(X[:, :100], 0)
+        for position in (100, 101):
+            await session.run(X[:, position : position + 1], position, order=order)
+        resume = Resume(session.steps, 100, "", alone.servers[1].peer_id, 2, encode_tensor(order))
+        assert "into another order by step 3, after step 2" in await refusal(session.streams[0], resume)
+
+
 async def open_to(chain: Chain, server: Server, **options: Any) -> ClientSession:
     """A session on one server."""
     stream = await chain.begin(server, "s", **options)
