@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -26,7 +27,7 @@ from petalnet.client.inputs import Inputs, Names, columns, encode_names
 from petalnet.client.links import Link, Session, open_links
 from petalnet.client.pipeline import Pending
 from petalnet.client.recovery import Recovery
-from petalnet.client.replacements import has_stand_in
+from petalnet.client.replacements import has_stand_in, own_record
 from petalnet.client.requests import Target, describe_route, find_hops, retrying
 from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.client.visit import Visit
@@ -34,6 +35,9 @@ from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob, blob_size
 from petalnet.p2p.messages import UNIT_TOKENS, Attach, Attached, Reserve, Reserved, Step
 from petalnet.routing.routes import Hop
+
+if TYPE_CHECKING:
+    from petalnet.routing.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ class Chain:
         order, ordering: an order of rows that servers may lack, None where all have it; and the number of the step that was to bring the
             one of the visit under way, 0 where none was.
         avoided: peers that were lost since the chain stood last.
-        records: what the servers had announced that the chain was opened with, where that is known.
+        records: what the servers had announced that the chain was opened with, of the blocks that it uses of theirs, where that is known.
         is_new: whether no server has had a step.
         recoveries: of the session, so far.
         trace_sink: is told of each step that is complete.
@@ -102,7 +106,7 @@ class Chain:
         self.order: Blob | None = None
         self.ordering = 0
         self.avoided: set[str] = set()
-        self.records = [(link.hop, link.record) for link in links if link.record is not None]
+        self.records = [(link.hop, record) for link in links if (record := own_record(link)) is not None]
         self.is_new = True
         self.recoveries: Sequence[Recovery] = ()
         self.trace_sink: Callable[[StepTimes], None] | None = None
@@ -129,10 +133,21 @@ class Chain:
 
     @classmethod
     async def open_once(
-        cls, target: Target, max_length: int, promise_rows: int, full: frozenset[str], history: History | None = None
+        cls,
+        target: Target,
+        max_length: int,
+        promise_rows: int,
+        full: frozenset[str],
+        history: History | None = None,
+        like: Sequence[ServerRecord] = (),
     ) -> Chain:
-        """`open`, without the servers in `full`, and without another try. Raises Busy, CallerError, MissingBlocksError, ServerError."""
-        hops = await find_hops(target, full, kv_tokens=max(promise_rows, 1) * max_length)
+        """`open`, without the servers in `full`, and without another try.
+
+        Args:
+            like: records of servers whose work is to be gone on with, or the session would have other numbers from then on.
+        Raises: Busy, CallerError, MissingBlocksError, ServerError.
+        """
+        hops = await find_hops(target, full, kv_tokens=max(promise_rows, 1) * max_length, like=like)
         session = Session(max_length)
         links = await open_links(target, hops, session, promise_rows)
         chain = cls(target, links, session, promise_rows, history)

@@ -7,6 +7,7 @@ go on with other numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from petalnet.client.links import Link
@@ -46,11 +47,20 @@ async def replacements(
     )
 
 
+def own_record(link: Link) -> ServerRecord | None:
+    """What a link's server had announced, of those blocks alone that the chain uses of it; None where that is not known."""
+    record, hop = link.record, link.hop
+    if record is None or not record.span[0] <= hop.first < hop.end <= record.span[1]:
+        return None
+    start = record.span[0]
+    return replace(record, span=(hop.first, hop.end), block_digests=record.block_digests[hop.first - start : hop.end - start])
+
+
 async def has_stand_in(target: Target, link: Link) -> bool:
     """Whether other servers hold a link's blocks."""
-    hop = link.hop
+    hop, record = link.hop, own_record(link)
     try:
-        await replacements(target, hop.first, hop.end, [] if link.record is None else [link.record], {hop.peer_id}, 0)
+        await replacements(target, hop.first, hop.end, [] if record is None else [record], {hop.peer_id}, 0)
     except (MissingBlocksError, ServerError):
         return False
     return True

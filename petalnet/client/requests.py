@@ -7,7 +7,7 @@ waited for; whatever else goes wrong is the server's fault, which is out of the 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -37,6 +37,7 @@ from petalnet.routing.routes import Hop, Work
 if TYPE_CHECKING:
     from petalnet.p2p.host import Stream
     from petalnet.p2p.protocols import Protocol
+    from petalnet.routing.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,12 @@ async def retrying(
 
 
 async def find_hops(
-    target: Target, full: frozenset[str] = frozenset(), work: Work = "decode", tokens: int = 1, kv_tokens: int = 0
+    target: Target,
+    full: frozenset[str] = frozenset(),
+    work: Work = "decode",
+    tokens: int = 1,
+    kv_tokens: int = 0,
+    like: Sequence[ServerRecord] | None = None,
 ) -> list[Hop]:
     """The route that a request to the target takes now.
 
@@ -112,6 +118,7 @@ async def find_hops(
         full: servers to do without; where only these hold some block, nobody else is looked for.
         work, tokens: what it is for, and how much.
         kv_tokens: room that a session takes on each server.
+        like: records of servers whose work these are to go on with; None where there is none.
     Raises:
         MissingBlocksError, ServerError.
     """
@@ -126,6 +133,7 @@ async def find_hops(
         tokens=tokens,
         look=not full,
         kv_tokens=kv_tokens,
+        like=like or None,
         direct=settings.direct_chains,
     )
 

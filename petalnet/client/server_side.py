@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -32,6 +32,9 @@ from petalnet.errors import (
 from petalnet.models.frequencies import Frequencies
 from petalnet.p2p.fields import Blob
 from petalnet.routing.routes import Hop
+
+if TYPE_CHECKING:
+    from petalnet.routing.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class ServerSide:
         self._max_length = max_length
         self._promise_rows = promise_rows
         self._history = History(frequencies)
+        self._begun_with: list[ServerRecord] = []  # what the servers had announced that computed the first entries
         self._loss: Loss | None = None
         self._mends = 0  # failed attempts in a row to mend the chain
         self._has_begun = False  # a step was asked for
@@ -118,6 +122,8 @@ class ServerSide:
             await chain.close()
             raise
         chain.trace_sink, chain.recoveries = self._note, self.recoveries
+        if not self._history.position:
+            self._begun_with = [record for _, record in chain.records]
         self.chain = chain
 
     def _note(self, times: StepTimes) -> None:
@@ -218,7 +224,8 @@ class ServerSide:
         if self.chain is not None:
             return self.chain
         self._check_open()
-        chain = await Chain.open_once(self._target, self._max_length, self._promise_rows, full.peers, self._history)
+        like = self._begun_with if self._history.position else ()
+        chain = await Chain.open_once(self._target, self._max_length, self._promise_rows, full.peers, self._history, like)
         await self._use(chain)
         if self._history.position:
             await chain.rebuild()

@@ -13,6 +13,8 @@ from petalnet.client.inputs import Inputs
 from petalnet.client.server_side import ServerSide
 from petalnet.p2p.fields import Message
 from petalnet.p2p.messages import LinkDown, Resume
+from petalnet.routing.records import ServerRecord
+from petalnet.routing.routes import Hop
 from tests.client.simulated import Caches, Hosted, Machine, Simulated, blob_of, rows_of
 
 
@@ -99,5 +101,34 @@ async def test_a_survivor_does_not_reach_the_newcomer_and_says_so_at_once(
         await lived.step([1])
         await lived.step([5])
         assert set(blamed) == {lost.peer_id} and len(lived.side.recoveries) == 1
+        await lived.side.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_new_chain_goes_on_with_servers_like_the_first(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(peer_id: str) -> ServerRecord:
+        dtype = "bfloat16" if peer_id.startswith("short") else "float32"
+        return ServerRecord(
+            peer_id=peer_id, addrs=("/ip4/127.0.0.1/tcp/1",), model="model", model_name="test", span=(0, 8), num_blocks=8, state="online",
+            dtype=dtype, sequence=1, issued=1.0, expires=600.0,
+        )  # fmt: skip
+
+    async def route(model: str, first: int, end: int, *, blocked: Any = (), like: Any = None, **_: Any) -> list[Hop]:
+        wanted = None if like is None else [(one.span, one.dtype) for one in like]
+        asked.append(wanted)
+        names = ["First", "short", "Third"] if wanted is None else ["First", "Third"]
+        return [Hop(next(name for name in names if lived.swarm.machine(name).state == "well"), (), first, end)]
+
+    asked: list[Any] = []
+    async with trio.open_nursery() as nursery:
+        machines = [Machine(name, 0, 6) for name in ("First", "short", "Third")]
+        lived = Lived(Simulated(6, machines, Random(0), nursery))
+        monkeypatch.setattr(lived.swarm, "record", record)
+        monkeypatch.setattr(lived.swarm, "route", route)
+        await lived.step([3, 1, 4])
+        machines[0].set("dead")
+        await lived.step([1])
+        assert lived.machine(0) is machines[2]
+        assert asked[0] is None and asked[-1] == [((0, 6), "float32")]
         await lived.side.close()
         nursery.cancel_scope.cancel()
