@@ -39,6 +39,9 @@ MISSING_PAUSE_S = 1.0
 """Between two looks for somebody who holds blocks that nobody holds any more: servers that start take seconds."""
 MOST_BLAMELESS = 3
 """Failures in a row that blame nobody, after which a request is given up: nothing would be done otherwise the next time."""
+MOST_LOST = 16
+"""Servers that may fail at one request, each for the first time, without costing a retry where something is at stake: when a house loses
+its power, several go at once."""
 MOST_ANSWERS = 64
 """Peers whose answers are remembered for one request."""
 
@@ -168,16 +171,22 @@ class Retries:
         self._patience = Patience(settings)
         self._count = 0
         self._blameless = 0
+        self._lost: set[str] = set()  # servers whose first failure cost nothing
         self._missing: MissingBlocksError | None = None  # what is waited for
 
     def progressed(self) -> None:
         """A part of the request is done: what follows has all its tries."""
         self._patience = Patience(self._settings)
         self._count = self._blameless = 0
+        self._lost.clear()
         self._missing = None
 
-    async def after(self, error: ServerError) -> None:
-        """A server has failed: pause before the next try. Raises the error, which tells what everybody answered, where there is none."""
+    async def after(self, error: ServerError, *, at_stake: bool = False) -> None:
+        """A server has failed: pause before the next try. Raises the error, which tells what everybody answered, where there is none.
+
+        Args:
+            at_stake: whether something was computed that would be lost: then servers that fail for the first time cost no retry.
+        """
         self.attempts.note(error.peer_id, error)
         if self._missing is not None and error.peer_id is not None:  # it was asked because nobody else is there
             await self.missing(self._missing, at_stake=True)
@@ -185,6 +194,10 @@ class Retries:
         # A swarm that cannot be joined may be there later; anything else that nobody is to blame for would come again.
         self._blameless = self._blameless + 1 if error.peer_id is None and not isinstance(error, PeerUnreachable) else 0
         limit = self._settings.max_retries
+        if at_stake and limit and error.peer_id is not None and error.peer_id not in self._lost and len(self._lost) < MOST_LOST:
+            self._lost.add(error.peer_id)
+            logger.info("going on without a server: %s", error)
+            return
         if (limit is not None and self._count >= limit) or self._blameless > MOST_BLAMELESS:
             raise self.attempts.told(error)
         pause_s = min(FIRST_PAUSE_S * 2.0 ** min(self._count - 1, 16), LONGEST_PAUSE_S) if self._count else 0.0

@@ -101,7 +101,7 @@ async def retrying(
         except ServerError as error:
             if isinstance(error, PeerLate) and error.peer_id is not None:
                 late.add(error.peer_id)
-            await retries.after(error)
+            await retries.after(error, at_stake=at_stake)
 
 
 async def find_hops(

@@ -208,7 +208,8 @@ class ServerSide:
                 self._note_loss(failure, time.perf_counter() - began)
                 if history.position > before:
                     retries.progressed()
-                await retries.after(failure if isinstance(failure, ServerError) else ServerError(str(failure)))
+                lost = failure if isinstance(failure, ServerError) else ServerError(str(failure))
+                await retries.after(lost, at_stake=history.position > 0)
 
     async def _standing(self, visit: Visit, full: Full) -> Chain:
         """A chain that has all entries: as it stands, mended, or a new one. Raises Busy, CallerError, MissingBlocksError, ServerError."""

@@ -23,8 +23,9 @@ class ClientSettings:
         allowed_servers, blocked_servers: peer ids; only, respectively none, of these are used. None for no restriction.
         request_timeout: seconds that one request to one server may take, and the most that full servers are waited for.
         connect_timeout: seconds that a connection to a server may take.
-        max_retries: how often a failed request is tried again on another route before its error is raised; None for without end. Where
-            all servers are full, each retry stands for half a minute of waiting.
+        max_retries: how often a failed request is tried again on another route before its error is raised; None for without end. In
+            mid-answer, a server that fails for the first time does not count. Where all servers are full, each retry stands for half a
+            minute of waiting.
         show_route: which routes are logged (on standard error, where the program has set up no logging): "inference" for those of sessions
             and answers, True for those of passes without a session as well, False for none.
         speculation: whether answers of one row may bring guesses of further tokens along, where that saves time; the tokens are the same

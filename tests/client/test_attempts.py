@@ -151,6 +151,14 @@ async def test_servers_that_come_back_are_waited_for(autojump_clock: MockClock) 
         assert trio.current_time() == began, "nothing would be lost, or there is to be no retry"
 
 
+async def test_several_that_go_at_once_in_mid_answer_cost_no_retry(autojump_clock: MockClock) -> None:
+    losses = [PeerLost("gone", peer(name)) for name in "abcdef"]
+    assert await run(Attempt(*losses, "done"), at_stake=True, max_retries=1) == "done"
+    for repeated, at_stake in ((losses[:1] * 4, True), (losses, False)):
+        with pytest.raises(PeerLost):
+            await run(Attempt(*repeated, "done"), at_stake=at_stake, max_retries=1)
+
+
 async def test_who_was_late_is_asked_again_only_where_nobody_else_is(autojump_clock: MockClock) -> None:
     attempt = Attempt(PeerLate("hangs", "a"), PeerLate("hangs", "b"), MissingBlocksError([0]), "done")
     assert await run(attempt, max_retries=2) == "done"
