@@ -55,6 +55,9 @@ async def mend(chain: Chain, visit: Visit, full: frozenset[str]) -> list[Hop]:
         chain.order = visit.order
 
     newcomers = await _find(chain, kept, gone, full)
+    for link in kept:
+        if link.lost is not None:
+            raise link.lost  # it went while others were looked for: its answer would be waited for in vain
     hops = sorted([*(link.hop for link in kept), *newcomers], key=lambda hop: hop.first)
     exchange.leave(gone)
     exchange.resume(hops, kept)

@@ -132,3 +132,29 @@ async def test_a_new_chain_goes_on_with_servers_like_the_first(autojump_clock: M
         assert asked[0] is None and asked[-1] == [((0, 6), "float32")]
         await lived.side.close()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_survivor_goes_while_others_are_looked_for(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def route(*place: Any, **options: Any) -> list[Hop]:
+        await trio.sleep(1.0)
+        return await known(*place, **options)
+
+    async with trio.open_nursery() as nursery:
+        lived = Lived(swarm_of(nursery))
+        await lived.step([3, 1, 4])
+        survivor, lost = lived.machine(0), lived.machine(1)
+        known = lived.swarm.route
+        monkeypatch.setattr(lived.swarm, "route", route)
+        lost.set("dead")
+        await trio.sleep(0.1)
+
+        async def meanwhile() -> None:
+            await trio.sleep(0.5)
+            survivor.set("dead")
+
+        nursery.start_soon(meanwhile)
+        began = trio.current_time()
+        await lived.step([1])
+        assert trio.current_time() - began < 5.0  # two looks, and nobody was waited for who had gone
+        await lived.side.close()
+        nursery.cancel_scope.cancel()
