@@ -60,6 +60,8 @@ async def mend(chain: Chain, visit: Visit, full: frozenset[str]) -> list[Hop]:
             raise link.lost  # it went while others were looked for: its answer would be waited for in vain
     hops = sorted([*(link.hop for link in kept), *newcomers], key=lambda hop: hop.first)
     exchange.leave(gone)
+    # Newcomers try every link: a session that is opened without one keeps no outputs, from which others could be rebuilt.
+    exchange.cut -= {pair for pair in exchange.cut if pair[0] in {hop.peer_id for hop in newcomers}}
     exchange.resume(hops, kept)
     places = {id(place.hop): place for place in places_of(hops, True, exchange.cut)}
     opened: list[Link] = []

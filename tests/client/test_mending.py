@@ -158,3 +158,29 @@ async def test_a_survivor_goes_while_others_are_looked_for(autojump_clock: MockC
         assert trio.current_time() - began < 5.0  # two looks, and nobody was waited for who had gone
         await lived.side.close()
         nursery.cancel_scope.cancel()
+
+
+async def test_newcomers_that_once_did_not_reach_each_other_try_it_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blamed: list[str] = []
+
+    def mark_failed(peer_id: str, **options: Any) -> None:
+        blamed.append(peer_id)
+
+    async with trio.open_nursery() as nursery:
+        lived = Lived(swarm_of(nursery))
+        await lived.step([3, 1, 4])
+        lost = [lived.machine(1), lived.machine(2)]
+        one, other = (next(new for new in lived.swarm.machines if new.first == old.first and new is not old) for old in lost)
+        assert lived.side.chain is not None
+        lived.side.chain.exchange.cut.add((one.peer_id, other.peer_id))
+        monkeypatch.setattr(lived.swarm, "mark_failed", mark_failed)
+        for machine in lost:
+            machine.set("dead")
+        await trio.sleep(0.1)
+        await lived.step([1])
+        await lived.step([5, 9, 2])
+        assert set(blamed) <= {machine.peer_id for machine in lost}
+        await lived.side.close()
+        nursery.cancel_scope.cancel()
