@@ -145,10 +145,9 @@ class StepWork:
         hidden, mask = arrays.hidden[:, start:end], arrays.mask
         real = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask[:, position + start : position + end]
         step = self.request.step
-        are_prompts_finite = arrays.prompts is None or is_finite(arrays.prompts)
-        if self.brought_by and are_prompts_finite and not is_finite(hidden[real]):
-            raise NotFinite(f"server {self.brought_by} brought step {step} with numbers that are not finite")
-        if not (are_prompts_finite and is_finite(hidden[real])):
+        if not ((arrays.prompts is None or is_finite(arrays.prompts)) and is_finite(hidden[real])):
+            if self.brought_by:
+                raise NotFinite(f"server {self.brought_by} brought step {step} with numbers that are not finite")
             if self.session.pushes:
                 raise InputsNotFinite(f"the inputs of step {step} are not finite")
         elif piece is not None and not is_finite(piece[..., real[:, -piece.shape[-2] :], :]):

@@ -215,6 +215,8 @@ class InferenceSession:
             full_mask = self._full_mask(mask, rows, new)
             positions = unusual_positions(position_ids, position, rows, new)
             prompts = None if prompts is None else blocks.check_prompts(prompts, hidden_states)
+            if prompts is not None and not bool(prompts.isfinite().all()):
+                raise ValueError("prompts must be finite numbers: servers take others for the fault of the one that brought them")
             alike = None
             if rows > 1 and new and not position and prompts is None:
                 alike = alike_rows([tensor for tensor in (hidden_states, full_mask, positions) if tensor is not None])

@@ -554,6 +554,11 @@ async def test_numbers_that_are_not_finite_are_blamed_on_who_brought_them(two_of
             padded[1, 100] = False
             await session.run(broken, 100, mask=padded)
         close(await session.run(X[:, 100:101], 100), expected[:, 100:101])
+    async with chain.session() as session:
+        prompts = torch.zeros(len(chain.whole(X)), 3, 1, X.shape[-1])
+        prompts[-1] = torch.nan
+        await session.streams[0].send(session.step(X[:, :2], 0, prompts=prompts))
+        await session.refused(1, session.steps, "server", f"server {first.peer_id} brought step {session.steps} with numbers")
 
 
 @pytest.fixture

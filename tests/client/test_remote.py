@@ -104,6 +104,8 @@ def test_what_is_refused(pair: Any) -> None:
             session.step(wrong)
     with pytest.raises(ValueError, match="prompts"):
         blocks(hidden_states(1, 3), torch.zeros(5, 1, 2, 32))
+    with blocks.inference_session(max_length=4) as session, pytest.raises(ValueError, match="finite"):
+        session.step(hidden_states(1, 3), torch.full((len(blocks), 1, 2, 32), torch.nan))
     for wrong_length in (0, -3, 2.5, True):
         with pytest.raises(ValueError, match="max_length"):
             blocks.inference_session(max_length=wrong_length)
