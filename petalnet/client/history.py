@@ -137,12 +137,14 @@ class History:
             self._order = None if order is None else _rows_of(order)
             return
         self._order = None
-        # A copy: the array that was sent may be memory of the caller's, who may write there once the step is done.
-        hidden = Blob(hidden.dtype, hidden.shape, hidden.codec, bytearray(hidden.data))
-        mask = None if step.mask is None else self._mask_of(step.mask, position, rows, order)
+        # Copies: the arrays that were sent may be memory of the caller's, who may write there once the step is done.
+        hidden = _copy(hidden)
+        position_ids = None if step.position_ids is None else _copy(step.position_ids)
+        prompts = None if step.prompts is None else _copy(step.prompts)
+        mask = None if step.mask is None else self._mask_of(_copy(step.mask), position, rows, order)
         end = position + new
         reach = max(end, step.reach) if step.position_ids is None else step.reach  # with positions it may be less than the entries
-        self._pieces.append(_Piece(position, end, hidden, order, mask, codec, step.position_ids, step.prompts, reach))
+        self._pieces.append(_Piece(position, end, hidden, order, mask, codec, position_ids, prompts, reach))
         self.position = end
 
     def reorder(self, order: Blob) -> None:
@@ -348,6 +350,10 @@ def _step(part: Part, hidden: Blob, number: int) -> Step:
         codec=part.codec,
         reach=part.reach,
     )
+
+
+def _copy(blob: Blob) -> Blob:
+    return Blob(blob.dtype, blob.shape, blob.codec, bytearray(blob.data))
 
 
 def _rows_of(order: Blob | list[int]) -> list[int]:

@@ -154,13 +154,17 @@ def test_rows_that_are_alike_are_computed_once() -> None:
 
 
 def test_memory_of_the_caller_is_not_kept() -> None:
-    history, hidden = History(), torch.rand(1, 3, 2)
-    sent = encode_tensor(hidden)
-    history.note(Step(1, 0, sent), sent, "raw")
-    expected = hidden.clone()
-    hidden.zero_()
+    history, hidden, mask = History(), torch.rand(1, 3, 2), torch.tensor([[False, True, True]])
+    positions, prompts = torch.tensor([[0, 0, 1]], dtype=torch.int32), torch.rand(2, 1, 1, 2)
+    given = [hidden, mask, positions, prompts]
+    expected = [tensor.clone() for tensor in given]
+    sent, *others = [encode_tensor(tensor) for tensor in given]
+    history.note(Step(1, 0, sent, others[0], others[1], others[2]), sent, "raw")
+    for tensor in given:
+        tensor.zero_()
     (step,) = history.steps(lambda rows, new, position: [new], 1)
-    assert torch.equal(decode_tensor(step.hidden), expected)
+    for blob, tensor in zip((step.hidden, step.mask, step.position_ids, step.prompts), expected, strict=True):
+        assert blob is not None and torch.equal(decode_tensor(blob), tensor)
 
 
 def test_padded_chunks_reach_as_far_as_the_first_time() -> None:
