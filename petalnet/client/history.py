@@ -63,7 +63,7 @@ class _Piece:
     start: int
     end: int
     hidden: Blob
-    order: Blob | list[int] | None
+    order: list[int] | None
     mask: _Mask | None
     codec: str
     position_ids: Blob | None
@@ -129,12 +129,12 @@ class History:
         position, (rows, new, _) = step.position, hidden.shape
         if position != self.position:
             self.cut(position)
-        order: Blob | list[int] | None = step.order if position else None
+        order = None if step.order is None or not position else _rows_of(step.order)
         if self._order is not None:
-            order = self._order if order is None else [self._order[row] for row in _rows_of(order)]
+            order = self._order if order is None else [self._order[row] for row in order]
         self.rows = rows
         if not new:
-            self._order = None if order is None else _rows_of(order)
+            self._order = order
             return
         self._order = None
         # Copies: the arrays that were sent may be memory of the caller's, who may write there once the step is done.
@@ -162,8 +162,7 @@ class History:
         while pieces and pieces[-1].start >= position:
             order = pieces.pop().order
             if order is not None:
-                rows = _rows_of(order)
-                self._order = rows if self._order is None else [rows[row] for row in self._order]
+                self._order = order if self._order is None else [order[row] for row in self._order]
         if pieces and pieces[-1].end > position:
             pieces[-1].end = position
         self.position = min(self.position, position)
@@ -181,12 +180,12 @@ class History:
         self.position, self.rows, self._order = mark.position, mark.rows, mark.order
         self._joined = min(self._joined, len(self._pieces))
 
-    def _mask_of(self, given: Blob, position: int, rows: int, order: Blob | list[int] | None) -> _Mask:
+    def _mask_of(self, given: Blob, position: int, rows: int, order: list[int] | None) -> _Mask:
         """A step's mask, put in the place of the one before where it only goes on."""
         last = self._pieces[-1].mask if self._pieces else None
         if last is not None and last.blob.shape[0] == rows:
             before, after = _leading(last.blob, position), _leading(given, position)
-            if before == after and (order is None or before == [before[row] for row in _rows_of(order)]):
+            if before == after and (order is None or before == [before[row] for row in order]):
                 last.blob = given
                 return last
         return _Mask(given)
@@ -356,9 +355,7 @@ def _copy(blob: Blob) -> Blob:
     return Blob(blob.dtype, blob.shape, blob.codec, bytearray(blob.data))
 
 
-def _rows_of(order: Blob | list[int]) -> list[int]:
-    if isinstance(order, list):
-        return order
+def _rows_of(order: Blob) -> list[int]:
     rows: list[int] = decode_tensor(order).tolist()
     return rows
 
@@ -369,8 +366,7 @@ def _maps_of(pieces: Sequence[_Piece], rows: Sequence[int]) -> tuple[list[Sequen
     for piece in reversed(pieces):
         maps.append(rows)
         if piece.order is not None:
-            order = _rows_of(piece.order)
-            rows = [order[row] for row in rows]
+            rows = [piece.order[row] for row in rows]
     return maps[::-1], list(rows)
 
 

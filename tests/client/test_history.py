@@ -181,3 +181,14 @@ def test_padded_chunks_reach_as_far_as_the_first_time() -> None:
     for step in history.steps(lambda rows, new, position: [new], 1):
         rebuilt.take(step)
     assert rebuilt.rows == cache.rows
+
+
+def test_an_order_that_the_caller_writes_over_stays_what_it_was() -> None:
+    history, order, sent = History(), torch.tensor([1, 0]), encode_tensor(torch.tensor([[[1.0]], [[2.0]]]))
+    history.note(Step(1, 0, sent), sent, "raw")
+    history.note(Step(2, 1, sent, order=encode_tensor(order)), sent, "raw")
+    order.zero_()
+    cache = Cache(Frequencies())
+    for step in history.steps(lambda rows, new, position: [new], 1):
+        cache.take(step)
+    assert [[entry[0] for entry in row] for row in cache.rows] == [[2.0, 1.0], [1.0, 2.0]]
