@@ -172,7 +172,7 @@ class InferenceSession:
         self.require_open()
         self._ahead = None
         present = self.rows
-        rows = rows.detach().to("cpu", torch.int64)
+        rows = rows.detach().to("cpu", torch.int64, copy=True)
         if self._position == 0 and not self._pieces:
             return
         if rows.ndim != 1 or len(rows) == 0 or (present is not None and (int(rows.min()) < 0 or int(rows.max()) >= present)):

@@ -72,7 +72,7 @@ async def live(seed: int, faults: int, steps: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32), faults=st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_among_servers_that_fail(seed: int, faults: int) -> None:
     trio.run(live, seed, faults, 12, clock=MockClock(autojump_threshold=0))
 
