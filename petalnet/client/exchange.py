@@ -366,7 +366,9 @@ class Exchange:
     def fail(self, link: Link, error: PetalnetError) -> None:
         """A hop's stream has failed, or its server closed the session and said why: it is lost. What may follow from an earlier failure
         blames nobody."""
-        if link.lost is None and not self._is_closed:
+        if self._is_closed:
+            link.lost = link.lost or error  # whoever reads this stream stops: it fails at once, again and again
+        elif link.lost is None:
             is_own = self.failure is None or isinstance(error, (PeerLost, PeerUnreachable))
             brought_by = self._brought_by(link)
             link.lost = blamed(self.target, link.hop, error, brought_by) if is_own else error
@@ -379,6 +381,8 @@ class Exchange:
                     self.cleared |= failed
             if link.replied is not None:
                 link.replied.set()
+            self._break(link.lost)
+        elif any(link is other for other in self.links):
             self._break(link.lost)
 
     def part_with(self, link: Link) -> None:

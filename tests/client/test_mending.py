@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from petalnet.client.inputs import Inputs
 from petalnet.client.server_side import ServerSide
+from petalnet.errors import PeerLost
 from petalnet.p2p.fields import Message
 from petalnet.p2p.messages import LinkDown, Resume
 from petalnet.routing.records import ServerRecord
@@ -102,6 +103,27 @@ async def test_a_survivor_does_not_reach_the_newcomer_and_says_so_at_once(
         await lived.step([5])
         assert set(blamed) == {lost.peer_id} and len(lived.side.recoveries) == 1
         await lived.side.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_reads_a_stream_that_was_closed_stops(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a stream fails at once, without a pause in which anybody else would have a turn."""
+
+    async def receive() -> Message | None:
+        raise PeerLost("the stream is closed", "somebody")
+
+    async with trio.open_nursery() as nursery:
+        lived = Lived(swarm_of(nursery))
+        await lived.step([3, 1, 4])
+        chain = lived.side.chain
+        assert chain is not None
+        await lived.side.close()
+        for link in chain.exchange.links:
+            monkeypatch.setattr(link.stream, "receive", receive)
+            link.lost, link.scope = None, trio.CancelScope()
+            link.scope.cancel()
+        with trio.fail_after(1.0):
+            await chain.exchange.run_links()
         nursery.cancel_scope.cancel()
 
 
