@@ -153,7 +153,7 @@ async def test_who_is_told_of_a_peer_does_not_keep_others_from_it() -> None:
 async def test_where_the_usual_port_is_taken_the_next_free_one_is_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "petalnet")
     with socket.create_server(("0.0.0.0", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setattr(peering_module, "DEFAULT_PORT", port)

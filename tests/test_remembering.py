@@ -71,7 +71,7 @@ async def test_a_server_that_restarts_finds_the_swarm_without_its_entry(
     members: Members, tmp_path: Path, founder: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also the one that began the swarm and was never told any entry."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "petalnet")
     key = tmp_path / "server.key"
     entry = await members.start()
     entries = [] if founder else entry.host.addrs
