@@ -76,7 +76,7 @@ def record_of(peering: Peering) -> ServerRecord:
 
 async def test_a_server_that_wakes_up_is_back_at_once(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
     """Its peers have given it up, its records have expired: it connects, asks and announces itself without waiting for any beat."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "petalnet")
     async with (
         open_peering(Identity.generate(), initial_peers=(), listen=LISTEN, server=True) as entry,
         open_peering(Identity.generate(), initial_peers=entry.host.addrs, listen=LISTEN, server=True) as server,
