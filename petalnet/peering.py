@@ -169,6 +169,8 @@ class Peering:
         if last is not None and record.sequence <= last.sequence:
             record = replace(record, sequence=next_sequence(last.sequence, time.time()))
         stored = await self._announce(record)
+        if self._announced is not record:
+            return stored  # a newer one was announced meanwhile, and is what those that keep them know of: this one is out of date
         renumbered = next_sequence(record.sequence, time.time(), told=self.discovery.newest_own)
         if self.discovery.newest_own > record.sequence and renumbered > self.discovery.newest_own:
             logger.info("this server announced itself with a clock that was ahead before; going on from there")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import pytest
@@ -164,3 +165,30 @@ async def test_where_the_usual_port_is_taken_the_next_free_one_is_used(
         with pytest.RaisesGroup(pytest.RaisesExc(AddressInUse, match="are all taken: say --host-maddrs"), allow_unwrapped=True):
             async with open_peering(Identity.generate(), initial_peers=(), listen=None, server=True):
                 pass
+
+
+async def test_an_announcement_that_was_overtaken_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keepers know of then is this server's own newer one, not that of an earlier life."""
+    async with AsyncExitStack() as stack:
+        peering = await open_one(stack)
+        identity, overtaken = peering.host.identity, trio.Event()
+        told: list[int] = []
+
+        async def announce(keys: Sequence[bytes], data: bytes) -> int:
+            sequence = open_record(data).sequence
+            told.append(sequence)
+            if sequence == early.sequence:
+                await overtaken.wait()
+            peering.discovery.newest_own = max(told)
+            peering.discovery.crowds = dict.fromkeys(keys, 1)
+            return 2
+
+        monkeypatch.setattr(peering.discovery, "announce", announce)
+        now = int(time.time() * 1000)
+        early, late = (open_record(record_of(identity, sequence=now + number)) for number in (0, 100))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peering.announce, early)
+            await trio.testing.wait_all_tasks_blocked()
+            await peering.announce(late)
+            overtaken.set()
+        assert told == [early.sequence, late.sequence]
