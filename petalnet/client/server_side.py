@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -276,6 +277,8 @@ class ServerSide:
         chain, self.chain = self.chain, None
         self._mends = 0
         if chain is not None:
+            if chain.exchange.cut:  # the next chain may have the same neighbours, and would have to find it out anew
+                self._target = replace(self._target, settings=replace(self._target.settings, direct_chains=False))
             self._target.swarm.membership.start(chain.close)
 
     async def _drop(self) -> None:

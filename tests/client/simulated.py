@@ -15,6 +15,7 @@ import trio
 
 from petalnet.client.inputs import wanted_tokens
 from petalnet.client.prefix import SentNames
+from petalnet.client.requests import Target
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import MissingBlocksError, PeerLost, PeerUnreachable
 from petalnet.p2p.fields import Blob, Message
@@ -259,7 +260,8 @@ class Simulated:
 
     def target(self, **options: Any) -> Any:
         settings = ClientSettings(**{"request_timeout": 60, "max_retries": None, "show_route": False, **options})
-        return SimpleNamespace(swarm=SimpleNamespace(membership=self), model="model", first=0, end=self.blocks, settings=settings)
+        swarm: Any = SimpleNamespace(membership=self)
+        return Target(swarm=swarm, model="model", first=0, end=self.blocks, settings=settings)
 
     def machine(self, peer_id: str) -> Machine:
         return next(machine for machine in self.machines if machine.peer_id == peer_id)

@@ -186,7 +186,7 @@ def test_a_session_that_a_full_server_closed_goes_on_elsewhere(monkeypatch: pyte
         failure: Exception | None = None
         drains = False
         hops: tuple[Any, ...] = ()
-        exchange = SimpleNamespace(links=[], uploaded_bytes=0)
+        exchange = SimpleNamespace(links=[], uploaded_bytes=0, cut=set())
         history = target = None  # nothing is left of it to go on with
         is_full = True
 
