@@ -189,7 +189,7 @@ class Retries:
         """
         self.attempts.note(error.peer_id, error)
         if self._missing is not None and error.peer_id is not None:  # it was asked because nobody else is there
-            await self.missing(self._missing, at_stake=True)
+            await self._wait_for_holder(self._missing)
             return
         # A swarm that cannot be joined may be there later; anything else that nobody is to blame for would come again.
         self._blameless = self._blameless + 1 if error.peer_id is None and not isinstance(error, PeerUnreachable) else 0
@@ -205,11 +205,27 @@ class Retries:
         logger.info("trying again (%d): %s", self._count, error)
         await trio.sleep(pause_s)
 
-    async def missing(self, error: MissingBlocksError, *, at_stake: bool) -> None:
-        """Nobody holds some blocks any more: wait for somebody to come back, where work would be lost otherwise.
+    async def missing(self, error: MissingBlocksError, full: Full, *, at_stake: bool) -> None:
+        """Nobody holds some blocks any more, or nobody who has room: wait for somebody who does.
 
-        Raises the error, which tells what everybody answered, where none would or patience is at its end.
+        Args:
+            full: servers that were left out.
+            at_stake: whether something was computed that would be lost: then somebody who may come back is waited for.
+        Raises: an error, which tells what everybody answered, where waiting would be in vain, or patience is at its end.
         """
+        if full.peers and not full.have_moved:
+            try:
+                await full.wait()
+            except (BusyError, TooLargeError) as refused:
+                raise self.attempts.told(refused)  # noqa: B904  # it has its cause
+            return
+        if not at_stake and not full.have_moved:
+            raise self.attempts.told(error)
+        await self._wait_for_holder(error)
+        full.clear()
+
+    async def _wait_for_holder(self, error: MissingBlocksError) -> None:
+        """Wait a moment for somebody to come back. Raises the error, which tells what everybody answered, when patience is at its end."""
         is_news, self._missing = self._missing is None, error
-        if not at_stake or not await self._patience.sleep(MISSING_PAUSE_S, error, is_news=is_news):
+        if not await self._patience.sleep(MISSING_PAUSE_S, error, is_news=is_news):
             raise self.attempts.told(error)

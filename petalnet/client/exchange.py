@@ -181,7 +181,7 @@ class Exchange:
         self.is_rebuilding = True
         try:
             await self.run(sends)
-        except Exception as error:
+        except Exception as error:  # whatever it is goes on; servers may have a part of the entries, so nobody can go on from here
             self._break(error)
             raise
         finally:

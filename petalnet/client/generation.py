@@ -222,7 +222,7 @@ class DistributedGeneration:
         except KeyboardInterrupt:
             session.close("its answer was interrupted")
             raise
-        except Exception:
+        except Exception:  # the library's, a processor's or ours: it goes on, and the session is what it was before
             if not session.closed:
                 _take_back(session, plan.copies, length, before)
             raise

@@ -68,7 +68,7 @@ def load_model(model_class: Any, name_or_path: Any, *, config: Any = None, **kwa
     swarm = join(settings)
     try:
         return _load(swarm, settings, model_class, name_or_path, config, kwargs)
-    except BaseException:
+    except BaseException:  # whatever it is goes on, and leaves no membership behind
         swarm.close()
         raise
 

@@ -88,14 +88,8 @@ async def retrying(
         except MissingBlocksError as error:
             if late:
                 late.clear()
-            elif full.peers and not full.have_moved:
-                try:
-                    await full.wait()
-                except (BusyError, TooLargeError) as refused:
-                    raise retries.attempts.told(refused)  # noqa: B904  # it has its cause
             else:
-                await retries.missing(error, at_stake=at_stake or full.have_moved)
-                full.clear()
+                await retries.missing(error, full, at_stake=at_stake)
         except CallerError:
             raise
         except ServerError as error:

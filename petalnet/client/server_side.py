@@ -20,13 +20,11 @@ from petalnet.client.requests import Target
 from petalnet.client.trace import StepTimes, Trace
 from petalnet.client.visit import Visit
 from petalnet.errors import (
-    BusyError,
     CallerError,
     MissingBlocksError,
     PetalnetError,
     ServerError,
     SessionClosed,
-    TooLargeError,
     UnsupportedError,
     one_line,
 )
@@ -195,14 +193,7 @@ class ServerSide:
                 else:
                     self._note_loss(busy.error, time.perf_counter() - began)
             except MissingBlocksError as missing:
-                if full.peers and not full.have_moved:
-                    try:
-                        await full.wait()
-                    except (BusyError, TooLargeError) as refused:
-                        raise retries.attempts.told(refused)  # noqa: B904  # it has its cause
-                else:
-                    await retries.missing(missing, at_stake=history.position > 0 or full.have_moved)
-                    full.clear()
+                await retries.missing(missing, full, at_stake=history.position > 0)
             except (CallerError, ServerError) as failure:
                 if self.chain.failure is None if self.chain is not None else isinstance(failure, CallerError):
                     raise  # the step was refused, and that is all

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TIDY_EVERY_S = 10.0
-"""How often what has expired is forgotten. The servers of a model in use are looked up about as often, less so in large swarms; what
+"""How often streams that nobody uses are closed. The servers of a model in use are looked up about as often, less so in large swarms; what
 they announce in between arrives by itself or is looked up on need."""
 SETTLE_S = 6.0
 """How long after joining a missing block may still turn up: a server that became ready with us, a look-up that met a dead peer, peers to be
@@ -332,7 +332,6 @@ class Membership:
         refreshed = trio.current_time()
         while True:
             await trio.sleep(TIDY_EVERY_S)
-            self._peering.view.expire(time.time())
             await self.idle_streams.close_old()
             if trio.current_time() - refreshed >= refresh_every_s(len(self._peering.view)):
                 refreshed = trio.current_time()
