@@ -6,6 +6,7 @@ An error has a class, and the class decides who acts on it:
 - *too large*: the server will never have the room; go elsewhere, and where nobody else is it is the caller's fault;
 - *busy*: the server has no room now, or is about to leave; wait within a bound or go elsewhere, nobody is avoided for being full;
 - *moved*: the blocks are not with this server any more; go elsewhere, nobody is avoided for that;
+- *graph gone*, *LoRA gone*: the server has dropped what the client left there, as it may; the client brings it again, nobody is blamed;
 - *server*: the server is dead, late or wrong; the route changes and the server is avoided for a while;
 - *unsupported*: the peer speaks a newer or older dialect; treated as the server's fault by a caller, harmless otherwise.
 """
@@ -83,6 +84,18 @@ class MovedError(BusyError):
     """The blocks that were asked for are not served here, or not any more: what the asking side knows of this server is out of date."""
 
     code = "moved"
+
+
+class GraphGone(PetalnetError):
+    """A server does not keep the graph that a backward pass names (any more): the pass has to be given with its inputs."""
+
+    code = "graph_gone"
+
+
+class LoraGone(PetalnetError):
+    """A server does not have the LoRA parameters that a request names (any more): they have to be put there (again)."""
+
+    code = "lora_gone"
 
 
 class ServerError(PetalnetError, RuntimeError):
@@ -205,6 +218,10 @@ def from_wire(code: str, message: str, retry_after_s: float, fits_tokens: int, p
         return BusyError(message, retry_after_s, fits_tokens)
     if code == "moved":
         return MovedError(message, retry_after_s, fits_tokens)
+    if code == "graph_gone":
+        return GraphGone(message)
+    if code == "lora_gone":
+        return LoraGone(message)
     if code == "unsupported":
         return UnsupportedError(message, peer_id)
     return ServerError(f"peer {peer_id} failed: {message}", peer_id)

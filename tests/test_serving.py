@@ -16,8 +16,10 @@ from petalnet import placing, serving
 from petalnet.config import Settings
 from petalnet.errors import UsageError
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Error, Forward, ForwardDone, OpenSession, SessionOpened
+from petalnet.p2p.messages import Error
+from petalnet.p2p.pass_messages import Forward, ForwardDone
 from petalnet.p2p.protocols import FORWARD, INFERENCE
+from petalnet.p2p.session_messages import OpenSession, SessionOpened
 from petalnet.p2p.tensors import encode_tensor
 from petalnet.peering import Peering, open_peering
 from petalnet.routing.records import ServerRecord

@@ -12,21 +12,10 @@ from dataclasses import dataclass
 from petalnet.blocks.outputs import output_codec, wanted_tokens
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
-from petalnet.errors import CallerError, MovedError, UnsupportedError
+from petalnet.errors import CallerError, GraphGone, MovedError, UnsupportedError
 from petalnet.p2p.fields import CODECS, FLOATS, INT8_BLOCK, Blob, Message, blob_size
-from petalnet.p2p.messages import (
-    MAX_BLOCKS,
-    MAX_HOPS,
-    MAX_TOKENS,
-    NAME_BYTES,
-    UNIT_TOKENS,
-    Attach,
-    Backward,
-    Forward,
-    Replay,
-    Resume,
-    Step,
-)
+from petalnet.p2p.pass_messages import Backward, Forward
+from petalnet.p2p.session_messages import MAX_BLOCKS, MAX_HOPS, MAX_TOKENS, NAME_BYTES, UNIT_TOKENS, Attach, Replay, Resume, Step
 from petalnet.p2p.tensors import decode_tensor
 
 
@@ -161,6 +150,8 @@ class Checks:
         if not span.first <= request.first < request.end <= span.end:
             refusal = MovedError if request.first < request.end else CallerError
             raise refusal(f"blocks {request.first}:{request.end} are not served here, only {span.first}:{span.end}")
+        if request.hidden is None:
+            raise GraphGone("the graph of this pass is not kept here")
         rows, length = self._hidden(request.hidden)
         blocks = request.end - request.first
         if not 1 <= rows * length <= self._limits.forward_tokens:
@@ -208,6 +199,7 @@ class Checks:
             longest: what prompts may not exceed.
             least, most: blocks that prompts may be for, where the blocks' output goes on to others; these blocks alone where not given.
         """
+        assert request.hidden is not None
         rows, new, _ = request.hidden.shape
         mask, positions, prompts = request.mask, request.position_ids, request.prompts
         if mask is not None and (mask.dtype != "bool" or mask.shape != (rows, total)):

@@ -24,11 +24,11 @@ from petalnet.blocks.sessions import Session
 from petalnet.blocks.work import InputsNotFinite, NotFinite, StepWork
 from petalnet.errors import CallerError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import Message
-from petalnet.p2p.messages import (
+from petalnet.p2p.messages import Error
+from petalnet.p2p.session_messages import (
     AskProgress,
     Attach,
     Attached,
-    Error,
     OpenLink,
     OpenSession,
     Progress,

@@ -9,7 +9,7 @@ import trio
 
 from petalnet.blocks.requests import Held, Requests
 from petalnet.errors import CallerError, PeerLost, UnsupportedError
-from petalnet.p2p.messages import LinkOpened, Step
+from petalnet.p2p.session_messages import LinkOpened, Step
 
 if TYPE_CHECKING:
     from petalnet.p2p.streams import Stream

@@ -18,7 +18,8 @@ import trio
 
 from petalnet.errors import BusyError, CallerError, PetalnetError, ProtocolError, ServerError
 from petalnet.p2p.fields import INT8_BLOCK, Blob, blob_size
-from petalnet.p2p.messages import Error, LinkDown, LinkOpened, OpenLink, Step, StepDone
+from petalnet.p2p.messages import Error
+from petalnet.p2p.session_messages import LinkDown, LinkOpened, OpenLink, Step, StepDone
 
 if TYPE_CHECKING:
     from petalnet.blocks.hop import Hop

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from petalnet.p2p.fields import Blob, blob_size
-from petalnet.p2p.messages import KEEP_NONE, Forward, Step
+from petalnet.p2p.pass_messages import Forward
+from petalnet.p2p.session_messages import KEEP_NONE, Step
 from petalnet.p2p.tensors import encode_tensor, lossless_codec
 
 SMALL_BYTES = 64 * 1024

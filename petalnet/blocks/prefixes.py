@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from petalnet.blocks.pool import PagePool
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 
 
 class _Unit:

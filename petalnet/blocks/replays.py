@@ -13,7 +13,8 @@ from petalnet.blocks.outputs import encode_output
 from petalnet.blocks.sessions import Session
 from petalnet.errors import CallerError, PeerLost, PetalnetError
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import KEEP_NONE, Error, Replay, Step, StepDone
+from petalnet.p2p.messages import Error
+from petalnet.p2p.session_messages import KEEP_NONE, Replay, Step, StepDone
 
 if TYPE_CHECKING:
     from petalnet.blocks.service import BlockService

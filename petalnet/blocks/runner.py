@@ -23,7 +23,7 @@ from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.blocks.work import PassWork, StepWork
 from petalnet.errors import CallerError
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,9 @@ from petalnet.blocks.throughput import Rates
 from petalnet.blocks.work import BackwardWork, ForwardWork
 from petalnet.errors import BusyError, CallerError, MovedError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import CODECS, Message
-from petalnet.p2p.messages import Backward, BackwardDone, Draining, Error, Forward, ForwardDone, OpenLink, OpenSession, SessionOpened
+from petalnet.p2p.messages import Error
+from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
+from petalnet.p2p.session_messages import Draining, OpenLink, OpenSession, SessionOpened
 
 if TYPE_CHECKING:
     from petalnet.p2p.streams import Stream
@@ -305,6 +307,7 @@ class BlockService:
         if isinstance(request, (Forward, Backward)):
             self._check_model(request.model)
         checked = self.checks.stateless(request, stream.protocol.limits.payload)
+        assert checked.hidden is not None
         rows, length, _ = checked.hidden.shape
         forward = isinstance(checked, Forward)
         result = await self._compute(
@@ -327,7 +330,7 @@ class BlockService:
         if forward:
             return ForwardDone(result.value, result.compute_s, result.queue_s)
         grad_hidden, grad_prompts = result.value
-        return BackwardDone(grad_hidden, grad_prompts, result.compute_s, result.queue_s)
+        return BackwardDone(grad_hidden, grad_prompts, compute_s=result.compute_s, queue_s=result.queue_s)
 
     async def _compute(self, stream: Stream, task: Task) -> Result[Any] | None:
         """Have a task computed; None, and the task dropped, where the peer ends the stream before it is. Raises as `Engine.submit`."""

@@ -16,7 +16,8 @@ from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span, SpanStep
 from petalnet.errors import CallerError, ServerError
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import Backward, Forward, Step
+from petalnet.p2p.pass_messages import Backward, Forward
+from petalnet.p2p.session_messages import Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 GRAPH_BYTES = 2 * 2**30
@@ -37,6 +38,7 @@ class Arrays:
 
     @classmethod
     def of(cls, request: Step | Forward | Backward) -> Arrays:
+        assert request.hidden is not None
         return cls(decode_tensor(request.hidden), *map(_decoded, (request.mask, request.position_ids, request.prompts)))
 
     def rows(self, start: int, end: int) -> Arrays:
@@ -268,6 +270,7 @@ class BackwardWork:
     def answer(self) -> tuple[Blob, Blob | None]:
         """The gradients of the inputs and, where there are any, of the prompts, once all rows are done."""
         prompts = self._request.prompts
+        assert self._request.hidden is not None
         return (
             _encode_gradient(self._request.hidden, _joined(self._gradients, 0)),
             None if prompts is None else _encode_gradient(prompts, _joined(self._prompt_gradients, 1)),

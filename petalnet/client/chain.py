@@ -33,7 +33,7 @@ from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.client.visit import Visit
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob, blob_size
-from petalnet.p2p.messages import UNIT_TOKENS, Attach, Attached, Reserve, Reserved, Step
+from petalnet.p2p.session_messages import UNIT_TOKENS, Attach, Attached, Reserve, Reserved, Step
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:

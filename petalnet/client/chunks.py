@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 from petalnet.routing.routes import Hop
 
 MOST_CHUNKS = 256

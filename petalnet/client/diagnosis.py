@@ -21,7 +21,7 @@ from petalnet.client.pipeline import Pending
 from petalnet.client.requests import Target
 from petalnet.errors import PetalnetError
 from petalnet.p2p.fields import blob_size
-from petalnet.p2p.messages import AskProgress, Progress
+from petalnet.p2p.session_messages import AskProgress, Progress
 
 if TYPE_CHECKING:
     from petalnet.client.links import Link

@@ -28,7 +28,8 @@ from petalnet.client.replacements import has_stand_in
 from petalnet.client.requests import Answer, Target, blamed, silent
 from petalnet.errors import CallerError, PeerLate, PeerLost, PeerUnreachable, PetalnetError, ProtocolError, ServerError, one_line
 from petalnet.p2p.fields import Message, size_of
-from petalnet.p2p.messages import Attached, Draining, Error, LinkDown, Progress, Replay, Reserved, Resumed, Step, StepDone
+from petalnet.p2p.messages import Error
+from petalnet.p2p.session_messages import Attached, Draining, LinkDown, Progress, Replay, Reserved, Resumed, Step, StepDone
 from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)

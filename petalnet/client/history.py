@@ -21,7 +21,7 @@ import torch
 from petalnet.client.inputs import columns
 from petalnet.models.frequencies import Frequencies
 from petalnet.p2p.fields import Blob, blob_size
-from petalnet.p2p.messages import KEEP_NONE, UNIT_TOKENS, Step
+from petalnet.p2p.session_messages import KEEP_NONE, UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 SMALL_TOKENS = UNIT_TOKENS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob, blob_size
-from petalnet.p2p.messages import KEEP_NONE, NAME_BYTES, UNIT_TOKENS, Step
+from petalnet.p2p.session_messages import KEEP_NONE, NAME_BYTES, UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor
 
 Names = tuple[tuple[bytes, ...], ...]
@@ -16,7 +16,7 @@ Names = tuple[tuple[bytes, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What goes through blocks beside the hidden states; see `messages.Step` for shapes. `prompts` is for all blocks of the target.
+    """What goes through blocks beside the hidden states; see `session_messages.Step` for shapes. `prompts` is for all blocks of the target.
 
     The last three are for sessions only. `names` are those of the units that the step completes, None where these have none.
     """

@@ -19,7 +19,7 @@ from petalnet.client.attempts import Busy
 from petalnet.client.requests import Target, ask, blamed, open_stream
 from petalnet.errors import BusyError, CallerError, PeerLate, ServerError, TooLargeError
 from petalnet.p2p.fields import Message
-from petalnet.p2p.messages import OpenSession, Progress, SessionOpened
+from petalnet.p2p.session_messages import OpenSession, Progress, SessionOpened
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:

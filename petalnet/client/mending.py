@@ -17,7 +17,7 @@ from petalnet.client.recovery import gaps_of, runs_of
 from petalnet.client.replacements import replacements
 from petalnet.client.visit import Visit
 from petalnet.errors import MissingBlocksError, PeerLost, PeerUnreachable, ProtocolError
-from petalnet.p2p.messages import Resume, Resumed
+from petalnet.p2p.session_messages import Resume, Resumed
 from petalnet.routing.routes import Hop
 
 RESUME_WITHIN_S = 10.0

@@ -31,7 +31,7 @@ from petalnet.client.requests import (
 )
 from petalnet.errors import BusyError, CallerError, MissingBlocksError, PeerLate, PeerLost, PetalnetError, ProtocolError, ServerError
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import Backward, BackwardDone, Forward, ForwardDone
+from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
 from petalnet.routing.routes import Hop
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,8 @@ async def backward(target: Target, hidden: Blob, grad_output: Blob, inputs: Inpu
             )
             async with blaming(target, hop):
                 answer = await _ask(target, hop, request, BackwardDone, token_s=BACKWARD_WEIGHT * hop.prefill_s)
+                if answer.grad_hidden is None:
+                    raise ProtocolError("the gradient of the hidden states is missing", hop.peer_id)
                 _same(answer.grad_hidden, entered, "gradient")
                 if request.prompts is not None:
                     if answer.grad_prompts is None:
@@ -140,7 +142,8 @@ async def _ask(target: Target, hop: Hop, request: Forward | Backward, expected: 
     async with trio.open_nursery() as nursery:
 
         async def watch() -> None:
-            await _is_gone(target, hop, math.prod(request.hidden.shape[:-1]), token_s)
+            given = request.hidden if isinstance(request, Forward) else request.grad_output
+            await _is_gone(target, hop, math.prod(given.shape[:-1]), token_s)
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(watch)

@@ -26,7 +26,7 @@ from petalnet.client.inputs import is_finite, wanted_tokens
 from petalnet.client.requests import last_of, part_of
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import Replay, Step, StepDone
+from petalnet.p2p.session_messages import Replay, Step, StepDone
 from petalnet.routing.routes import Hop
 
 REPLAYS_AT_ONCE = 4

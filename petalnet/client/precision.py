@@ -15,7 +15,8 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from petalnet.p2p.fields import CODECS, Blob, blob_size
-from petalnet.p2p.messages import Forward, Step
+from petalnet.p2p.pass_messages import Forward
+from petalnet.p2p.session_messages import Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor, lossless_codec
 
 EXACT_TOKENS = 16

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS
+from petalnet.p2p.session_messages import NAME_BYTES, UNIT_TOKENS
 
 MOST_NAMES = 1 << 15
 """Names that a client remembers having sent: two million tokens' worth."""

@@ -24,7 +24,7 @@ from petalnet.client.speculation import Lookup
 from petalnet.client.trace import Trace
 from petalnet.errors import SessionClosed
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 if TYPE_CHECKING:

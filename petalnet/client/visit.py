@@ -12,7 +12,7 @@ import torch
 
 from petalnet.client.inputs import Inputs, columns, reach_of, steps_of
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import UNIT_TOKENS, Step
+from petalnet.p2p.session_messages import UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 

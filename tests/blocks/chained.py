@@ -20,8 +20,9 @@ from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Error, OpenSession, SessionOpened, Step, StepDone
+from petalnet.p2p.messages import Error
 from petalnet.p2p.protocols import INFERENCE, PUSH
+from petalnet.p2p.session_messages import OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 HIDDEN, MODEL, LAYERS = 32, "key", 4

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from petalnet.blocks.kept import KeptOutputs
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.prefixes import PrefixCache
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 
 PAGES, PAGE_TOKENS, HIDDEN, MAX_LENGTH, MOST_ROWS, SESSIONS = 120, 16, 3, 200, 4, 2
 

@@ -17,12 +17,13 @@ from petalnet.blocks.replays import MOST_REPLAYS
 from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import (
+from petalnet.p2p.messages import Error
+from petalnet.p2p.protocols import INFERENCE, PUSH
+from petalnet.p2p.session_messages import (
     KEEP_NONE,
     NAME_BYTES,
     Attach,
     Attached,
-    Error,
     LinkDown,
     LinkOpened,
     OpenLink,
@@ -34,7 +35,6 @@ from petalnet.p2p.messages import (
     Step,
     StepDone,
 )
-from petalnet.p2p.protocols import INFERENCE, PUSH
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from tests.blocks.chained import HIDDEN, LOOPBACK, MODEL, Chain, chain_of, eventually, receive
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from petalnet.blocks.outputs import SMALL_BYTES, encode_output, output_codec
-from petalnet.p2p.messages import Step
+from petalnet.p2p.session_messages import Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 HIDDEN = 64

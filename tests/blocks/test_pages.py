@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from petalnet.blocks.pages import SETTLED_TOKENS, OutOfPages, PagePool, Rows
 from petalnet.blocks.prefixes import PrefixCache
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 
 
 def make(rows: int, max_length: int, pool: PagePool) -> Rows:

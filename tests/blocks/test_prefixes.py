@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
-from petalnet.p2p.messages import UNIT_TOKENS
+from petalnet.p2p.session_messages import UNIT_TOKENS
 
 
 def names(text: str) -> list[bytes]:

@@ -7,7 +7,7 @@ import trio.testing
 
 from petalnet.blocks.requests import MOST_AHEAD_BYTES, Held, Requests
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import MAX_HOPS, Step
+from petalnet.p2p.session_messages import MAX_HOPS, Step
 
 
 class Flood:

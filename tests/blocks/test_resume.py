@@ -21,11 +21,12 @@ from petalnet.errors import PeerLost
 from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import (
+from petalnet.p2p.messages import Error
+from petalnet.p2p.protocols import PUSH
+from petalnet.p2p.session_messages import (
     KEEP_NONE,
     AskProgress,
     Draining,
-    Error,
     LinkDown,
     LinkOpened,
     OpenLink,
@@ -37,7 +38,6 @@ from petalnet.p2p.messages import (
     Step,
     StepDone,
 )
-from petalnet.p2p.protocols import PUSH
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from tests.blocks.chained import HIDDEN, LOOPBACK, Chain, ClientSession, Server, chain_of, eventually, receive
 

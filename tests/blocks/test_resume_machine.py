@@ -16,7 +16,8 @@ import torch
 import trio
 
 from petalnet.p2p.host import Stream
-from petalnet.p2p.messages import KEEP_NONE, Error, LinkDown, Replay, Resume, Resumed, SessionOpened, StepDone
+from petalnet.p2p.messages import Error
+from petalnet.p2p.session_messages import KEEP_NONE, LinkDown, Replay, Resume, Resumed, SessionOpened, StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from tests.blocks.chained import HIDDEN, Chain, ClientSession, Server, chain_of, receive
 

@@ -21,7 +21,8 @@ from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.blocks.work import BackwardWork, ForwardWork, StepWork
 from petalnet.models.checkpoint import ModelSource
-from petalnet.p2p.messages import UNIT_TOKENS, Backward, Forward, Step
+from petalnet.p2p.pass_messages import Backward, Forward
+from petalnet.p2p.session_messages import UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 HIDDEN, FIRST, END = 32, 1, 3
@@ -225,7 +226,14 @@ def test_gradients_by_rows(llama: Rounds, graph_bytes: int) -> None:
     weights = torch.randn(4, 20, HIDDEN)
     (output,) = llama.twin.forward(inputs[0], prompts=inputs[1])
     expected = torch.autograd.grad(output, inputs, weights)
-    request = Backward("m", FIRST, END, encode_tensor(inputs[0]), encode_tensor(weights), prompts=encode_tensor(inputs[1]))
+    request = Backward(
+        model="m",
+        first=FIRST,
+        end=END,
+        hidden=encode_tensor(inputs[0]),
+        grad_output=encode_tensor(weights),
+        prompts=encode_tensor(inputs[1]),
+    )
     task = Task("peer", None, None, 4, 20, "pass", 4, BackwardWork(llama.span, request, graph_bytes))
     assert llama.run(Part(task, 0, 3)) == [None]
     hidden, prompts = llama.run(Part(task, 3, 4))[0]

@@ -22,8 +22,10 @@ from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.host import Host, Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import NAME_BYTES, Attach, Attached, Backward, Error, Forward, OpenSession, Ping, SessionOpened, Step, StepDone
+from petalnet.p2p.messages import Error, Ping
+from petalnet.p2p.pass_messages import Backward, Forward
 from petalnet.p2p.protocols import FORWARD, INFERENCE, Protocol
+from petalnet.p2p.session_messages import NAME_BYTES, Attach, Attached, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 HIDDEN, MODEL, FIRST, END = 32, "key", 1, 3
@@ -365,7 +367,10 @@ async def test_gradients(served: Served, with_prompts: bool) -> None:
     expected = torch.autograd.grad(output, inputs[: 1 + with_prompts], weights)
     prompts = encode_tensor(inputs[1]) if with_prompts else None
     async with await served.stream(FORWARD) as stream:
-        answer: Any = await ask(stream, Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(weights), prompts=prompts))
+        answer: Any = await ask(
+            stream,
+            Backward(model=MODEL, first=FIRST, end=END, hidden=encode_tensor(X), grad_output=encode_tensor(weights), prompts=prompts),
+        )
     torch.testing.assert_close(decode_tensor(answer.grad_hidden), expected[0], atol=1e-5, rtol=1e-4)
     assert (answer.grad_prompts is not None) == with_prompts
     if with_prompts:
@@ -444,8 +449,16 @@ async def test_a_wrong_step_is_refused_and_the_session_goes_on(served: Served, r
         (Forward(MODEL, FIRST, END, encode_tensor(X[:, :0])), "caller", "a pass has 1 to 32768 tokens, not 3 × 0"),
         (Forward(MODEL, FIRST, END, encode_tensor(torch.zeros(8, 4097, HIDDEN))), "caller", "a pass has 1 to 32768 tokens"),
         (Forward(MODEL, FIRST, END, encode_tensor(X), mask=encode_tensor(MASK[:, 1:])), "caller", "the mask must be bool [3, 10]"),
-        (Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(X[:2])), "caller", "the gradient float32 [2, 10, 32] does not match"),
-        (Backward(MODEL, FIRST, END, encode_tensor(X), encode_tensor(X.int())), "caller", "the gradient int32"),
+        (
+            Backward(model=MODEL, first=FIRST, end=END, hidden=encode_tensor(X), grad_output=encode_tensor(X[:2])),
+            "caller",
+            "the gradient float32 [2, 10, 32] does not match",
+        ),
+        (
+            Backward(model=MODEL, first=FIRST, end=END, hidden=encode_tensor(X), grad_output=encode_tensor(X.int())),
+            "caller",
+            "the gradient int32",
+        ),
         (Ping(1), "unsupported", "this protocol takes forward and backward, not ping"),
     ],
 )

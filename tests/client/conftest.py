@@ -24,8 +24,8 @@ from petalnet.models.identity import model_key
 from petalnet.p2p.fields import Message
 from petalnet.p2p.host import Host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Step, StepDone
 from petalnet.p2p.protocols import FORWARD, INFERENCE, PUSH
+from petalnet.p2p.session_messages import Step, StepDone
 from petalnet.p2p.streams import Stream
 from petalnet.peering import open_peering
 from petalnet.routing.records import ServerRecord

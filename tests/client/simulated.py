@@ -19,9 +19,9 @@ from petalnet.client.requests import Target
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import MissingBlocksError, PeerLost, PeerUnreachable
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import (
+from petalnet.p2p.messages import Error
+from petalnet.p2p.session_messages import (
     AskProgress,
-    Error,
     LinkDown,
     OpenSession,
     Progress,
@@ -33,7 +33,7 @@ from petalnet.p2p.messages import (
     SessionOpened,
     Step,
     StepDone,
-)  # fmt: skip
+)
 from petalnet.routing.routes import Hop
 
 Rows = list[list[int]]

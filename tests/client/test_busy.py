@@ -23,7 +23,7 @@ from petalnet.client.requests import retrying
 from petalnet.client.server_side import ServerSide
 from petalnet.client.settings import ClientSettings
 from petalnet.errors import BusyError, MissingBlocksError, TooLargeError
-from petalnet.p2p.messages import OpenSession, Step
+from petalnet.p2p.session_messages import OpenSession, Step
 from petalnet.p2p.tensors import encode_tensor
 
 GREEDY = {"do_sample": False}

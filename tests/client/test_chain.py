@@ -17,7 +17,7 @@ from petalnet.client.chain import Counts
 from petalnet.client.swarm import Membership
 from petalnet.client.trace import StepTimes
 from petalnet.errors import ServerError
-from petalnet.p2p.messages import KEEP_NONE, Replay, Step
+from petalnet.p2p.session_messages import KEEP_NONE, Replay, Step
 
 GREEDY = {"do_sample": False}
 

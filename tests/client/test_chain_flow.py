@@ -15,7 +15,7 @@ from petalnet.client.links import Link
 from petalnet.client.pipeline import Pending
 from petalnet.errors import PeerLost, PetalnetError
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import LinkDown, Replay, SessionOpened, Step, StepDone
+from petalnet.p2p.session_messages import LinkDown, Replay, SessionOpened, Step, StepDone
 from petalnet.routing.routes import Hop
 
 REQUEST_TIMEOUT_S = 20.0

@@ -13,7 +13,7 @@ from petalnet.client.chunks import MOST_CHUNK_BYTES, MOST_CHUNKS, Stage, chunk_e
 from petalnet.client.inputs import Inputs, columns, steps_of, wanted_tokens
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS
+from petalnet.p2p.session_messages import NAME_BYTES, UNIT_TOKENS
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from petalnet.routing.routes import Hop
 

@@ -14,7 +14,7 @@ from petalnet.client.links import Link
 from petalnet.client.pipeline import Pending
 from petalnet.errors import PeerLost, PeerUnreachable
 from petalnet.p2p.fields import Blob
-from petalnet.p2p.messages import AskProgress, Progress, SessionOpened, Step
+from petalnet.p2p.session_messages import AskProgress, Progress, SessionOpened, Step
 from petalnet.routing.routes import Hop
 
 WITHIN_S = 0.6

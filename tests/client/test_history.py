@@ -13,7 +13,7 @@ from petalnet.client import history as history_module
 from petalnet.client.history import History
 from petalnet.client.inputs import Inputs, steps_of
 from petalnet.models.frequencies import Frequencies
-from petalnet.p2p.messages import KEEP_NONE, Step
+from petalnet.p2p.session_messages import KEEP_NONE, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 Entry = tuple[Any, ...]

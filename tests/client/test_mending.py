@@ -13,7 +13,7 @@ from petalnet.client.inputs import Inputs
 from petalnet.client.server_side import ServerSide
 from petalnet.errors import PeerLost
 from petalnet.p2p.fields import Message
-from petalnet.p2p.messages import LinkDown, Resume
+from petalnet.p2p.session_messages import LinkDown, Resume
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.routes import Hop
 from tests.client.simulated import Caches, Hosted, Machine, Simulated, blob_of, rows_of

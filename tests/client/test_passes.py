@@ -17,7 +17,8 @@ from petalnet.client.settings import ClientSettings
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import CallerError, MissingBlocksError, PeerLost, PeerUnreachable, PetalnetError
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import Backward, BackwardDone, Error, Forward, ForwardDone
+from petalnet.p2p.messages import Error
+from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
 from petalnet.routing.routes import Hop
 
 Answer = Callable[["Server", Forward | Backward], Awaitable[Message]]

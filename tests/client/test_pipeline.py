@@ -14,7 +14,7 @@ from petalnet.client.inputs import Inputs, steps_of, wanted_tokens
 from petalnet.client.pipeline import Pipeline, Send
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import KEEP_NONE, LinkDown, Replay, Step, StepDone
+from petalnet.p2p.session_messages import KEEP_NONE, LinkDown, Replay, Step, StepDone
 from petalnet.routing.routes import Hop
 
 BLOCKS = 2  # of each hop

@@ -11,7 +11,8 @@ from petalnet.client.precision import EXACT_TOKENS, as_entered, choose_codec, en
 from petalnet.client.settings import PRECISIONS, ClientSettings
 from petalnet.errors import UsageError
 from petalnet.p2p.fields import CODECS
-from petalnet.p2p.messages import Forward, Step
+from petalnet.p2p.pass_messages import Forward
+from petalnet.p2p.session_messages import Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnet.client.prefix import Prefix, SentNames, first_name
-from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS
+from petalnet.p2p.session_messages import NAME_BYTES, UNIT_TOKENS
 
 ORIGIN = first_name("model", "float32", 0)
 TOKEN_BYTES = 8

@@ -13,7 +13,7 @@ import torch
 from petalnet.client.chain import Chain
 from petalnet.client.session import InferenceSession
 from petalnet.errors import MissingBlocksError
-from petalnet.p2p.messages import Replay, Resume, Step
+from petalnet.p2p.session_messages import Replay, Resume, Step
 
 GREEDY = {"do_sample": False}
 THIRDS = [(0, 2), (2, 4), (4, 6)]

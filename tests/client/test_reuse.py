@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from petalnet.p2p.messages import UNIT_TOKENS, Attached
+from petalnet.p2p.session_messages import UNIT_TOKENS, Attached
 
 GREEDY = {"do_sample": False}
 PROMPT = 3 * UNIT_TOKENS + 8

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from petalnet.p2p.messages import StepDone
+from petalnet.p2p.session_messages import StepDone
 
 GREEDY = {"do_sample": False}
 HIDDEN, LAYERS = 32, 6

@@ -19,7 +19,8 @@ from petalnet.p2p.addresses import parse_peer
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.frames import FrameLimits
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import ForwardDone, Ping
+from petalnet.p2p.messages import Ping
+from petalnet.p2p.pass_messages import ForwardDone
 from petalnet.p2p.protocols import Protocol
 from petalnet.p2p.streams import Stream
 from petalnet.peering import Peering, open_peering

@@ -14,8 +14,9 @@ from petalnet.p2p import heartbeat
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.host import Stream, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import Error, Ping, Pong, StepDone
+from petalnet.p2p.messages import Error, Ping, Pong
 from petalnet.p2p.protocols import PING, Limits, Protocol
+from petalnet.p2p.session_messages import StepDone
 
 SOME = Protocol("/petalnet/test/1.0.0")
 

@@ -14,21 +14,8 @@ from hypothesis import strategies as st
 from petalnet.errors import BusyError, CallerError, PeerLost, ProtocolError, ServerError, TooLargeError, UnsupportedError
 from petalnet.p2p.fields import FLOATS, ITEM_SIZES, MESSAGE_TYPES, Blob, Message, blob_size
 from petalnet.p2p.frames import Frame, FrameDecoder, FrameLimits
-from petalnet.p2p.messages import (
-    Attach,
-    Attached,
-    Error,
-    Find,
-    OpenSession,
-    Ping,
-    Records,
-    SessionOpened,
-    Step,
-    StepDone,
-    Store,
-    decode_message,
-    encode_message,
-)
+from petalnet.p2p.messages import Error, Find, Ping, Records, Store, decode_message, encode_message
+from petalnet.p2p.session_messages import Attach, Attached, OpenSession, SessionOpened, Step, StepDone
 
 FLOAT = st.floats(0, 3600, allow_nan=False)
 COUNT = st.integers(0, 2**20)

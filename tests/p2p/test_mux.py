@@ -28,11 +28,12 @@ from petalnet.errors import PeerLost
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.frames import FrameDecoder, FrameLimits
 from petalnet.p2p.host import Host, Stream
-from petalnet.p2p.messages import Ping, StepDone, decode_message, encode_message
+from petalnet.p2p.messages import Ping, decode_message, encode_message
 from petalnet.p2p.mux import MUX_ID, MuxConnection
 from petalnet.p2p.mux_protocol import INITIAL_WINDOW
 from petalnet.p2p.mux_stream import MuxStream
 from petalnet.p2p.protocols import Limits, Protocol
+from petalnet.p2p.session_messages import StepDone
 
 BULK = Protocol("/petalnet/test-bulk/1.0.0", limits=FrameLimits(header=4096, payload=64 * 1024 * 1024), frame_timeout_s=5)
 PATIENCE_S = 60

@@ -25,7 +25,8 @@ from petalnet.p2p.addresses import circuit_addr, parse_peer
 from petalnet.p2p.circuit import HOP, STOP, Reservation, read_protobuf, write_protobuf
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.host import Host
-from petalnet.p2p.messages import ForwardDone, Ping
+from petalnet.p2p.messages import Ping
+from petalnet.p2p.pass_messages import ForwardDone
 from petalnet.p2p.protocols import Limits
 from petalnet.p2p.relay import Relay
 from petalnet.p2p.reservations import Reservations

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import CODECS, Blob, blob_size
 from petalnet.p2p.frames import FrameDecoder, FrameLimits
-from petalnet.p2p.messages import StepDone, decode_message, encode_message
+from petalnet.p2p.messages import decode_message, encode_message
+from petalnet.p2p.session_messages import StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor, joined_tokens, lossless_codec
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

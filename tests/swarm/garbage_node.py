@@ -17,7 +17,8 @@ import numpy as np
 from petalnet.cli import main
 from petalnet.errors import ServerError
 from petalnet.p2p.fields import Blob, Message
-from petalnet.p2p.messages import Error, Step, StepDone, encode_message
+from petalnet.p2p.messages import Error, encode_message
+from petalnet.p2p.session_messages import Step, StepDone
 from petalnet.p2p.streams import Stream
 
 KINDS = ("nan", "shape", "number", "frames", "error")

@@ -23,8 +23,8 @@ import trio
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.host import open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.protocols import INFERENCE
+from petalnet.p2p.session_messages import OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.streams import Stream
 
 

@@ -114,7 +114,7 @@ def test_a_second_signal_ends_at_once(nodes) -> None:
 async def test_random_bytes_on_every_protocol(nodes, find_record) -> None:
     """A node that serves blocks gets garbage on the raw socket and on each of its protocols; it lives on and serves others."""
     from petalnet.p2p.host import open_host
-    from petalnet.p2p.messages import Forward, ForwardDone
+    from petalnet.p2p.pass_messages import Forward, ForwardDone
     from petalnet.p2p.protocols import FORWARD
     from petalnet.p2p.tensors import encode_tensor
 

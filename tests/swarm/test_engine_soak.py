@@ -24,8 +24,8 @@ from petalnet.inspection import ask_nodes
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.host import Host, open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import NAME_BYTES, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.protocols import INFERENCE
+from petalnet.p2p.session_messages import NAME_BYTES, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.streams import Stream
 
 from .light_clients import ask, hidden_states, order_of

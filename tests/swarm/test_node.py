@@ -125,8 +125,8 @@ async def test_a_second_signal_ends_a_draining_node_at_once(nodes, find_record) 
     """The first waits for a session that is open, the second does not."""
     from petalnet.p2p.host import open_host
     from petalnet.p2p.identity import Identity
-    from petalnet.p2p.messages import OpenSession, SessionOpened
     from petalnet.p2p.protocols import INFERENCE
+    from petalnet.p2p.session_messages import OpenSession, SessionOpened
 
     node = await trio.to_thread.run_sync(nodes.start, "--serve", "0:2", "--new-swarm", "--throughput", "9")
     async with open_host(Identity.generate()) as host:
@@ -203,8 +203,8 @@ async def test_an_operator_drains_a_node(nodes, find_record) -> None:
     """`petalnet drain` returns when the node has ended, which waits for a session that is open, but no longer than it is set to."""
     from petalnet.p2p.host import open_host
     from petalnet.p2p.identity import Identity
-    from petalnet.p2p.messages import OpenSession, SessionOpened
     from petalnet.p2p.protocols import INFERENCE
+    from petalnet.p2p.session_messages import OpenSession, SessionOpened
 
     arguments = ("--serve", "0:2", "--new-swarm", "--throughput", "9", "--drain-time", "2", "--public-name", "attic")
     node = await trio.to_thread.run_sync(nodes.start, *arguments)

@@ -14,8 +14,8 @@ import torch
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.host import open_host
 from petalnet.p2p.identity import Identity
-from petalnet.p2p.messages import NAME_BYTES, UNIT_TOKENS, Attach, Attached, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.protocols import INFERENCE
+from petalnet.p2p.session_messages import NAME_BYTES, UNIT_TOKENS, Attach, Attached, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.streams import Stream
 
 from .light_clients import ask, hidden_states
