@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from petalnet.client.lora import Lora
 from petalnet.errors import ProtocolError
 from petalnet.p2p.fields import Blob, blob_size
 from petalnet.p2p.session_messages import KEEP_NONE, NAME_BYTES, UNIT_TOKENS, Step
@@ -18,7 +19,8 @@ Names = tuple[tuple[bytes, ...], ...]
 class Inputs:
     """What goes through blocks beside the hidden states; see `session_messages.Step` for shapes. `prompts` is for all blocks of the target.
 
-    The last three are for sessions only. `names` are those of the units that the step completes, None where these have none.
+    `keep`, `promise_rows` and `names` are for sessions only; `names` are those of the units that the step completes, None where these have
+    none. The last three are for passes only: see `pass_messages.Forward`.
     """
 
     mask: Blob | None = None
@@ -28,6 +30,9 @@ class Inputs:
     keep: int = 0
     promise_rows: int = 0
     names: Names | None = None
+    lora: Lora | None = None
+    seed: int = 0
+    reach: int = 0
 
 
 def steps_of(

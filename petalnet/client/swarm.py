@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from petalnet.client.lora_uploads import LoraUploads
+from petalnet.client.kept_graphs import KeptGraphs
 from petalnet.client.observing import Observing
 from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.prefix import SentNames
@@ -28,6 +30,7 @@ from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
 from petalnet.p2p.addresses import own_interfaces
+from petalnet.p2p.pass_messages import DropGraphs
 from petalnet.routing.expected import Client
 from petalnet.routing.observed import Observed
 from petalnet.routing.pace import refresh_every_s
@@ -70,7 +73,9 @@ class Membership:
         self.access = access
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
+        self.kept_graphs = KeptGraphs(self._tell)
         self.sent_names = SentNames()
+        self.lora_uploads = LoraUploads()
         self._observing = Observing(lambda peer_id: self.record(peer_id), lambda peer_id: self.host.round_trip_s(peer_id))
         self._cut: dict[tuple[str, str], float] = {}
         self._own_ips: frozenset[str] = frozenset()
@@ -109,6 +114,7 @@ class Membership:
                 for model in self._watched:
                     self._nursery.start_soon(self._refresh, model)
                 self._nursery.start_soon(self._keep_fresh)
+                self._nursery.start_soon(self.kept_graphs.run)
         except Exception as error:  # not swallowed: whoever uses the swarm gets it
             self.failure = _first_cause(error)
             logger.debug("the connection to the swarm has failed: %s", self.failure)
@@ -309,6 +315,15 @@ class Membership:
     def mark_ok(self, peer_id: str) -> None:
         """A server has done its work."""
         self._peering.view.mark_ok(peer_id)
+
+    async def _tell(self, peer_id: str, message: DropGraphs) -> None:
+        """Send a server what it does not answer, if it is connected. Raises PetalnetError."""
+        from petalnet.p2p.protocols import FORWARD
+
+        if self.host.is_connected(peer_id):
+            stream = self.idle_streams.take(peer_id) or await self.host.open_stream(peer_id, FORWARD)
+            await stream.send(message)
+            await self.idle_streams.keep(stream)
 
     def _warm(self, records: Iterable[ServerRecord], *, most: int = MOST_WARM) -> None:
         """Connect to servers ahead of need, so that their round trips are known when a route is chosen."""

@@ -42,6 +42,7 @@ class Hop:
         prefill_s: the same for each token of a prompt. Two hops are equal whatever is expected of them.
         dtype: what the server computes in, as it announces it.
         next_bytes_s: bytes a second that its link to the next hop's server was seen to carry, as it announces; 0 where it does not.
+        adapter: the LoRA adapter that it is to apply, as its record names it; "" for none.
     """
 
     peer_id: str
@@ -52,6 +53,7 @@ class Hop:
     prefill_s: float = field(default=0.0, compare=False)
     dtype: str = field(default="", compare=False)
     next_bytes_s: float = field(default=0.0, compare=False)
+    adapter: str = field(default="", compare=False)
 
 
 class _Path(NamedTuple):
