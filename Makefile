@@ -21,7 +21,7 @@ demo: venv
 	@$(BIN)/petalnet demo
 
 test: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
+	$(TEST_ENV) $(BIN)/python -m pytest --durations=25 -m "not long"
 
 test-long: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -m long
