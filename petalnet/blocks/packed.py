@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.attention import Segment
 from petalnet.blocks.pages import Rows
 
@@ -28,6 +29,7 @@ class SpanStep:
         all_hidden: return the outputs of every block, not only of the last.
         position_end: one past the last position that the session's step reaches, where this is only a part of it: it decides which
             frequencies the rotary embeddings of some families take. None where this is all of the step.
+        adapters: are applied to it, as far as they are for these blocks.
     """
 
     rows: Rows
@@ -37,6 +39,7 @@ class SpanStep:
     prompts: torch.Tensor | None = None
     all_hidden: bool = False
     position_end: int | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(eq=False)

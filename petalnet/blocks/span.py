@@ -11,7 +11,6 @@ attends over the pages; other families run one session after the other, with the
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -20,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel
 
+from petalnet.blocks.adapters import Adapter, Dropout, Share, apply_adapters, linear_shapes, shares_of
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
 from petalnet.blocks.backends import Backend, pick_backend
 from petalnet.blocks.cache import PagedCache, ShapeCache, windows_of
+from petalnet.blocks.configurations import configurations_of, known_positions, quiet, slice_config
 from petalnet.blocks.hooks import Hook, add_at, add_at_start, with_hidden
 from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.linear import speed_up_linears
@@ -75,13 +76,13 @@ class Span:
         self._compute_digests: Callable[[], list[str]] = list
         self._list = layers
         self._blocks = list(layers.layers)[first:end]
-        self._config = _quiet(config)
+        self._config = quiet(config)
         self.score_heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 1
         self._windows = windows_of(config)[first:end]
         self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters
         tokens = model.get_input_embeddings()
         self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
-        self.max_positions = _known_positions(layers.owner, tokens)
+        self.max_positions = known_positions(layers.owner, tokens)
         self._rotary = RotaryRegimes(layers.owner)
         self._numbered = [m for block in self._blocks for m in block.modules() if any(name in m.__dict__ for name in _LAYER_NUMBERS)]
         for index, block in enumerate(self._blocks):
@@ -97,7 +98,7 @@ class Span:
         # Attention modules and the backbone look into the configuration for the attention function, at every pass anew.
         self._library_attention: str | None = config._attn_implementation
         self._attention = self._library_attention
-        self._configs = _configurations(self._blocks)
+        self._configs = configurations_of(self._blocks)
         self._active: tuple[int, int] | None = None
         self._shown: list[nn.Module] = []
         self._edges: list[torch.utils.hooks.RemovableHandle] = []
@@ -156,6 +157,11 @@ class Span:
     def speed_up(self) -> None:
         """Let linear layers take the quickest kernels for a few rows that there are on this machine; takes up to half a second once."""
         speed_up_linears(nn.ModuleList(self._blocks))
+
+    @cached_property
+    def linear_shapes(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """(in, out) of each layer that LoRA can be for, by the model's number of its block and its path in the block."""
+        return {number: linear_shapes(block) for number, block in enumerate(self._blocks, self.first)}
 
     @property
     def weight_bytes(self) -> int:
@@ -271,6 +277,9 @@ class Span:
         first: int | None = None,
         end: int | None = None,
         all_hidden: bool = False,
+        position_end: int | None = None,
+        adapters: Sequence[Adapter] = (),
+        dropout: Dropout | None = None,
     ) -> list[torch.Tensor]:
         """Run rows without a past through blocks [first, end) of the model, by default all of the span. Gradients flow back.
 
@@ -280,6 +289,9 @@ class Span:
             position_ids: [rows, length]; None when they are 0 … length - 1 in every row.
             prompts: [end - first, rows, prompt length, hidden], added to each block's input at positions 0 … prompt length - 1.
             all_hidden: return the outputs of every block, not only of the last.
+            position_end: one past the last position of all rows that belong together, where these are only some of them; see `SpanStep`.
+            adapters: are applied to all of it, as far as they are for these blocks.
+            dropout: of what enters the last of them.
         Returns:
             outputs [rows, length, hidden] in the span's dtype on its device: one, or with `all_hidden` one a block.
         Raises:
@@ -287,7 +299,16 @@ class Span:
         """
         first, end = self._range(first, end)
         return self._library_pass(
-            hidden, first, end, attention_mask=attention_mask, position_ids=position_ids, prompts=prompts, all_hidden=all_hidden
+            hidden,
+            first,
+            end,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_end=position_end,
+            prompts=prompts,
+            all_hidden=all_hidden,
+            adapters=adapters,
+            dropout=dropout,
         )
 
     def _alone(self, step: SpanStep, first: int, end: int) -> list[torch.Tensor]:
@@ -306,6 +327,7 @@ class Span:
             position_end=step.position_end,
             prompts=step.prompts,
             all_hidden=step.all_hidden,
+            adapters=step.adapters,
         )
 
     def _library_pass(
@@ -320,6 +342,8 @@ class Span:
         position_end: int | None = None,
         prompts: torch.Tensor | None = None,
         all_hidden: bool = False,
+        adapters: Sequence[Adapter] = (),
+        dropout: Dropout | None = None,
     ) -> list[torch.Tensor]:
         self._activate(first, end)
         self._attend_with(self._library_attention)
@@ -334,7 +358,8 @@ class Span:
         if prompts is not None and past < prompts.shape[2]:
             reaching = prompts[:, :, past : past + hidden.shape[1]].to(self.device, self.dtype)
             adding = [add_at_start(prompt) for prompt in reaching]
-        return self._run(hidden, kwargs, adding, all_hidden, position_end)
+        shares = [Share(adapters)] if adapters else []
+        return self._run(hidden, kwargs, adding, all_hidden, position_end, shares, dropout)
 
     def _packed_pass(self, steps: Sequence[SpanStep], first: int, end: int) -> list[list[torch.Tensor]]:
         state = self._paged
@@ -352,8 +377,9 @@ class Span:
             adding = [add_at(columns, prompt) for prompt in added]
         longest = max((step.position_end for step in steps if step.position_end is not None), default=None)
         state.batch = Batch(row.segments, self.backend.page_tokens, self.device)
+        shares = shares_of(zip(row.columns, (step.adapters for step in steps), strict=True), self.device)
         try:
-            outputs = self._run(row.hidden, kwargs, adding, any(step.all_hidden for step in steps), longest)
+            outputs = self._run(row.hidden, kwargs, adding, any(step.all_hidden for step in steps), longest, shares)
         finally:
             state.batch = None  # which is how BLOOM's modules know that a pass is the library's
         return [
@@ -362,7 +388,14 @@ class Span:
         ]
 
     def _run(
-        self, hidden: torch.Tensor, kwargs: dict[str, Any], adding: list[Hook], all_hidden: bool, position_end: int | None
+        self,
+        hidden: torch.Tensor,
+        kwargs: dict[str, Any],
+        adding: list[Hook],
+        all_hidden: bool,
+        position_end: int | None,
+        shares: Sequence[Share],
+        dropout: Dropout | None = None,
     ) -> list[torch.Tensor]:
         """Run the backbone, with `hidden` as what enters the first active block; `adding`: a hook a block, or none."""
         self._rotary.begin(position_end)
@@ -377,6 +410,9 @@ class Span:
                 handles += [block.register_forward_hook(self._leave) for block in self._shown[:-1]]
         self._entering, self._outputs = hidden, []
         try:
+            if shares:
+                assert self._active is not None
+                handles += apply_adapters(enumerate(self._shown, self._active[0]), shares, (hidden.shape[0], hidden.shape[1]), dropout)
             self._list.owner(**kwargs)
             return self._outputs
         finally:
@@ -441,47 +477,3 @@ class Span:
             for block, window in zip(self._blocks, self._windows, strict=True)
         )
         return [kinds.setdefault(kind, index) for index, kind in enumerate(described)]
-
-
-def slice_config(config: PreTrainedConfig, first: int, end: int) -> PreTrainedConfig:
-    """The configuration of a model that has only layers [first, end): lists with one entry a layer are cut as well."""
-    count = config.num_hidden_layers
-    sliced = copy.copy(config)
-    sliced.__dict__ = dict(config.__dict__)
-    for name, value in config.__dict__.items():
-        if isinstance(value, (list, tuple)) and len(value) == count and not name.endswith("_token_id"):
-            sliced.__dict__[name] = value[first:end]
-        elif name == config.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
-            sliced.__dict__[name] = end - first
-    return sliced
-
-
-def _quiet(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of a configuration with which a backbone computes nothing but hidden states."""
-    config = copy.copy(config)
-    config.__dict__ = dict(config.__dict__)
-    for name in ("output_hidden_states", "output_attentions", "_output_attentions", "output_router_logits"):
-        if name in config.__dict__:
-            config.__dict__[name] = False
-    return config
-
-
-def _configurations(blocks: Sequence[nn.Module]) -> list[PreTrainedConfig]:
-    """The configurations that modules hold, each once."""
-    held = (module.__dict__.get("config") for block in blocks for module in block.modules())
-    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
-
-
-def _known_positions(owner: nn.Module, tokens: nn.Module) -> int | None:
-    """Entries of the backbone's table of positions, learned or computed, which looking up a later one would overrun: on some devices that
-    is the end of the process's use of the device."""
-    tables = [
-        module.num_embeddings - getattr(module, "offset", 0)
-        for name, module in owner.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens and not any(part.isdigit() for part in name.split("."))
-    ]
-    for name, table in owner.named_buffers():
-        path, _, own = name.rpartition(".")
-        if table.dim() == 2 and table.is_floating_point() and "embed_positions" in (own, path.rpartition(".")[2]):
-            tables.append(len(table) - getattr(owner.get_submodule(path), "offset", 0))
-    return min(tables, default=None)

@@ -1,0 +1,213 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) in the blocks of a span: adapters that the host has loaded, and parameters that clients bring.
+
+A linear layer that maps x to y yields y + B · A · x while a pass runs for which an adapter names it. The layers know nothing of it: hooks
+are put on them for the time of such a pass, so that passes without adapters cost what they would without this module. Tokens of one pass
+may have different adapters, or none.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from blake3 import blake3
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from petalnet.blocks.hooks import Hook
+from petalnet.p2p.pass_messages import PutLora
+from petalnet.p2p.tensors import decode_tensor
+
+Handles = list[torch.utils.hooks.RemovableHandle]
+
+
+class LoraWeights(NamedTuple):
+    """The parameters for one linear layer, of which `b` includes the scaling.
+
+    Attributes:
+        a: [r, in], float32.
+        b: [out, r], float32.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """LoRA for some blocks of a model.
+
+    Attributes:
+        blocks: by the model's number of a block, and by a module's path in the block, in the order of the wire; blocks of which nothing
+            is changed may have an empty entry.
+    """
+
+    blocks: Mapping[int, Mapping[str, LoraWeights]]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(weights.a.nbytes + weights.b.nbytes for modules in self.blocks.values() for weights in modules.values())
+
+    @classmethod
+    def of(cls, request: PutLora, shapes: Mapping[int, Mapping[str, tuple[int, int]]], device: torch.device) -> Adapter:
+        """The parameters in a request, which was checked (`checks.Checks.put_lora`).
+
+        Args:
+            shapes: (in, out) of the modules of each block, see `Span.linear_shapes`.
+        """
+        weights = decode_tensor(request.weights).to(device, torch.float32, copy=True)  # what stays must not hold the message's memory
+        blocks: dict[int, dict[str, LoraWeights]] = {}
+        start = 0
+        for block, ranks in zip(range(request.first, request.end), decode_tensor(request.ranks).tolist(), strict=True):
+            modules = blocks[block] = {}
+            for path, rank in zip(request.modules, ranks, strict=True):
+                if rank:
+                    inputs, outputs = shapes[block][path]
+                    middle, stop = start + rank * inputs, start + rank * (inputs + outputs)
+                    modules[path] = LoraWeights(weights[start:middle].view(rank, inputs), weights[middle:stop].view(outputs, rank))
+                    start = stop
+        return cls(blocks)
+
+    def leaves(self, first: int, end: int) -> tuple[Adapter, list[torch.Tensor]]:
+        """The part for blocks [first, end) with the same memory in new leaves of autograd's graph, and these in the order of
+        `PutLora.weights`: block by block, module by module, `a` and then `b`."""
+        blocks = {
+            block: {path: LoraWeights(*(weight.detach().requires_grad_() for weight in weights)) for path, weights in modules.items()}
+            for block, modules in sorted(self.blocks.items())
+            if first <= block < end
+        }
+        leaves = [weight for modules in blocks.values() for weights in modules.values() for weight in weights]
+        return Adapter(blocks), leaves
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which numbers of what enters LoRA are left out of a pass; the others are divided by 1 - p. A function of `seed`, of a row's number,
+    and of where the layer is in the model, so that a pass that is computed again, in other parts or elsewhere, leaves out the same.
+
+    Attributes:
+        p: the probability with which a number is left out; less than 1.
+        seed: any number.
+        row: the number within the request of the first row of what is run.
+    """
+
+    p: float
+    seed: int
+    row: int = 0
+
+    def apply(self, inputs: torch.Tensor, rows: int, block: int, path: str) -> torch.Tensor:
+        """`inputs`, [rows, …] or with rows and positions in one dimension, without what is left out."""
+        numbers = inputs.numel() // rows
+        draws = torch.empty(rows, numbers)
+        for row in range(rows):
+            key = blake3(f"{self.seed} {self.row + row} {block} {path}".encode()).digest(8)
+            # Drawn by the processor on any device, as its generator gives the same everywhere.
+            torch.rand(numbers, generator=torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1), out=draws[row])
+        kept = draws.ge_(self.p).div_(1 - self.p).view(inputs.shape)
+        return inputs * kept.to(inputs.device, inputs.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Tokens of a pass that have the same adapters.
+
+    Attributes:
+        adapters: which are applied, all of them.
+        tokens: the numbers of the tokens, int64, or a slice of them; None for all that there are.
+    """
+
+    adapters: Sequence[Adapter]
+    tokens: slice | torch.Tensor | None = None
+
+
+def linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of each layer of a block that LoRA can be for, by its path."""
+    return {
+        path: (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.weight.shape[0], module.nf)
+        for path, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+
+
+def shares_of(columns: Iterable[tuple[slice, Sequence[Adapter]]], device: torch.device) -> list[Share]:
+    """The shares of a packed row, from which columns have which adapters, in order."""
+    found: dict[tuple[Adapter, ...], list[slice]] = {}
+    for span, adapters in columns:
+        if adapters:
+            found.setdefault(tuple(adapters), []).append(span)
+    shares = []
+    for adapters, spans in found.items():
+        if all(before.stop == after.start for before, after in itertools.pairwise(spans)):
+            shares.append(Share(adapters, slice(spans[0].start, spans[-1].stop)))
+        else:
+            shares.append(Share(adapters, torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(device)))
+    return shares
+
+
+def apply_adapters(
+    blocks: Iterable[tuple[int, nn.Module]], shares: Sequence[Share], size: tuple[int, int], dropout: Dropout | None = None
+) -> Handles:
+    """Have the layers of blocks add what adapters say, until the handles are removed.
+
+    Args:
+        blocks: the blocks with their numbers in the model.
+        shares: which tokens have which adapters.
+        size: (rows, length) of the pass.
+        dropout: of what enters the last adapter of each share.
+    """
+    handles: Handles = []
+    for number, block in blocks:
+        paths = {path: None for share in shares for adapter in share.adapters for path in adapter.blocks.get(number, ())}
+        for path in paths:
+            added = [
+                (share.tokens, adapter.blocks[number][path], dropout if adapter is share.adapters[-1] else None)
+                for share in shares
+                for adapter in share.adapters
+                if path in adapter.blocks.get(number, ())
+            ]
+            hook: Hook = _Hook(added, *size, number, path)
+            handles.append(block.get_submodule(path).register_forward_hook(hook))
+    return handles
+
+
+class _Hook(NamedTuple):
+    """Adds to a layer's output."""
+
+    added: list[tuple[slice | torch.Tensor | None, LoraWeights, Dropout | None]]
+    rows: int
+    length: int
+    block: int
+    path: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        inputs = args[0]
+        wide = inputs.to(torch.float32) if inputs.dtype != torch.float32 else inputs
+        for tokens, (a, b), dropout in self.added:
+            if tokens is None:
+                if dropout is not None:
+                    self._check(inputs)
+                    given = dropout.apply(wide, self.rows, self.block, self.path)
+                else:
+                    given = wide
+                output = (output + F.linear(F.linear(given, a), b)).to(output.dtype)
+                continue
+            self._check(inputs)
+            flat = wide.reshape(-1, inputs.shape[-1])[tokens]
+            more = F.linear(F.linear(flat, a), b).to(output.dtype)
+            # Only packed passes have shares of tokens, which are for inference: what the layer put out is nobody else's.
+            sums = output.view(-1, output.shape[-1])
+            if isinstance(tokens, slice):
+                sums[tokens] += more
+            else:
+                sums.index_add_(0, tokens, more)
+        return output
+
+    def _check(self, inputs: torch.Tensor) -> None:
+        if inputs.numel() != self.rows * self.length * inputs.shape[-1]:
+            raise ValueError(f"{self.path} of block {self.block} does not see each token once: it cannot be adapted so")
