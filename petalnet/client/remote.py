@@ -21,6 +21,8 @@ from torch import nn
 
 from petalnet.client import autograd
 from petalnet.client.inputs import Inputs
+from petalnet.client.lora import Lora, fold
+from petalnet.client.placeholders import Injected, collect, fingerprint, injected, notice_of
 from petalnet.client.requests import Target, find_hops
 from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.client.settings import ClientSettings, take_settings
@@ -68,6 +70,7 @@ class RemoteSequential(nn.Module):
         hidden_size: int,
         template: nn.Module | None = None,
         frequencies: Frequencies = Frequencies(),  # noqa: B008  # a value that never changes
+        bare: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.target = target
@@ -80,6 +83,13 @@ class RemoteSequential(nn.Module):
         # Kept out of the module tree.
         self.__dict__["template"] = template
         self.__dict__["returns_tuple"] = False
+        self.hold(bare)
+
+    def hold(self, bare: Sequence[nn.Module]) -> None:
+        """Have these modules, one a block, stand for the blocks (see `placeholders`); none where there is nothing to be put around them."""
+        self._modules.update({str(index): module for index, module in enumerate(bare)})
+        self.__dict__["notice"] = notice_of(bare)
+        self.__dict__["injected"] = (0, [])
 
     def __repr__(self) -> str:
         return f"RemoteSequential(blocks {self.target.first}:{self.target.end})"
@@ -106,7 +116,8 @@ class RemoteSequential(nn.Module):
     def part(self, start: int, stop: int) -> RemoteSequential:
         """Blocks [start, stop) of this list, whatever it presents itself as."""
         target = replace(self.target, first=self.target.first + start, end=self.target.first + stop)
-        return RemoteSequential(target, self.hidden_size, self.__dict__["template"], self.frequencies)
+        bare = list(self.children())[start:stop]
+        return RemoteSequential(target, self.hidden_size, self.__dict__["template"], self.frequencies, bare)
 
     def __iter__(self) -> Iterator[Any]:
         if self._current_pass() is not None:
@@ -114,7 +125,8 @@ class RemoteSequential(nn.Module):
         return (self.part(index, index + 1) for index in range(self.target.end - self.target.first))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
-        same = RemoteSequential(self.target, self.hidden_size, self.__dict__["template"], self.frequencies)
+        bare = [copy.deepcopy(module, memo) for module in self.children()]
+        same = RemoteSequential(self.target, self.hidden_size, self.__dict__["template"], self.frequencies, bare)
         same.__dict__["returns_tuple"] = self.__dict__["returns_tuple"]
         same.training = self.training
         memo[id(self)] = same
@@ -187,6 +199,29 @@ class RemoteSequential(nn.Module):
             hidden = self.part(index, index + 1).run(hidden, mask=mask, position_ids=position_ids, prompts=part)[-1]
             outputs.append(hidden)
         return outputs
+
+    def lora(self) -> tuple[Lora, torch.Tensor] | None:
+        """What PEFT's active adapters add to these blocks, and the same numbers as a tensor, float32 [numbers] on the CPU, through which
+        gradients reach the adapters' parameters; None where there are none.
+
+        Raises ValueError where something else than plain LoRA was put there, or its parameters are not finite.
+        """
+        if not self.__dict__["notice"].count:
+            return None
+        target = self.target
+        adapted, dropout = collect(self._injected(), target.first)
+        return fold(adapted, target.model, target.first, target.end, dropout) if adapted else None
+
+    def lora_fingerprint(self) -> object:
+        """Equal as long as `lora` gives the same, as far as that can be told quickly; see `fingerprint`."""
+        return fingerprint(self._injected()) if self.__dict__["notice"].count else None
+
+    def _injected(self) -> list[Injected]:
+        count = self.__dict__["notice"].count
+        if self.__dict__["injected"][0] != count:
+            self.__dict__["injected"] = count, injected(self.children())
+        found: list[Injected] = self.__dict__["injected"][1]
+        return found
 
     def inference_session(self, *, max_length: int) -> InferenceSession:
         """A KV cache of at most `max_length` entries a row for these blocks; see `InferenceSession`.
@@ -327,6 +362,16 @@ def find_blocks(module: Any) -> RemoteSequential | None:
     if not isinstance(module, nn.Module):
         return None
     return next((part for part in module.modules() if isinstance(part, RemoteSequential)), None)
+
+
+def local_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a tree that run here: what stands for remote ones is left out."""
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if not isinstance(module, RemoteSequential):
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 def make_target(swarm: Swarm, model: str, num_blocks: int, settings: ClientSettings) -> Target:

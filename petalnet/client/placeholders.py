@@ -1,0 +1,236 @@
+"""Modules in the place of remote ones, for PEFT to find: it puts its layers around linear modules by their names, whatever these compute.
+
+For each remote block there is a tree of bare modules with the block's names, and in it a placeholder for each linear module: without
+parameters, but with what a tuner asks of the module that it wraps. So `add_adapter`, `get_peft_model`, `save_pretrained` and all the rest
+work on a distributed model as on a local one, and give parameters the same names. Nothing here is ever run: before a pass, what was put
+around the placeholders is collected (`collect`), and goes to the servers as numbers.
+
+The bare modules notice when something is put in a placeholder's place, so a model without adapters pays nothing per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from petalnet.client.lora import Adapted, Pair
+from petalnet.errors import UsageError
+
+
+class Notice:
+    """How often something was put into a list's blocks; shared by all of their modules."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class BareModule(nn.Module):
+    """A remote module that has others in it."""
+
+    def __init__(self, notice: Notice) -> None:
+        super().__init__()
+        self.__dict__["_notice"] = notice
+        self._is_hf_initialized = True  # the library is not to initialise what is not there
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__["_notice"].count += 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise _refusal()
+
+
+class _Elsewhere(torch.Tensor):
+    """In place of the weights of a remote module: where and what they are may be asked, not their values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim", "numel", "is_floating_point", "is_complex", "__repr__"):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise _refusal()
+
+
+class _Remote:
+    """What both kinds of linear placeholders have: weights that are elsewhere, of a dtype and on a device that follow `to`."""
+
+    _like: torch.Tensor
+    _shape: tuple[int, int]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """NaN that takes no memory, of the remote module's shape."""
+        expanded = self._like.expand(self._shape).as_subclass(_Elsewhere)
+        return expanded
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise _refusal()
+
+    @property
+    def bias(self) -> None:
+        """As if there were none: a tuner that changes it would change nothing."""
+        return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = fn(self._like)
+        self.__dict__["_like"] = torch.full((), torch.nan, dtype=moved.dtype, device=moved.device)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise _refusal()
+
+
+class RemoteLinear(_Remote, nn.Linear):
+    """In place of a linear module."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._is_hf_initialized = True
+        self.__dict__["_like"] = torch.full((), torch.nan, dtype=dtype, device=device)
+        self.__dict__["_shape"] = (out_features, in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, remote"
+
+
+class RemoteConv1D(_Remote, Conv1D):
+    """In place of GPT-2's linear module, whose weights are transposed."""
+
+    def __init__(self, nx: int, nf: int, dtype: torch.dtype, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.nx, self.nf = nx, nf
+        self._is_hf_initialized = True
+        self.__dict__["_like"] = torch.full((), torch.nan, dtype=dtype, device=device)
+        self.__dict__["_shape"] = (nx, nf)
+
+
+def placeholders(layers: Iterable[nn.Module], device: torch.device) -> list[nn.Module]:
+    """Bare modules for the layers of a model.
+
+    Args:
+        layers: as the library made them, on the meta device.
+        device: where a tuner is to put its parameters.
+    """
+    notice = Notice()
+    return [_bare(layer, notice, device) for layer in layers]
+
+
+def notice_of(blocks: Iterable[nn.Module]) -> Notice:
+    """That of blocks which `placeholders` made, or a copy of them."""
+    return next((block.__dict__["_notice"] for block in blocks), Notice())
+
+
+def _bare(module: nn.Module, notice: Notice, device: torch.device) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return RemoteLinear(module.in_features, module.out_features, module.weight.dtype, device)
+    if isinstance(module, Conv1D):
+        return RemoteConv1D(module.nx, module.nf, module.weight.dtype, device)
+    bare = BareModule(notice)
+    for name, child in module.named_children():
+        bare._modules[name] = _bare(child, notice, device)
+    return bare.train(module.training)
+
+
+class Injected(NamedTuple):
+    """What was put in the place of something in a block.
+
+    Attributes:
+        block: the block's number among those that were asked for.
+        path: in the block.
+    """
+
+    block: int
+    path: str
+    module: nn.Module
+
+
+def injected(blocks: Iterable[nn.Module]) -> list[Injected]:
+    """All that is neither bare nor a placeholder, as far out as possible."""
+    return [Injected(index, path, module) for index, block in enumerate(blocks) for path, module in _strangers(block, "")]
+
+
+def _strangers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, _Remote):
+        return
+    if not isinstance(module, BareModule):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _strangers(child, f"{path}.{name}" if path else name)
+
+
+def collect(modules: Iterable[Injected], first: int) -> tuple[list[Adapted], float]:
+    """What the active adapters of PEFT's layers add to remote modules, and the probability of dropout: 0 outside of training.
+
+    Args:
+        first: the number in the model of the first of the blocks that these modules are in.
+    Raises:
+        UsageError: something else than plain LoRA is active there, or adapters of different dropout are.
+    """
+    from peft.tuners.lora.layer import Linear as LoraLinear
+
+    adapted: list[Adapted] = []
+    dropouts: set[float] = set()
+    for index, path, module in modules:
+        if getattr(module, "disable_adapters", False):
+            continue
+        where = f"block {first + index}, {path}"
+        if type(module) is not LoraLinear or not isinstance(module.base_layer, _Remote):
+            raise UsageError(f"{where} is wrapped by {_name(module)}: in remote blocks only LoRA of linear modules is possible")
+        if module._forward_pre_hooks or module._forward_hooks:
+            raise UsageError(f"{where} has hooks, which would not run: remote modules take no adapter_names, and nobody sees what they do")
+        pairs = []
+        for name in module.active_adapters:
+            if name not in module.lora_A:
+                continue
+            if name in module.lora_variant:
+                raise UsageError(f"adapter {name!r} of {where} is {_name(module.lora_variant[name])}: remote blocks know plain LoRA only")
+            if module.lora_B[name].bias is not None:
+                raise UsageError(f"adapter {name!r} of {where} has a bias (lora_bias=True), which remote blocks do not know")
+            pairs.append(Pair(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]))
+            dropout = module.lora_dropout[name]
+            dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
+        if pairs:
+            adapted.append(Adapted(first + index, path, tuple(pairs)))
+    if len(dropouts) > 1:
+        raise UsageError(f"active adapters of remote blocks must have the same lora_dropout; there are {sorted(dropouts)}")
+    return adapted, dropouts.pop() if dropouts else 0.0
+
+
+def fingerprint(modules: Iterable[Injected]) -> tuple[Any, ...]:
+    """A value that changes with what `collect` gives, and is quicker to have: for each token of a session.
+
+    Not noticed is what is written into a parameter behind torch's back, through `parameter.data`.
+    """
+    marks: list[Any] = []
+    for _, _, module in modules:
+        own = module.__dict__
+        active = own.get("_active_adapter")
+        marks += (
+            own.get("_disable_adapters"),
+            active if isinstance(active, str) else tuple(active or ()),
+            *own.get("scaling", {}).values(),
+        )
+        for name in ("lora_A", "lora_B"):
+            for linear in own["_modules"].get(name, {}).values():
+                weight = linear._parameters["weight"]
+                marks += (id(weight), weight.data_ptr(), weight._version)
+    return tuple(marks)
+
+
+def _name(value: object) -> str:
+    return f"{type(value).__module__.partition('.')[0]}'s {type(value).__name__}"
+
+
+def _refusal() -> UsageError:
+    return UsageError(
+        "the weights of remote blocks are on servers: they cannot be read, changed or merged with here, nor modules be run singly"
+    )
