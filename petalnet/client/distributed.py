@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from petalnet.client.cache import SessionCache
 from petalnet.client.drafting import Drafting, current_drafting, extended
 from petalnet.client.generation import IMPLICIT_MAX_LENGTH, DistributedGeneration, longest_of, refuse_attentions
-from petalnet.client.remote import RemoteSequential
+from petalnet.client.remote import RemoteSequential, local_modules
 from petalnet.client.session import InferenceSession, as_mask, unusual_positions
 from petalnet.errors import ModelError, UsageError
 from petalnet.models.frequencies import Frequencies
@@ -257,7 +257,7 @@ def _with_draft(drafting: Drafting, model: Any, call: dict[str, Any], start: int
 
 def _is_watched(model: nn.Module) -> bool:
     """Whether somebody's hooks see more of a backbone's hidden states than the head that asks for a few of them."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return any(module._forward_hooks or module._forward_pre_hooks for module in local_modules(model))
 
 
 def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, Any]) -> InferenceSession | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from petalnet.client.distributed import distribute
+from petalnet.client.placeholders import placeholders
 from petalnet.client.remote import RemoteSequential, make_target
 from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.swarm import Swarm
@@ -94,7 +95,12 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
     num_blocks = text_config(plain).num_hidden_layers
     blocks = RemoteSequential(make_target(swarm, model_key(source), num_blocks, settings), text_config(plain).hidden_size)
     built = build(
-        library_class, source, config=plain, dtype=dtype, device=device, prepare=lambda model: _replace_layers(find_layers(model), blocks)
+        library_class,
+        source,
+        config=plain,
+        dtype=dtype,
+        device=device,
+        prepare=lambda model: _replace_layers(find_layers(model), blocks, device),
     )
     model = built.model
     for name, parameter in model.named_parameters():
@@ -109,8 +115,9 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
     return model
 
 
-def _replace_layers(layers: LayerList, blocks: RemoteSequential) -> None:
+def _replace_layers(layers: LayerList, blocks: RemoteSequential, device: torch.device) -> None:
     blocks.__dict__["template"] = layers.layers[0]
+    blocks.hold(placeholders(layers.layers, device))
     layers.replace(blocks)
 
 
