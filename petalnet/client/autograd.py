@@ -1,11 +1,13 @@
 """Forward and backward passes through remote blocks, as one operation of torch's autograd.
 
-The client keeps the hidden states at the boundaries between the servers of the forward pass; the backward pass gives each server its
-input and the gradient of its output. So a server that failed in between is replaced by others without changing the gradients.
+The client keeps the hidden states at the boundaries between the servers of the forward pass. Servers may keep the graphs of what they did;
+where one has not, or is gone, its part of the backward pass is computed anew from what went into it, there or elsewhere. Either way the
+gradients are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,55 +16,89 @@ import torch
 
 from petalnet.client import passes
 from petalnet.client.inputs import Inputs
-from petalnet.client.requests import Target, prompts_of
-from petalnet.p2p.fields import Blob
+from petalnet.client.passes import Gradients, Path, Wanted
+from petalnet.client.requests import Target
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
+
+SEEDS = 2**53
+"""As many seeds of dropout as fit a message."""
 
 
 def run(target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inputs: Inputs) -> list[torch.Tensor]:
     """A forward pass without gradients: the output, or with `inputs.all_hidden` the outputs of all blocks."""
-    inputs = replace(inputs, prompts=None if prompts is None else encode_tensor(prompts))
-    _, outputs = target.swarm.portal.run(passes.forward, target, encode_tensor(hidden), inputs)
-    if inputs.all_hidden:
-        return [boundary for output in outputs for boundary in decode_tensor(output).to(hidden.device)]
-    return [decode_tensor(outputs[-1]).to(hidden.device)]
+    passed = target.swarm.portal.run(passes.forward, target, encode_tensor(hidden), _complete(inputs, prompts))
+    if not inputs.all_hidden:
+        return [_output(passed.paths, hidden)]
+    outputs = [[boundary for output in path.outputs for boundary in decode_tensor(output)] for path in passed.paths]
+    return [_joined(boundaries, 0).to(hidden.device) for boundaries in zip(*outputs, strict=True)]
 
 
-def apply(target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inputs: Inputs) -> torch.Tensor:
-    """A forward pass whose gradients reach `hidden` and `prompts`."""
-    output: torch.Tensor = _RemoteBlocks.apply(hidden, prompts, target, inputs)
+def apply(
+    target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inputs: Inputs, lora: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A forward pass whose gradients reach `hidden`, `prompts` and `lora`.
+
+    Args:
+        lora: the numbers of `inputs.lora`, float32 [numbers], as they follow from the parameters.
+    """
+    output: torch.Tensor = _RemoteBlocks.apply(hidden, prompts, lora, target, inputs)
     return output
 
 
 class _RemoteBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, prompts: torch.Tensor | None, target: Target, inputs: Inputs) -> torch.Tensor:
-        sent = encode_tensor(hidden)
-        inputs = replace(inputs, prompts=None if prompts is None else encode_tensor(prompts))
-        ctx.hops, outputs = target.swarm.portal.run(partial(passes.forward, for_gradients=True), target, sent, inputs)
-        ctx.target, ctx.inputs = target, inputs
-        ctx.boundaries = [sent, *outputs[:-1]]
-        # What was sent may be the memory of `hidden` itself: saved, so that torch notices when somebody writes into it in between.
-        ctx.save_for_backward(hidden)
-        return decode_tensor(outputs[-1]).to(hidden.device)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, prompts: torch.Tensor | None, lora: torch.Tensor | None, target: Target, inputs: Inputs
+    ) -> torch.Tensor:
+        sent, inputs = encode_tensor(hidden), _complete(inputs, prompts)
+        passed = target.swarm.portal.run(partial(passes.forward, for_gradients=True), target, sent, inputs)
+        output = _output(passed.paths, hidden)
+        for path in passed.paths:
+            path.outputs.clear()
+        ctx.target, ctx.passed, ctx.numbers = target, passed, inputs.lora
+        # What was sent may be the memory of these tensors: saved, so that torch notices when somebody writes into it in between.
+        ctx.save_for_backward(hidden, prompts)
+        ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        (hidden,) = ctx.saved_tensors
-        target: Target = ctx.target
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grad_output is None:  # nobody has used the output
+            return None, None, None, None, None
+        hidden, prompts = ctx.saved_tensors
+        wanted = Wanted(*ctx.needs_input_grad[:3])
         gradient = encode_tensor(grad_output.to(hidden.dtype))
-        prompt_gradients: list[torch.Tensor] = []
-        for hop, entered in zip(reversed(ctx.hops), reversed(ctx.boundaries), strict=True):
-            part = replace(target, first=hop.first, end=hop.end)
-            inputs = replace(ctx.inputs, prompts=prompts_of(ctx.inputs.prompts, target, hop))
-            gradient, prompt_gradient = _backward(part, entered, gradient, inputs)
-            if prompt_gradient is not None:
-                prompt_gradients.append(decode_tensor(prompt_gradient))
-        grad_hidden = decode_tensor(gradient).to(hidden.device)
-        grad_prompts = torch.cat(prompt_gradients[::-1]).to(hidden.device) if prompt_gradients else None
-        return grad_hidden, grad_prompts, None, None
+        gradients = ctx.target.swarm.portal.run(passes.backward, ctx.target, ctx.passed, gradient, wanted)
+        grad_hidden = _joined([decode_tensor(own.hidden) for own in gradients], 0).to(hidden.device) if wanted.hidden else None
+        grad_prompts = grad_lora = None
+        if wanted.prompts:
+            of_rows = [torch.cat([decode_tensor(part) for part in own.prompts]) for own in gradients]
+            grad_prompts = _joined(of_rows, 1).to(prompts.device)
+        if wanted.lora:
+            grad_lora = _grad_lora(ctx.numbers, gradients)
+        return grad_hidden, grad_prompts, grad_lora, None, None
 
 
-def _backward(target: Target, entered: Blob, gradient: Blob, inputs: Inputs) -> tuple[Blob, Blob | None]:
-    return target.swarm.portal.run(passes.backward, target, entered, gradient, inputs)
+def _complete(inputs: Inputs, prompts: torch.Tensor | None) -> Inputs:
+    """With prompts, and with what decides what dropout leaves out: torch's own random numbers, so that a pass that is run again under
+    `torch.utils.checkpoint` leaves out the same."""
+    seed = int(torch.randint(SEEDS, ())) if inputs.lora is not None and inputs.lora.dropout else inputs.seed
+    return replace(inputs, prompts=None if prompts is None else encode_tensor(prompts), seed=seed)
+
+
+def _output(paths: Sequence[Path], hidden: torch.Tensor) -> torch.Tensor:
+    return _joined([decode_tensor(path.outputs[-1]) for path in paths], 0).to(hidden.device)
+
+
+def _joined(tensors: Sequence[torch.Tensor], dimension: int) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dimension)
+
+
+def _grad_lora(lora: Any, gradients: Sequence[Gradients]) -> torch.Tensor:
+    """float32 [numbers]: the sum of what all micro-batches say."""
+    total = torch.zeros_like(lora.weights)
+    for own in gradients:
+        for first, end, numbers in own.lora:
+            total[lora.numbers(first, end)] += decode_tensor(numbers)
+    return total

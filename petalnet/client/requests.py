@@ -148,6 +148,11 @@ async def ask(stream: Stream, request: Message, expected: type[Answer]) -> Answe
     Raises: the error that was answered; PeerLost, ProtocolError.
     """
     await stream.send(request)
+    return await receive_answer(stream, expected)
+
+
+async def receive_answer(stream: Stream, expected: type[Answer]) -> Answer:
+    """The next answer on a stream, which is of the expected type. Raises: as `ask`."""
     answer = await stream.receive()
     if type(answer) is expected:
         return answer

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from petalnet.client.lora_uploads import LoraUploads
 from petalnet.client.kept_graphs import KeptGraphs
+from petalnet.client.lora_uploads import LoraUploads
 from petalnet.client.observing import Observing
 from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.prefix import SentNames

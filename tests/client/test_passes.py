@@ -10,8 +10,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from petalnet.client import passes
+from petalnet.client import pass_requests, passes
 from petalnet.client.inputs import Inputs
+from petalnet.client.kept_graphs import KeptGraphs
+from petalnet.client.lora_uploads import LoraUploads
+from petalnet.client.micro_batches import MicroBatch
+from petalnet.client.passes import Part, Passed, Path, Wanted
 from petalnet.client.requests import Target
 from petalnet.client.settings import ClientSettings
 from petalnet.client.streams import IdleStreams
@@ -33,7 +37,7 @@ async def works(server: Server, request: Forward | Backward) -> Message:
     """Adds one for each block to every byte, so that what comes out tells which blocks it went through."""
     data = bytes((byte + request.end - request.first) % 256 for byte in bytes(request.hidden.data))
     output = Blob(request.hidden.dtype, request.hidden.shape, "raw", data)
-    return ForwardDone(output) if isinstance(request, Forward) else BackwardDone(request.grad_output)
+    return ForwardDone(output) if isinstance(request, Forward) else BackwardDone(grad_hidden=request.grad_output)
 
 
 async def hangs(server: Server, request: Forward | Backward) -> Message:
@@ -106,7 +110,12 @@ class Membership:
         self.failed: set[str] = set()
         self.late: set[str] = set()
         self.idle_streams = IdleStreams()
+        self.kept_graphs = KeptGraphs(self.tell)
+        self.lora_uploads = LoraUploads()
         self.host = SimpleNamespace(ping=self.ping, round_trip_s=lambda peer_id: 0.01, bytes_s=lambda peer_id: None)
+
+    async def tell(self, peer_id: str, message: Message) -> None:
+        raise AssertionError("nothing is kept")
 
     async def ping(self, peer_id: str, timeout_s: float) -> float:
         if next(server for server in self.servers if server.peer_id == peer_id).answers_pings:
@@ -147,8 +156,9 @@ def swarm(monkeypatch: pytest.MonkeyPatch, *servers: Server, **settings: Any) ->
     async def open_stream(target: Target, hop: Hop, protocol: Any) -> FakeStream:
         return FakeStream(next(server for server in servers if server.peer_id == hop.peer_id))
 
-    monkeypatch.setattr(passes, "open_stream", open_stream)
-    target = Target(swarm=SimpleNamespace(membership=membership), model="m", first=0, end=8, settings=ClientSettings(**settings))  # type: ignore[arg-type]
+    monkeypatch.setattr(pass_requests, "open_stream", open_stream)
+    swarm = SimpleNamespace(membership=membership, portal=None)
+    target = Target(swarm=swarm, model="m", first=0, end=8, settings=ClientSettings(**settings))  # type: ignore[arg-type]
     return target, membership
 
 
@@ -157,9 +167,9 @@ HIDDEN = Blob("float32", (1, 2, 1), "raw", bytes(8))
 
 async def forward(target: Target) -> list[str]:
     """The servers that did it, in order; what came out has gone through all blocks, once."""
-    hops, outputs = await passes.forward(target, HIDDEN, Inputs())
-    assert bytes(outputs[-1].data) == bytes([target.end - target.first]) * 8
-    return [hop.peer_id for hop in hops]
+    (path,) = (await passes.forward(target, HIDDEN, Inputs())).paths
+    assert bytes(path.outputs[-1].data) == bytes([target.end - target.first]) * 8
+    return [part.hop.peer_id for part in path.parts]
 
 
 async def test_a_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
@@ -167,10 +177,10 @@ async def test_a_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch, 
     began = trio.current_time()
     assert await forward(target) == ["a", "c"]
     assert trio.current_time() - began < 10 and membership.marks == [("late", "b")] and membership.worked == ["a", "c"]
-    hops, _ = await passes.forward(target, HIDDEN, Inputs())
     target, membership = swarm(monkeypatch, Server("b", 0, 8, hangs), Server("c", 0, 8))
-    gradient, _ = await passes.backward(target, HIDDEN, HIDDEN, Inputs())
-    assert gradient == HIDDEN and membership.marks == [("late", "b")]
+    passed = Passed([Path(MicroBatch(0, 1, HIDDEN, Inputs()), [Part(Hop("b", (), 0, 8), HIDDEN)], [])], membership.kept_graphs)
+    (gradients,) = await passes.backward(target, passed, HIDDEN, Wanted())
+    assert gradients.hidden == HIDDEN and membership.marks == [("late", "b")]
 
 
 async def test_a_server_that_computes_is_waited_for(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
