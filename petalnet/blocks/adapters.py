@@ -19,7 +19,6 @@ from blake3 import blake3
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from petalnet.blocks.hooks import Hook
 from petalnet.p2p.pass_messages import PutLora
 from petalnet.p2p.tensors import decode_tensor
 
@@ -171,12 +170,13 @@ def apply_adapters(
                 for adapter in share.adapters
                 if path in adapter.blocks.get(number, ())
             ]
-            hook: Hook = _Hook(added, *size, number, path)
+            hook = _Hook(added, *size, number, path)
             handles.append(block.get_submodule(path).register_forward_hook(hook))
     return handles
 
 
-class _Hook(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class _Hook:
     """Adds to a layer's output."""
 
     added: list[tuple[slice | torch.Tensor | None, LoraWeights, Dropout | None]]

@@ -236,8 +236,9 @@ class Runner:
 
     def _owner(self, session: Session) -> str:
         """Who may find what the session names. A page has entries in those blocks only that its session goes through, and outputs only if
-        that pushes."""
-        return f"{'' if self._share_prefixes else session.peer_id} {session.first}:{session.end}{' pushed' * session.pushes}"
+        that pushes; what an adapter has changed is of no use without it."""
+        whose = "" if self._share_prefixes else session.peer_id
+        return f"{whose} {session.first}:{session.end}{' pushed' * session.pushes} {session.adapted}"
 
 
 def _on_host(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

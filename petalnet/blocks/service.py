@@ -7,12 +7,14 @@ any. A request that is wrong gets a typed error and harms nobody else; the strea
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.checks import Checks, Limits
 from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.engine import Engine, Result
@@ -20,6 +22,7 @@ from petalnet.blocks.hop import WATCHED_TOKENS, Hop
 from petalnet.blocks.kept import KeptOutputs
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.links import LINK_TIMEOUT_S, IncomingLinks, LinkCounts, LinkKey, OpenStream
+from petalnet.blocks.lora_store import LoraStore, adapted, adapters_of
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.requests import SLOW_S, Held
@@ -32,7 +35,7 @@ from petalnet.blocks.work import BackwardWork, ForwardWork
 from petalnet.errors import BusyError, CallerError, MovedError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import CODECS, Message
 from petalnet.p2p.messages import Error
-from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
+from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone, PutLora
 from petalnet.p2p.session_messages import Draining, OpenLink, OpenSession, SessionOpened
 
 if TYPE_CHECKING:
@@ -74,6 +77,8 @@ class BlockService:
         sessions: the open sessions.
         open_link, link_counts: how streams to other servers are opened, and what went over them.
         incoming_links: finds the sessions that other servers bring steps for.
+        adapters: LoRA adapters that peers may name, by the labels that the server announces.
+        loras: LoRA parameters that peers have put here.
         read_ahead: what was read of sessions' streams while their requests were slow.
         recovery: what sessions that have lost a server did here.
         draining: set by `drain`: open sessions go on, new work is refused as *busy*.
@@ -89,6 +94,7 @@ class BlockService:
         share_prefixes: bool = False,
         limits: Limits | None = None,
         open_link: OpenStream | None = None,
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
     ) -> None:
         """Takes the memory for KV entries; blocks for as long as that takes.
 
@@ -98,6 +104,7 @@ class BlockService:
             rates: how fast the span is, as far as that is known.
             share_prefixes: whether a session may begin with what another peer's sessions have computed.
             open_link: from another server's id to a stream for steps to it; without it, outputs go to clients only.
+            adapters: for the span's blocks, on its device.
         Raises:
             MemoryError, torch.OutOfMemoryError: there is no memory for so many positions.
         """
@@ -119,6 +126,8 @@ class BlockService:
         self._share_prefixes = share_prefixes
         self.checks = Checks(span, self.limits)
         self.dtype = str(span.dtype).removeprefix("torch.")
+        self.adapters = adapters
+        self.loras = LoraStore()
         self.open_link = open_link
         self.link_counts = LinkCounts()
         self.incoming_links = IncomingLinks()
@@ -190,6 +199,7 @@ class BlockService:
             },
             "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
             "kept_outputs_bytes": self._kept.bytes,
+            "loras": {"versions": len(self.loras), "bytes": self.loras.nbytes},
             "links": asdict(self.link_counts),
             "recovery": asdict(self.recovery),
             "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
@@ -272,7 +282,14 @@ class BlockService:
         if request.promise_rows:
             self.checks.rows(request.promise_rows)
         session = self.sessions.open(
-            stream.peer_id, request.first, request.end, request.max_length, pushes=bool(request.pushes_to), network=stream.network
+            stream.peer_id,
+            request.first,
+            request.end,
+            request.max_length,
+            pushes=bool(request.pushes_to),
+            network=stream.network,
+            adapters=adapters_of(request, stream.peer_id, self.adapters, self.loras),
+            adapted=adapted(request, stream.peer_id),
         )
         try:
             if request.promise_rows:
@@ -304,6 +321,9 @@ class BlockService:
         return None
 
     async def _run_pass(self, stream: Stream, request: Message) -> Message | None:
+        if isinstance(request, PutLora):
+            self._check_model(request.model)
+            return await self.loras.take(stream.peer_id, request, self.span.linear_shapes, self.span.device)
         if isinstance(request, (Forward, Backward)):
             self._check_model(request.model)
         checked = self.checks.stateless(request, stream.protocol.limits.payload)

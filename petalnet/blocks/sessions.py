@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
+from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.promises import SHORTEST_WAIT_S, NoRoom, Promise, Promises
 from petalnet.blocks.span import Span
@@ -31,6 +32,8 @@ class Session:
         promise: the pages that are set aside for it.
         pushes: whether it was opened to send its outputs to another server; then they are kept.
         kv: the page tables of its rows; of the compute thread.
+        adapters: LoRA that is applied to all of its tokens.
+        adapted: what stands for these, among this server's and this peer's; "" where there are none.
         names: for each row the names of its units, as far as all from the first on are named; of the compute thread.
         ordered: the last step that has put its rows into another order, by its number; -1 for none; of the compute thread.
         begun: whether there was a first step, or an attempt to attach it to what is known.
@@ -47,6 +50,8 @@ class Session:
     promise: Promise
     kv: Rows
     pushes: bool = False
+    adapters: tuple[Adapter, ...] = ()
+    adapted: str = ""
     names: list[list[bytes]] = field(default_factory=list)
     ordered: int = -1
     begun: bool = False
@@ -113,12 +118,24 @@ class SessionManager:
         """Positions that no session has been promised."""
         return self._promises.free * self._pool.page_tokens
 
-    def open(self, peer_id: str, first: int, end: int, max_length: int, *, pushes: bool = False, network: str = "") -> Session:
+    def open(
+        self,
+        peer_id: str,
+        first: int,
+        end: int,
+        max_length: int,
+        *,
+        pushes: bool = False,
+        network: str = "",
+        adapters: tuple[Adapter, ...] = (),
+        adapted: str = "",
+    ) -> Session:
         """A new session; nothing is promised to it yet.
 
         Args:
             pushes: whether its outputs go to another server.
             network: from which the peer is connected, by which it counts as well; "" where that is not known.
+            adapters, adapted: see `Session`.
         Raises:
             MovedError: the blocks are not served here.
             CallerError: they are none, or the model knows no sessions of that length.
@@ -136,7 +153,8 @@ class SessionManager:
             soon = self._give_up_idle(lambda gone: len(gone) >= 1)
             wait_s = SHORTEST_WAIT_S if soon else self._promises.next_end_s(self._clock())
             raise BusyError(f"all {self.max_sessions} sessions are taken", wait_s, self.free_tokens)
-        session = Session(peer_id, first, end, max_length, Promise(peer_id, network), Rows(self._pool, max_length), pushes)
+        rows = Rows(self._pool, max_length)
+        session = Session(peer_id, first, end, max_length, Promise(peer_id, network), rows, pushes, adapters, adapted)
         self._sessions[session] = None
         return session
 

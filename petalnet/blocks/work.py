@@ -113,6 +113,7 @@ class StepWork:
             prompts=arrays.prompts,
             all_hidden=self.request.all_hidden,
             position_end=None if whole and not self.request.reach else self.position_end,
+            adapters=self.session.adapters,
         )
 
     def wanted(self, start: int, end: int, outputs: list[torch.Tensor]) -> torch.Tensor | None:
