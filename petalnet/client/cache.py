@@ -1,7 +1,8 @@
 """A session in the form in which `transformers` hands KV caches around.
 
 The library asks a cache for its length, crops it (assisted decoding), and reorders its rows (beams); the keys and values themselves are
-on servers, so the one layer here holds none.
+on servers, so the one layer here holds none. `generate` deals in tokens and sees no trained prompts in front of them; a backbone's
+`forward`, which computes positions, is to see them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class SessionLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, session: InferenceSession) -> None:
+    def __init__(self, session: InferenceSession, *, with_prompts: bool) -> None:
         super().__init__()
         self.session = session
         self.is_initialized = True
+        self._with_prompts = with_prompts
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         return
@@ -33,10 +35,10 @@ class SessionLayer(CacheLayerMixin):
         raise RuntimeError("the keys and values of this cache are on servers; a local layer cannot add to them")
 
     def get_seq_length(self) -> int:
-        return self.session.position
+        return self.session.position if self._with_prompts else self.session.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.session.position + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -73,8 +75,12 @@ class SessionCache(Cache):
         session: where the keys and values are.
     """
 
-    def __init__(self, session: InferenceSession) -> None:
-        super().__init__(layers=[SessionLayer(session)])
+    def __init__(self, session: InferenceSession, *, with_prompts: bool = False) -> None:
+        """
+        Args:
+            with_prompts: whether its length counts trained prompts.
+        """
+        super().__init__(layers=[SessionLayer(session, with_prompts=with_prompts)])
         self.session = session
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionCache:

@@ -24,6 +24,7 @@ from petalnet.client.drafting import Drafting, current_drafting, extended
 from petalnet.client.generation import IMPLICIT_MAX_LENGTH, DistributedGeneration, longest_of, refuse_attentions
 from petalnet.client.remote import RemoteSequential, local_modules
 from petalnet.client.session import InferenceSession, as_mask, unusual_positions
+from petalnet.client.tuning import backbone_of, prompt_length, put_before, without
 from petalnet.errors import ModelError, UsageError
 from petalnet.models.frequencies import Frequencies
 
@@ -63,15 +64,23 @@ class DistributedModel(DistributedGeneration):
         """The list of remote blocks; None in a model that was not loaded by `from_pretrained`."""
         return next((module for module in self.modules() if isinstance(module, RemoteSequential)), None)  # type: ignore[attr-defined]
 
+    @property
+    def prompt_length(self) -> int:
+        """KV entries that trained prompts take before each row's tokens; 0 where there are none."""
+        return prompt_length(backbone_of(self))
+
     def inference_session(self, *, max_length: int) -> InferenceSession:
         """A KV cache on the servers, for several calls of `generate`; see `InferenceSession`.
 
         Args:
-            max_length: the most tokens of a row, all calls together.
+            max_length: the most KV entries of a row, all calls together: its tokens, and trained prompts where the model has them.
         """
         blocks = self.remote_blocks
         if blocks is None:
             raise ValueError("this model has no remote blocks: load it with from_pretrained")
+        prompts = self.prompt_length
+        if prompts and isinstance(max_length, int) and max_length <= prompts:
+            raise ValueError(f"a max_length of {max_length} KV entries leaves no room for tokens after the {prompts} trained prompts")
         return blocks.inference_session(max_length=max_length)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -185,10 +194,12 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     (check_embeds if ids is None else check_ids)(given, model.get_input_embeddings())
     rows, new = given.shape[:2]
     session = _session_of(model, blocks, call)
-    if session is not None and session.position + new >= session.trace.input_entries:
-        session.trace.token_begins(time.perf_counter())
-    mask, position_ids = call.get("attention_mask"), call.get("position_ids")
-    start = 0 if session is None else session.position
+    mask = call.get("attention_mask")
+    start = 0 if session is None else session.tokens
+    if session is not None:
+        entries = (session.position or prompt_length(model)) + new
+        if entries >= session.trace.input_entries:
+            session.trace.token_begins(time.perf_counter())
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise ValueError("attention_mask must be a tensor of the shape [rows, length]")
@@ -208,32 +219,44 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
         drafting = None
     if drafting is not None:
         drafted, call = _with_draft(drafting, model, call, start)
-        if drafted:
-            mask, position_ids, kept = call.get("attention_mask"), call.get("position_ids"), 0
+        kept = 0 if drafted else kept
         drafting.step_begins()
+    cache = None if session is None else call.get("past_key_values") or session.cache
+    prompted = put_before(model, {**call, "past_key_values": cache}, session)
+    call, added = prompted.call, prompted.added
+    mask, position_ids = call.get("attention_mask"), call.get("position_ids")
+    if added and not all_hidden and not kept and not _is_watched(model):
+        kept = new  # nobody asks for what comes of the prompts
 
     def run(hidden: torch.Tensor) -> list[torch.Tensor]:
         if session is not None:
-            outputs = session.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden, keep=kept)
+            outputs = session.run(
+                hidden,
+                mask=mask,
+                position_ids=position_ids,
+                prompts=prompted.deep,
+                all_hidden=all_hidden,
+                keep=kept,
+                prompt_entries=added,
+            )
             if drafted:  # now: what the library does with them may fail
                 session.set_aside(len(drafted))
             return outputs
-        return blocks.run(hidden, mask=mask, position_ids=position_ids, all_hidden=all_hidden)
+        return blocks.run(hidden, mask=mask, position_ids=position_ids, prompts=prompted.deep, all_hidden=all_hidden)
 
-    call.update(
-        past_key_values=None if session is None else call.get("past_key_values") or session.cache,
-        use_cache=session is not None,
-        output_hidden_states=False,
-        return_dict=True,
-    )
+    call.update(use_cache=session is not None, output_hidden_states=False, return_dict=True)
     with blocks.as_one_layer(run) as opened:
         outputs = library_forward(model, **call)
+    outputs.last_hidden_state = without(added, outputs.last_hidden_state)
+    if cache is not None:
+        outputs.past_key_values = cache
     if drafting is not None:
         outputs = drafting.step_ends(outputs, drafted, start)
     if session is not None and ids is not None:
         session.note_tokens(ids, start)
     if all_hidden:
-        outputs.hidden_states = _boundaries(opened.outputs, outputs.last_hidden_state, wanted, config)
+        boundaries = [without(added, boundary) for boundary in opened.outputs]
+        outputs.hidden_states = _boundaries(boundaries, outputs.last_hidden_state, wanted, config)
     return outputs if return_dict else outputs.to_tuple()
 
 
@@ -263,7 +286,8 @@ def _is_watched(model: nn.Module) -> bool:
 def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, Any]) -> InferenceSession | None:
     """The session in which a call of `forward` runs: that of its cache, the one that is open around it, or one of its own.
 
-    A call that needs gradients has none unless it was given one.
+    A call that needs gradients has none unless it was given one; nor has one of a model in training, with or without trainable parameters
+    in its backbone.
     """
     cache = call.get("past_key_values")
     if isinstance(cache, SessionCache):
@@ -272,7 +296,7 @@ def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, A
         raise ValueError(
             "past_key_values must be what this model returned, since its KV cache lies on servers: use forward(use_cache=True) or a session"
         )
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+    if torch.is_grad_enabled() and (model.training or any(parameter.requires_grad for parameter in model.parameters())):
         return None
     ambient = blocks.active_session()
     if ambient is not None or not call.get("use_cache"):

@@ -32,7 +32,7 @@ class Drafting:
     """The drafts of one answer.
 
     Attributes:
-        session: whose position counts what the library has asked for, without guesses that it has not come to.
+        session: whose `tokens` count what the library has asked for, without guesses that it has not come to.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Drafting:
         Args:
             policy: what decides; it learns.
             ids: all of the row so far; numbers below 0 for what is not known.
-            last_entry: the most KV entries that the row may have in the end.
+            last_entry: the most KV entries that the row's tokens may take in the end.
             ends: ids after which nothing is computed.
             frequencies: of the model's rotary embeddings: a guess must not give the token that it is sent along with other ones.
         """
@@ -57,7 +57,7 @@ class Drafting:
         self._policy = policy
         self._lookup = session.lookup
         self._lookup.set(ids)
-        self._last_entry = min(last_entry, session.max_length)
+        self._last_entry = last_entry
         self._ends = frozenset(ends)
         self._frequencies = frequencies
         self._clock = clock
@@ -87,7 +87,7 @@ class Drafting:
         if self._held[place] != token or call.get("output_hidden_states"):
             return None
         session.trace.token_begins(self._clock())
-        start = session.position
+        start = session.tokens
         self._learn(token, start)
         session.confirm()
         session.note_tokens(ids, start)
@@ -104,12 +104,14 @@ class Drafting:
     # ---- a token that takes a step
 
     def draft(self, token: int, start: int, vocabulary: int | None) -> list[int]:
-        """Guesses to send along with the token whose KV entry is `start`; may be none. What the last step held is dropped."""
+        """Guesses to send along with token `start` of the row; may be none. What the last step held is dropped."""
         self._settle()
         self._learn(token, start)
         lookup = self._lookup
-        alike = self._frequencies.room(start + 1)
-        room = min(self._last_entry - start - 1, MOST_DRAFTED if alike is None else alike)
+        prompts = self.session.prompt_entries
+        alike = self._frequencies.room(prompts + start + 1)
+        last = min(self._last_entry, self.session.max_length - prompts)
+        room = min(last - start - 1, MOST_DRAFTED if alike is None else alike)
         if start == 0 or len(lookup) != start + 1 or lookup.last != token:
             return []
         drafted = lookup.draft(self._policy.choose(lookup.length, min(room, MOST_DRAFTED)))

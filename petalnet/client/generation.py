@@ -5,7 +5,7 @@ about a session that goes on. It is given all ids and masks so far, for the logi
 cache has. It gives them back; the caller gets only the new inputs and the new tokens.
 
 Entries: n new tokens take n - 1 entries beside those of the inputs, since the last token is only returned. It is computed first when the
-session goes on.
+session goes on. Trained prompts take entries before the first token (`prompt_length`), of which the library is not told.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class DistributedGeneration:
     config: Any
     remote_blocks: Any
     generation_config: Any
+    prompt_length: Any
 
     def generate(
         self,
@@ -95,13 +96,14 @@ class DistributedGeneration:
         plan = _Plan(self, inputs, generation_config, kwargs)
         if session is not None:
             session.require_open()
-            if has_all and plan.input_length < session.position:
+            if has_all and plan.input_length < session.tokens:
                 raise ValueError(
                     f"with past_key_values the inputs are all tokens so far: {plan.input_length} were given, and its cache holds "
-                    f"{session.position}; to give only new ones, pass session="
+                    f"{session.tokens}; to give only new ones, pass session="
                 )
             return self._generate_in(session, plan, generation_config, args, kwargs, has_all=has_all)
-        session = InferenceSession(blocks, max(plan.total_length(0) - 1, 1), promise_rows=plan.rows * plan.copies)
+        entries = self.prompt_length + max(plan.total_length(0) - 1, 1)
+        session = InferenceSession(blocks, entries, promise_rows=plan.rows * plan.copies)
         try:
             return self._generate_in(session, plan, generation_config, args, kwargs)
         finally:
@@ -117,7 +119,7 @@ class DistributedGeneration:
         the cache from call to call. The session ends when the library forgets that."""
         cache = kwargs.pop("past_key_values", None)
         if cache is None:
-            longest = inputs.shape[1] + IMPLICIT_MAX_LENGTH
+            longest = self.prompt_length + inputs.shape[1] + IMPLICIT_MAX_LENGTH
             cache = self.remote_blocks.inference_session(max_length=min(longest, longest_of(self.config) or longest)).cache
         kwargs["use_cache"] = True
         with self.remote_blocks.no_active_session():
@@ -128,7 +130,7 @@ class DistributedGeneration:
         generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         cache = kwargs["model_kwargs"].get("past_key_values")
         if isinstance(cache, SessionCache):
-            propose, longest = generator.get_candidates, cache.session.max_length
+            propose, longest = generator.get_candidates, cache.session.max_length - self._prompt_entries(cache.session)
 
             def get_candidates(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
                 ids, logits = propose(*args, **kwargs)
@@ -164,6 +166,11 @@ class DistributedGeneration:
             generation_config.cache_implementation = None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
+    def _prompt_entries(self, session: InferenceSession) -> int:
+        """KV entries that trained prompts take in a session, or will take once it begins."""
+        entries: int = session.prompt_entries if session.position else self.prompt_length
+        return entries
+
     def _named_session(self, session: InferenceSession | None, cache: Any) -> InferenceSession | None:
         if cache is None:
             return session
@@ -193,11 +200,14 @@ class DistributedGeneration:
             kwargs["attention_mask"] = plan.whole_mask(session, before)
             inputs = before if inputs is None else torch.cat([before, inputs], dim=1)
         total = plan.total_length(length_before)
-        if total - 1 > session.max_length:
+        prompts = self._prompt_entries(session)
+        if prompts + total - 1 > session.max_length:
+            with_prompts = f" after {prompts} trained prompts" if prompts else ""
             raise ValueError(
-                f"an answer of {total} tokens takes {total - 1} KV entries, more than the session's max_length of {session.max_length}"
+                f"an answer of {total} tokens{with_prompts} takes {prompts + total - 1} KV entries, more than the session's max_length of "
+                f"{session.max_length}"
             )
-        if inputs is not None and inputs.shape[1] == session.position > 0:
+        if inputs is not None and inputs.shape[1] == session.tokens > 0:
             session.position -= 1  # its last token's logits are needed again
         if session.position and plan.copies > 1:
             session.reorder(torch.arange(session.rows or 1).repeat_interleave(plan.copies))
@@ -215,7 +225,7 @@ class DistributedGeneration:
                 tracing(self, session, show_route=shows_route) as trace,
                 drafting_with(drafting, self.remote_blocks),
             ):
-                trace.input_entries = length
+                trace.input_entries = prompts + length
                 result = super().generate(inputs, generation_config, *args, past_key_values=session.cache, **kwargs)  # type: ignore[misc]
                 sequences = result.sequences if isinstance(result, ModelOutput) else result
                 trace.rows, trace.tokens = sequences.shape[0], sequences.shape[1] - (0 if inputs is None and plan.has_embeds else length)
@@ -224,11 +234,11 @@ class DistributedGeneration:
             raise
         except Exception:  # the library's, a processor's or ours: it goes on, and the session is what it was before
             if not session.closed:
-                _take_back(session, plan.copies, length, before)
+                _take_back(session, plan.copies, prompts + length, before)
             raise
         if plan.beams > 1 and not session.closed:
             # The winners' keys and values are scattered over the rows, or gone. Back to what all beams of an answer have in common.
-            session.position = min(session.position, length)
+            session.position = min(session.position, prompts + length)
             session.reorder(torch.arange(len(sequences)) // plan.returned * plan.beams)
         if not plan.has_embeds:
             session.note_tokens(sequences, 0)
@@ -318,10 +328,10 @@ class _TailStreamer:
         self._streamer.end()
 
 
-def _take_back(session: InferenceSession, copies: int, length: int, before: torch.Tensor | None) -> None:
-    """Of an answer that failed keep what leaves the rows that there were: all of it, or the `length` inputs where each row had copies."""
+def _take_back(session: InferenceSession, copies: int, entries: int, before: torch.Tensor | None) -> None:
+    """Of an answer that failed keep what leaves the rows that there were: all of it, or the inputs' entries where each row had copies."""
     if copies > 1:
-        session.position = min(session.position, length)
+        session.position = min(session.position, entries)
         if session.position:
             session.reorder(torch.arange(0, session.rows or copies, copies))
     known = session.known_tokens(0)

@@ -14,6 +14,7 @@ from petalnet.client.placeholders import placeholders
 from petalnet.client.remote import RemoteSequential, make_target
 from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.swarm import Swarm
+from petalnet.client.tuning import add_prompts, backbone_of
 from petalnet.config import resolve_access, resolve_initial_peers
 from petalnet.errors import ModelError
 from petalnet.models.checkpoint import ModelSource
@@ -108,6 +109,8 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
     if built.missing:
         logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(built.missing)))
     distribute(model)
+    if settings.tuning_mode is not None:
+        add_prompts(backbone_of(model), settings.tuning_mode, settings.pre_seq_len, num_blocks, blocks.hidden_size)
     if model.can_generate():
         model.generation_config = _generation_config(source, origin, model.generation_config)
     carry(plain, settings, name_or_path)

@@ -42,6 +42,7 @@ class InferenceSession:
 
     Attributes:
         max_length: the most KV entries that a row may take.
+        prompt_entries: KV entries before each row's first token that a model's trained prompts take; 0 until they are there.
         drafted, accepted: tokens that were guessed and computed along with others so far, and those of them that were right.
     """
 
@@ -53,7 +54,7 @@ class InferenceSession:
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"max_length needs a number of tokens above 0; got {max_length!r}")
         self.max_length = max_length
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.prompt_entries = 0
         self._rows: int | None = None  # as the servers hold them
         self._blocks = blocks
         self._position = 0
@@ -83,19 +84,30 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """KV entries of each row so far. May be set back: what comes after is forgotten; at 0 also how many rows there were."""
+        """KV entries of each row so far, trained prompts included.
+
+        May be set back, though not into the midst of the prompts: what comes after is forgotten; at 0 also how many rows there were.
+        """
         return self._position
 
     @position.setter
     def position(self, position: int) -> None:
         if not 0 <= position <= self._position:
             raise ValueError(f"position can be set back to 0 … {self._position}; got {position}")
+        if 0 < position < self.prompt_entries:
+            raise ValueError(f"position cannot be {position}: the first {self.prompt_entries} entries are the model's trained prompts")
         if position < self._position:
             self._ahead = None
             self._position = position
             self._mask = None if self._mask is None or not position else self._mask[:, :position]
-            self._set_tokens([tokens[:, :position] for tokens in self._joined_tokens()] if position else [])
+            self.prompt_entries = self.prompt_entries if position else 0
+            self._set_tokens([ids[:, : self.tokens] for ids in self._joined_tokens()] if position else [])
             self._prefixes = [prefix.cut(position) for prefix in self._prefixes]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each row so far: `position` without trained prompts."""
+        return self._position - self.prompt_entries
 
     @property
     def ahead(self) -> int:
@@ -191,6 +203,7 @@ class InferenceSession:
         prompts: torch.Tensor | None = None,
         all_hidden: bool = False,
         keep: int = 0,
+        prompt_entries: int = 0,
     ) -> list[torch.Tensor]:
         """`step` with all that a model's `forward` knows.
 
@@ -199,6 +212,7 @@ class InferenceSession:
             position_ids: [rows or 1, new]; None for position … position + new - 1.
             all_hidden: return the output of every block, first to last, not only of the last.
             keep: only the outputs of the last `keep` tokens matter, the others may be zeros; 0 where all matter.
+            prompt_entries: how many of these, from the first on, are no tokens but trained prompts; only where position is 0.
         """
         with self._lock:
             self.require_open()
@@ -209,23 +223,23 @@ class InferenceSession:
             if position and rows != self.rows:
                 raise ValueError(f"the session holds {self.rows} rows and was given {rows}")
             if position + new > self.max_length:
-                raise ValueError(
-                    f"{position + new} KV entries ({position} so far, {new} new) exceed the session's max_length of {self.max_length}"
-                )
+                what = f"{position} so far, {new} new{f', {prompt_entries} of them trained prompts' if prompt_entries else ''}"
+                raise ValueError(f"{position + new} KV entries ({what}) exceed the session's max_length of {self.max_length}")
             full_mask = self._full_mask(mask, rows, new)
             positions = unusual_positions(position_ids, position, rows, new)
             prompts = None if prompts is None else blocks.check_prompts(prompts, hidden_states)
             if prompts is not None and not bool(prompts.isfinite().all()):
                 raise ValueError("prompts must be finite numbers: servers take others for the fault of the one that brought them")
             alike = None
-            if rows > 1 and new and not position and prompts is None:
-                alike = alike_rows([tensor for tensor in (hidden_states, full_mask, positions) if tensor is not None])
+            if rows > 1 and new and not position:
+                by_row = None if prompts is None else prompts.transpose(0, 1)
+                alike = alike_rows([tensor for tensor in (hidden_states, full_mask, positions, by_row) if tensor is not None])
             sent = encode_tensor(_some_rows(hidden_states, alike))
             prefixes = self._extended_prefixes(sent, usual=full_mask is None and positions is None and prompts is None)
             inputs = Inputs(
                 mask=None if full_mask is None else encode_tensor(_some_rows(full_mask, alike)),
                 position_ids=None if positions is None else encode_tensor(_some_rows(positions, alike)),
-                prompts=None if prompts is None else encode_tensor(prompts),
+                prompts=None if prompts is None else encode_tensor(prompts if alike is None else prompts[:, alike[0]]),
                 all_hidden=all_hidden,
                 keep=keep if keep < new and not all_hidden else 0,
                 promise_rows=0 if alike is None else rows,
@@ -240,6 +254,7 @@ class InferenceSession:
                 raise
             self._rows, self._order, self._mask, self._position = sent.shape[0], None, full_mask, position + new
             self._prefixes = prefixes
+            self.prompt_entries = self.prompt_entries if position else prompt_entries
             answers = [decode_tensor(output) for output in outputs]
             if not hidden_states.is_cpu:
                 answers = [answer.to(hidden_states.device) for answer in answers]
@@ -267,17 +282,17 @@ class InferenceSession:
         return [prefix.extended(data[row * size : (row + 1) * size], new) for row, prefix in enumerate(self._prefixes)]
 
     def known_tokens(self, filler: int) -> torch.Tensor | None:
-        """Ids of the cache's entries and of tokens yet to be computed, int64 [rows, at least position]; None where there are none at all.
+        """Ids of the tokens so far and of ones yet to be computed, int64 [rows, at least `tokens`]; None where there are none at all.
 
-        Entries whose ids are not known (they came as hidden states) are given as `filler`.
+        Tokens whose ids are not known (they came as hidden states) are given as `filler`.
         """
         known = self._joined_tokens()
-        if self._noted < self._position:
-            known = [*known, torch.full((self.rows or 1, self._position - self._noted), filler, dtype=torch.int64)]
+        if self._noted < self.tokens:
+            known = [*known, torch.full((self.rows or 1, self.tokens - self._noted), filler, dtype=torch.int64)]
         return torch.cat(known, dim=1) if known else None
 
     def note_tokens(self, ids: torch.Tensor, start: int, filler: int = 0) -> None:
-        """The entries from `start` on, and maybe some yet to be computed, have these ids [rows, any]."""
+        """The tokens from `start` on, and maybe some yet to be computed, have these ids [rows, any]."""
         ids = ids.detach().to("cpu", torch.int64, copy=True)
         if start == self._noted and start:
             self._pieces.append(ids)  # joined when somebody asks: this is on the way of each token
@@ -296,21 +311,23 @@ class InferenceSession:
         return self._pieces
 
     def known_mask(self, length: int) -> torch.Tensor | None:
-        """bool [rows, length], False for padding, for the cache's entries and ones beyond; None where nothing is padding."""
-        if self._mask is None:
-            return None
-        return torch.nn.functional.pad(self._mask, (0, length - self._mask.shape[1]), value=True)
+        """bool [rows, length], False for padding, for the tokens so far and ones beyond; None where nothing is padding."""
+        mask = self._mask_of_entries(self.prompt_entries + length)
+        return None if mask is None else mask[:, self.prompt_entries :]
+
+    def _mask_of_entries(self, length: int) -> torch.Tensor | None:
+        return None if self._mask is None else torch.nn.functional.pad(self._mask, (0, length - self._mask.shape[1]), value=True)
 
     def _full_mask(self, mask: torch.Tensor | None, rows: int, new: int) -> torch.Tensor | None:
         total = self._position + new
         if mask is None:
-            return self.known_mask(total)
+            return self._mask_of_entries(total)
         mask = as_mask(mask, rows)
         if mask.shape[1] == total:
             return None if bool(mask.all()) else mask
         if mask.shape[1] != new:
             raise ValueError(f"attention_mask has {mask.shape[1]} columns; {total} (all entries) or {new} (the new ones) are needed")
-        before = self.known_mask(self._position)
+        before = self._mask_of_entries(self._position)
         if before is None:
             if bool(mask.all()):
                 return None

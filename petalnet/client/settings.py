@@ -10,6 +10,8 @@ from typing import Any
 from petalnet.errors import UsageError
 from petalnet.p2p.swarm_key import SwarmKey
 
+PTUNE, DEEP_PTUNE = "ptune", "deep_ptune"
+"""What `tuning_mode` may be beside None; `client.tuning` says what each does."""
 PRECISIONS = ("exact", "bfloat16", "float16", "int8", "auto")
 """What `wire_precision` may be; `client.precision` says what each does."""
 
@@ -35,7 +37,8 @@ class ClientSettings:
         wire_precision: what hidden states of prompts and of passes without a session may be rounded to on their way: "exact", "bfloat16",
             "float16", "int8", or "auto", by the speed of the link (docs/wire-precision.md).
         active_adapter: name of a LoRA adapter that servers apply, or None.
-        tuning_mode, pre_seq_len: of trainable prompts.
+        tuning_mode: "ptune" for trainable prompts before the tokens, "deep_ptune" for such in front of every block as well, None for none.
+        pre_seq_len: positions that they take.
         swarm_key: a private swarm's key: the path of its file, the file's text or a `SwarmKey`; "none" for an open swarm whatever the
             configuration says; None to look for one where `initial_peers` are looked for.
     """
@@ -75,9 +78,18 @@ class ClientSettings:
             raise UsageError(f"wire_precision needs one of {', '.join(PRECISIONS)}; got {self.wire_precision!r}")
         if self.swarm_key not in (None, "none"):  # read now: from here on nothing shows a key that was given as text
             object.__setattr__(self, "swarm_key", SwarmKey.of(self.swarm_key))
-        for name in ("active_adapter", "tuning_mode"):
+        self._check_tuning()
+        for name in ("active_adapter",):
             if getattr(self, name) is not None:
                 raise UsageError(f"{name}={getattr(self, name)!r}: this version of petalnet does not have it yet; leave it out")
+
+    def _check_tuning(self) -> None:
+        if self.tuning_mode not in (None, PTUNE, DEEP_PTUNE):
+            raise UsageError(f'tuning_mode needs "{PTUNE}", "{DEEP_PTUNE}" or None; got {self.tuning_mode!r}')
+        length = self.pre_seq_len
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0 or (self.tuning_mode is not None and not length):
+            what = f"tuning_mode={self.tuning_mode!r} needs pre_seq_len, a number of prompt positions above 0"
+            raise UsageError(f"{what if self.tuning_mode else 'pre_seq_len needs a number of prompt positions'}; got {length!r}")
 
 
 SETTING_NAMES = frozenset(field.name for field in fields(ClientSettings))
