@@ -172,7 +172,9 @@ class RemoteSequential(nn.Module):
         rows, length = hidden_states.shape[:2]
         if prompts is not None:
             prompts = self.check_prompts(prompts, hidden_states)
-        differentiable = torch.is_grad_enabled() and (hidden_states.requires_grad or (prompts is not None and prompts.requires_grad))
+        lora, numbers = self.lora() or (None, None)
+        sources = [tensor for tensor in (hidden_states, prompts, numbers) if tensor is not None]
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
         if differentiable and all_hidden and self.target.end - self.target.first > 1:
             return self._run_singly(hidden_states, mask, position_ids, prompts)
         if mask is not None:
@@ -184,9 +186,10 @@ class RemoteSequential(nn.Module):
             mask=None if mask is None or bool(mask.all()) else encode_tensor(mask),
             position_ids=None if positions is None else encode_tensor(positions),
             all_hidden=all_hidden,
+            lora=lora,
         )
         if differentiable:
-            return [autograd.apply(self.target, hidden_states, prompts, inputs)]
+            return [autograd.apply(self.target, hidden_states, prompts, inputs, numbers)]
         return autograd.run(self.target, hidden_states, prompts, inputs)
 
     def _run_singly(
