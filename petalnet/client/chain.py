@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -25,6 +25,7 @@ from petalnet.client.exchange import Exchange
 from petalnet.client.history import History
 from petalnet.client.inputs import Inputs, Names, columns, encode_names
 from petalnet.client.links import Link, Session, open_links
+from petalnet.client.lora import Lora
 from petalnet.client.pipeline import Pending
 from petalnet.client.recovery import Recovery
 from petalnet.client.replacements import has_stand_in, own_record
@@ -75,6 +76,7 @@ class Chain:
     """The links of one session, first block to last; `open` makes one.
 
     Attributes:
+        target: what it runs; of an adapter it has the label instead of the name.
         exchange: what goes over the links.
         session: what all servers know of it.
         history: what the session's KV entries were computed from.
@@ -115,7 +117,13 @@ class Chain:
 
     @classmethod
     async def open(
-        cls, target: Target, max_length: int, promise_rows: int = 0, full: Full | None = None, history: History | None = None
+        cls,
+        target: Target,
+        max_length: int,
+        promise_rows: int = 0,
+        full: Full | None = None,
+        history: History | None = None,
+        lora: Lora | None = None,
     ) -> Chain:
         """Find a route and open a session of `max_length` KV entries a row on each of its servers, with room for `promise_rows` rows.
 
@@ -123,11 +131,12 @@ class Chain:
             promise_rows: 0 to ask for room with the first step.
             full: servers that have no room, as far as that is known.
             history: what the session's entries were computed from, in another chain; it is kept up to date.
+            lora: what all servers are to run with.
         Raises: as `retrying`.
         """
 
         async def attempt(peers: frozenset[str]) -> Chain:
-            return await cls.open_once(target, max_length, promise_rows, peers, history)
+            return await cls.open_once(target, max_length, promise_rows, peers, history, lora=lora)
 
         return await retrying(target, attempt, full)
 
@@ -140,6 +149,7 @@ class Chain:
         full: frozenset[str],
         history: History | None = None,
         like: Sequence[ServerRecord] = (),
+        lora: Lora | None = None,
     ) -> Chain:
         """`open`, without the servers in `full`, and without another try.
 
@@ -148,7 +158,9 @@ class Chain:
         Raises: Busy, CallerError, MissingBlocksError, ServerError.
         """
         hops = await find_hops(target, full, kv_tokens=max(promise_rows, 1) * max_length, like=like)
-        session = Session(max_length)
+        if target.settings.active_adapter is not None:  # from now on just this one, whatever others of its name turn up
+            target = replace(target, settings=replace(target.settings, active_adapter=hops[0].adapter))
+        session = Session(max_length, lora)
         links = await open_links(target, hops, session, promise_rows)
         chain = cls(target, links, session, promise_rows, history)
         target.swarm.membership.start(chain.exchange.run_links)

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from petalnet.client.attempts import Busy
+from petalnet.client.lora import Lora
+from petalnet.client.lora_uploads import lora_version
 from petalnet.client.requests import Target, ask, blamed, open_stream
-from petalnet.errors import BusyError, CallerError, PeerLate, ServerError, TooLargeError
+from petalnet.errors import BusyError, CallerError, LoraGone, PeerLate, ProtocolError, ServerError, TooLargeError
 from petalnet.p2p.fields import Message
+from petalnet.p2p.pass_messages import LoraPut
 from petalnet.p2p.session_messages import OpenSession, Progress, SessionOpened
 from petalnet.routing.routes import Hop
 
@@ -39,10 +42,12 @@ class Session:
 
     Attributes:
         max_length: KV entries that a row may take.
+        lora: the client's LoRA parameters that it runs with.
         id: by which servers know steps of it that other servers bring.
     """
 
     max_length: int
+    lora: Lora | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -141,9 +146,27 @@ async def open_places(target: Target, places: Sequence[Place], session: Session,
 
 
 async def _open_link(target: Target, place: Place, session: Session, promise_rows: int) -> Link:
+    hop, membership = place.hop, target.swarm.membership
+    try:
+        try:
+            stream, opened = await _open_session(target, place, session, promise_rows)
+        except LoraGone:
+            membership.lora_uploads.forget(hop.peer_id)
+            stream, opened = await _open_session(target, place, session, promise_rows)
+    except LoraGone as error:
+        raise blamed(target, hop, ProtocolError(f"it has no LoRA parameters that it was given: {error}", hop.peer_id)) from error
+    except (ServerError, BusyError, TooLargeError) as error:
+        raise blamed(target, hop, error) from error
+    return Link(hop, stream, opened, membership.record(hop.peer_id))
+
+
+async def _open_session(target: Target, place: Place, session: Session, promise_rows: int) -> tuple[Stream, SessionOpened]:
+    """What the client brings for it goes before it. Raises the error that was answered; PeerLate."""
     from petalnet.p2p.protocols import INFERENCE
 
     hop, settings = place.hop, target.settings
+    if session.lora is not None:
+        await _bring(target, hop, session.lora)
     request = OpenSession(
         session=session.id,
         model=target.model,
@@ -153,6 +176,8 @@ async def _open_link(target: Target, place: Place, session: Session, promise_row
         promise_rows=promise_rows,
         takes_from=place.takes_from,
         pushes_to=place.pushes_to,
+        adapter=hop.adapter,
+        lora=lora_version(session.lora, hop),
     )
     within_s = min(settings.request_timeout, settings.connect_timeout + OPEN_WITHIN_S)
     try:
@@ -165,10 +190,30 @@ async def _open_link(target: Target, place: Place, session: Session, promise_row
                     await stream.reset()
                 raise
     except trio.TooSlowError:
-        raise blamed(target, hop, PeerLate(f"no answer within {within_s:g} s", hop.peer_id)) from None
-    except (ServerError, BusyError, TooLargeError) as error:
-        raise blamed(target, hop, error) from error
-    return Link(hop, stream, opened, target.swarm.membership.record(hop.peer_id))
+        raise PeerLate(f"no answer within {within_s:g} s", hop.peer_id) from None
+    return stream, opened
+
+
+async def _bring(target: Target, hop: Hop, lora: Lora) -> None:
+    """Have a hop's server given LoRA parameters, unless it was. Raises the error that was answered; PeerLate."""
+    from petalnet.p2p.protocols import FORWARD
+
+    membership, within_s = target.swarm.membership, target.settings.request_timeout
+    async with membership.lora_uploads.bringing(hop, lora) as message:
+        if message is None:
+            return
+        try:
+            with trio.fail_after(within_s):
+                stream = await open_stream(target, hop, FORWARD)
+                try:
+                    await ask(stream, message, LoraPut)
+                except BaseException:  # a cancellation, most likely: whatever it is goes on, and leaves no stream behind
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_WITHIN_S):
+                        await stream.reset()
+                    raise
+        except trio.TooSlowError:
+            raise PeerLate(f"LoRA parameters were not taken within {within_s:g} s", hop.peer_id) from None
+    await membership.idle_streams.keep(stream)
 
 
 async def close_links(links: Iterable[Link]) -> None:

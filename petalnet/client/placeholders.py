@@ -11,7 +11,7 @@ The bare modules notice when something is put in a placeholder's place, so a mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -62,6 +62,12 @@ class _Remote:
     _like: torch.Tensor
     _shape: tuple[int, int]
 
+    def _stand_in(self: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.__dict__["_like"] = torch.full((), torch.nan, dtype=dtype, device=device)
+        self.__dict__["_shape"] = shape
+        self.register_parameter("bias", None)  # as if there were none: a tuner that changed it would change nothing
+        self._is_hf_initialized = True  # the library is not to initialise what is not there
+
     @property
     def weight(self) -> torch.Tensor:
         """NaN that takes no memory, of the remote module's shape."""
@@ -71,11 +77,6 @@ class _Remote:
     @weight.setter
     def weight(self, value: Any) -> None:
         raise _refusal()
-
-    @property
-    def bias(self) -> None:
-        """As if there were none: a tuner that changes it would change nothing."""
-        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         moved = fn(self._like)
@@ -93,9 +94,7 @@ class RemoteLinear(_Remote, nn.Linear):
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._is_hf_initialized = True
-        self.__dict__["_like"] = torch.full((), torch.nan, dtype=dtype, device=device)
-        self.__dict__["_shape"] = (out_features, in_features)
+        self._stand_in((out_features, in_features), dtype, device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, remote"
@@ -107,9 +106,7 @@ class RemoteConv1D(_Remote, Conv1D):
     def __init__(self, nx: int, nf: int, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.nx, self.nf = nx, nf
-        self._is_hf_initialized = True
-        self.__dict__["_like"] = torch.full((), torch.nan, dtype=dtype, device=device)
-        self.__dict__["_shape"] = (nx, nf)
+        self._stand_in((nx, nf), dtype, device)
 
 
 def placeholders(layers: Iterable[nn.Module], device: torch.device) -> list[nn.Module]:
@@ -193,10 +190,10 @@ def collect(modules: Iterable[Injected], first: int) -> tuple[list[Adapted], flo
                 continue
             if name in module.lora_variant:
                 raise UsageError(f"adapter {name!r} of {where} is {_name(module.lora_variant[name])}: remote blocks know plain LoRA only")
-            if module.lora_B[name].bias is not None:
+            if module.lora_bias[name]:
                 raise UsageError(f"adapter {name!r} of {where} has a bias (lora_bias=True), which remote blocks do not know")
-            pairs.append(Pair(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]))
-            dropout = module.lora_dropout[name]
+            a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+            pairs.append(Pair(cast(torch.Tensor, a.weight), cast(torch.Tensor, b.weight), module.scaling[name]))
             dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
         if pairs:
             adapted.append(Adapted(first + index, path, tuple(pairs)))

@@ -23,13 +23,14 @@ MOST_NAMES = 1 << 15
 """Names that a client remembers having sent: two million tokens' worth."""
 
 
-def first_name(model: str, dtype: str, first: int, precision: str = "exact") -> bytes:
+def first_name(model: str, dtype: str, first: int, precision: str = "exact", adapted: Sequence[str] = ()) -> bytes:
     """The name of no tokens at all, from which the names of rows follow that enter block `first` of a model in a dtype.
 
     Args:
         precision: the setting `wire_precision`: where the way to the blocks may round hidden states, their keys and values are other ones.
+        adapted: what else makes the blocks others: an adapter's label, a version of LoRA parameters.
     """
-    return _hash(f"petalnet prefix 1\0{model}\0{dtype}\0{first}\0{precision}".encode())
+    return _hash("\0".join(["petalnet prefix 1", model, dtype, str(first), precision, *adapted]).encode())
 
 
 class Prefix(NamedTuple):

@@ -44,6 +44,7 @@ async def replacements(
         kv_tokens=kv_tokens,
         like=like or None,
         direct=settings.direct_chains,
+        adapter=settings.active_adapter,
     )
 
 

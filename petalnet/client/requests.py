@@ -129,6 +129,7 @@ async def find_hops(
         kv_tokens=kv_tokens,
         like=like or None,
         direct=settings.direct_chains,
+        adapter=settings.active_adapter,
     )
 
 

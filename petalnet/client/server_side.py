@@ -14,6 +14,7 @@ from petalnet.client.attempts import Busy, Full, Retries
 from petalnet.client.chain import Chain
 from petalnet.client.history import History
 from petalnet.client.inputs import Inputs
+from petalnet.client.lora import Lora
 from petalnet.client.mending import NotMendable, mend
 from petalnet.client.recovery import Recovery
 from petalnet.client.requests import Target
@@ -79,11 +80,19 @@ class ServerSide:
         recoveries: what was done to go on without servers that were lost.
     """
 
-    def __init__(self, target: Target, max_length: int, promise_rows: int = 0, frequencies: Frequencies = Frequencies()) -> None:  # noqa: B008  # a value that never changes
+    def __init__(
+        self,
+        target: Target,
+        max_length: int,
+        promise_rows: int = 0,
+        frequencies: Frequencies = Frequencies(),  # noqa: B008  # a value that never changes
+        lora: Lora | None = None,
+    ) -> None:
         """
         Args:
             promise_rows: rows for which servers set aside room as the chain is opened; 0 where they are not known before the first step.
             frequencies: of the model's rotary embeddings.
+            lora: the client's LoRA parameters, which all servers run with.
         """
         self.chain: Chain | None = None
         self.recoveries: list[Recovery] = []
@@ -91,6 +100,7 @@ class ServerSide:
         self._target = target
         self._max_length = max_length
         self._promise_rows = promise_rows
+        self._lora = lora
         self._history = History(frequencies)
         self._begun_with: list[ServerRecord] = []  # what the servers had announced that computed the first entries
         self._loss: Loss | None = None
@@ -109,9 +119,26 @@ class ServerSide:
             with self._opening:
                 try:
                     self._check_open()
-                    await self._use(await Chain.open(self._target, self._max_length, self._promise_rows, history=self._history))
+                    await self._open()
                 except PetalnetError as error:
                     self._error = error
+
+    async def adapter(self) -> str:
+        """The label of the adapter that servers apply; "" for none. Raises what opening the chain meets."""
+        if self._target.settings.active_adapter is None:
+            return ""
+        async with self._lock:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self.chain is None:
+                self._check_open()
+                await self._open()
+            return self._target.settings.active_adapter
+
+    async def _open(self) -> None:
+        """Raises as `Chain.open`; SessionClosed."""
+        await self._use(await Chain.open(self._target, self._max_length, self._promise_rows, history=self._history, lora=self._lora))
 
     async def _use(self, chain: Chain) -> None:
         """The session goes on with a new chain. Raises SessionClosed where it has ended."""
@@ -123,7 +150,7 @@ class ServerSide:
         chain.trace_sink, chain.recoveries = self._note, self.recoveries
         if not self._history.position:
             self._begun_with = [record for _, record in chain.records]
-        self.chain = chain
+        self.chain, self._target = chain, chain.target
 
     def _note(self, times: StepTimes) -> None:
         self.trace.add(times)
@@ -218,7 +245,7 @@ class ServerSide:
             return self.chain
         self._check_open()
         like = self._begun_with if self._history.position else ()
-        chain = await Chain.open_once(self._target, self._max_length, self._promise_rows, full.peers, self._history, like)
+        chain = await Chain.open_once(self._target, self._max_length, self._promise_rows, full.peers, self._history, like, self._lora)
         await self._use(chain)
         if self._history.position:
             await chain.rebuild()

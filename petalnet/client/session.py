@@ -68,7 +68,10 @@ class InferenceSession:
         self._closed: str | None = None
         self._lock = threading.RLock()
         self._portal = blocks.target.swarm.portal
-        self._server_side = ServerSide(blocks.target, max_length, promise_rows, blocks.frequencies)
+        self._lora_mark = blocks.lora_fingerprint()
+        lora = None if self._lora_mark is None else blocks.lora()
+        self._lora = None if lora is None else lora[0]
+        self._server_side = ServerSide(blocks.target, max_length, promise_rows, blocks.frequencies, self._lora)
         self._portal.start(self._server_side.prepare)
         # Not at exit: then the portal winds down as a whole.
         self._finalizer = weakref.finalize(self, self._portal.start, self._server_side.close)
@@ -219,6 +222,7 @@ class InferenceSession:
             self._ahead = None
             blocks, position = self._blocks, self._position
             blocks.check_hidden(hidden_states)
+            self._check_lora()
             rows, new = hidden_states.shape[:2]
             if position and rows != self.rows:
                 raise ValueError(f"the session holds {self.rows} rows and was given {rows}")
@@ -275,11 +279,24 @@ class InferenceSession:
             if self.max_length < 2 * UNIT_TOKENS:
                 return []  # too little for anybody to ask for later
             target = self._blocks.target
-            self._prefixes = [Prefix(first_name(target.model, sent.dtype, target.first, target.settings.wire_precision))] * rows
+            adapted = self._portal.run(self._server_side.adapter) if target.settings.active_adapter is not None else ""
+            version = "" if self._lora is None else self._lora.version
+            origin = first_name(target.model, sent.dtype, target.first, target.settings.wire_precision, (adapted, version))
+            self._prefixes = [Prefix(origin)] * rows
         if not usual or not self._prefixes or self._prefixes[0].length < self._position:
             return self._prefixes
         data, size = memoryview(sent.data), len(sent.data) // rows
         return [prefix.extended(data[row * size : (row + 1) * size], new) for row, prefix in enumerate(self._prefixes)]
+
+    def _check_lora(self) -> None:
+        """Raises ValueError where the blocks' LoRA parameters are not those any more with which the session began."""
+        mark = self._blocks.lora_fingerprint()
+        if mark == self._lora_mark:
+            return
+        present, begun = self._blocks.lora(), self._lora
+        if (None if present is None else present[0].version) != (None if begun is None else begun.version):
+            raise ValueError("the LoRA parameters of the remote blocks have changed since this session began: begin another one")
+        self._lora_mark = mark
 
     def known_tokens(self, filler: int) -> torch.Tensor | None:
         """Ids of the tokens so far and of ones yet to be computed, int64 [rows, at least `tokens`]; None where there are none at all.

@@ -36,7 +36,8 @@ class ClientSettings:
             everything goes through this client.
         wire_precision: what hidden states of prompts and of passes without a session may be rounded to on their way: "exact", "bfloat16",
             "float16", "int8", or "auto", by the speed of the link (docs/wire-precision.md).
-        active_adapter: name of a LoRA adapter that servers apply, or None.
+        active_adapter: the name of a LoRA adapter that servers have and are to apply, or its whole label ("name@digest", as they announce
+            it) where there are several of the name; None for none.
         tuning_mode: "ptune" for trainable prompts before the tokens, "deep_ptune" for such in front of every block as well, None for none.
         pre_seq_len: positions that they take.
         swarm_key: a private swarm's key: the path of its file, the file's text or a `SwarmKey`; "none" for an open swarm whatever the
@@ -79,9 +80,8 @@ class ClientSettings:
         if self.swarm_key not in (None, "none"):  # read now: from here on nothing shows a key that was given as text
             object.__setattr__(self, "swarm_key", SwarmKey.of(self.swarm_key))
         self._check_tuning()
-        for name in ("active_adapter",):
-            if getattr(self, name) is not None:
-                raise UsageError(f"{name}={getattr(self, name)!r}: this version of petalnet does not have it yet; leave it out")
+        if self.active_adapter is not None and (not isinstance(self.active_adapter, str) or not self.active_adapter):
+            raise UsageError(f"active_adapter needs an adapter's name or None; got {self.active_adapter!r}")
 
     def _check_tuning(self) -> None:
         if self.tuning_mode not in (None, PTUNE, DEEP_PTUNE):

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ from petalnet.client.lora_uploads import LoraUploads
 from petalnet.client.observing import Observing
 from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.prefix import SentNames
+from petalnet.client.spreading import UnderWay
 from petalnet.client.streams import IdleStreams
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
 from petalnet.p2p.addresses import own_interfaces
 from petalnet.p2p.pass_messages import DropGraphs
+from petalnet.routing.adapters import adapter_label, having, unknown_adapter
 from petalnet.routing.expected import Client
 from petalnet.routing.observed import Observed
 from petalnet.routing.pace import refresh_every_s
@@ -61,6 +64,7 @@ THERE_WITHIN_S = 1.5
 OWN_WITHIN_S = 0.02
 """A server on this machine answers within this, unless it has no time at all."""
 OWN_ADDRESSES_FOR_S = 60.0
+PRESENT = ("joining", "online", "draining")
 CUT_FOR_S = 60.0
 """How long two servers count as not reaching each other: they try again at each session, and with other clients."""
 
@@ -74,6 +78,7 @@ class Membership:
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
         self.kept_graphs = KeptGraphs(self._tell)
+        self.under_way = UnderWay()
         self.sent_names = SentNames()
         self.lora_uploads = LoraUploads()
         self._observing = Observing(lambda peer_id: self.record(peer_id), lambda peer_id: self.host.round_trip_s(peer_id))
@@ -174,6 +179,7 @@ class Membership:
         kv_tokens: int = 0,
         like: Sequence[ServerRecord] | None = None,
         direct: bool = True,
+        adapter: str | None = None,
     ) -> list[Hop]:
         """The quickest chain of servers through blocks [first, end) of a model.
 
@@ -183,8 +189,10 @@ class Membership:
                 quantization.
             look: whether to look for servers where those that are known do not suffice, and to go on with it for a moment after joining.
                 Without it they are looked for once, unless that was done lately: others are known, and there is something to do meanwhile.
+            adapter: the name or label of a LoRA adapter that all of them have.
 
         Raises:
+            CallerError: nobody has the adapter, or there are several of the name.
             MissingBlocksError: some block has no server: at once where the swarm is known, a moment after joining at the latest. Its
                 `answers` are of servers that have the blocks and failed a moment ago.
             ServerError: the swarm could not be joined.
@@ -194,23 +202,28 @@ class Membership:
         looked = False
         while True:
             now = time.time()
-            records = view.servers(model, now=now, allowed=allowed, blocked=blocked)
-            # Passes without a session spread over servers that are about as good; sessions take the best route.
-            spread = self._random if work == "forward" else None
+            label = "" if adapter is None else adapter_label(view.servers(model, now=now, states=PRESENT, include_failed=True), adapter)
+            records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked), adapter, label)
+            # Passes without a session spread over servers that are about as good, by what this client has asked each of them for already;
+            # sessions take the best route.
+            spread = self._random if work == "forward" and not self.under_way.work else None
             find = partial(find_route, first=first, end=end, now=now, work=work, tokens=tokens, rng=spread, kv_tokens=kv_tokens, like=like)
             try:
                 hops = find(records, client=self.outlook(records, direct=direct))
                 if await self._are_there(hops):
-                    return hops
+                    return [replace(hop, adapter=label) for hop in hops] if label else hops
                 continue
             except MissingBlocksError as error:
                 is_settled = trio.current_time() > self._joined_at + SETTLE_S
                 is_fresh = trio.current_time() <= self._looked_at.get(model, -math.inf) + LOOK_AGAIN_S
                 if (looked and is_settled) if look else (looked or (is_settled and is_fresh)):
                     # Nobody else is to be found: rather a server that failed a moment ago than none.
-                    records = view.servers(model, now=now, allowed=allowed, blocked=blocked, last_resort=True)
+                    if adapter is not None and not label:
+                        raise unknown_adapter(view.servers(model, now=now, states=PRESENT, include_failed=True), adapter) from None
+                    records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked, last_resort=True), adapter, label)
                     with suppress(MissingBlocksError):
-                        return find(records, client=self.outlook(records, direct=direct))
+                        hops = find(records, client=self.outlook(records, direct=direct))
+                        return [replace(hop, adapter=label) for hop in hops]
                     known = view.servers(model, now=now, include_failed=True)
                     failed = {
                         record.peer_id: f"failed a moment ago, avoided for {until - now:.0f} s more"
@@ -219,7 +232,8 @@ class Membership:
                         and any(record.span[0] <= block < record.span[1] for block in error.blocks)
                     }
                     peers = (record.peer_id for record in known)
-                    raise MissingBlocksError(error.blocks, peers, hint=error.hint, answers=failed) from None
+                    hint = error.hint or (f"the adapter {label} is needed as well" if label else "")
+                    raise MissingBlocksError(error.blocks, peers, hint=hint, answers=failed) from None
             if looked:
                 await trio.sleep(RETRY_LOOKUP_S)
             try:
@@ -270,6 +284,7 @@ class Membership:
             cut={pair for pair, until in self._cut.items() if until > now},
             doubtful={record.peer_id for record in records if view.is_doubtful(record.peer_id, now=wall)},
             observed=self.observed,
+            under_way=self.under_way.work,
             clock=now,
         )
 
