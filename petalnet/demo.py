@@ -76,8 +76,8 @@ class LocalSwarm:
         self._interrupted = False
         self.servers: list[Server] = []
 
-    def launch(self, span: tuple[int, int], initial_peers: list[str]) -> Server:
-        """Start a server process without waiting for it; without `initial_peers` it begins the swarm."""
+    def launch(self, span: tuple[int, int], initial_peers: list[str], *options: str) -> Server:
+        """Start a server process without waiting for it; without `initial_peers` it begins the swarm. `options`: more for the command."""
         number = len(self.servers)
         ready_file, log_file = self._folder / f"ready-{number}.json", self._folder / f"node-{number}.log"
         command = [
@@ -85,6 +85,7 @@ class LocalSwarm:
             *("--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--identity-path", str(self._folder / f"node-{number}.key")),
             *("--ready-file", str(ready_file), "--public-name", f"server {number + 1}"),
             *(["--initial-peers", *initial_peers] if initial_peers else ["--new-swarm"]),
+            *options,
         ]
         self._launching = True
         with log_file.open("wb") as log:
