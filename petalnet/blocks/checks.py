@@ -7,8 +7,10 @@ decided here, by functions that change nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from petalnet.blocks.graphs import Graph
 from petalnet.blocks.outputs import output_codec, wanted_tokens
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
@@ -142,16 +144,27 @@ class Checks:
         """Raises CallerError where such a step, of whose hidden states only the form counts, is too long for one message."""
         self._answer(step, 1, step.hidden.shape[1], payload - _extra_bytes(step))
 
-    def stateless(self, request: Message, payload: int) -> Forward | Backward:
-        """The request, as a pass that can be run; `payload` and errors as for `step`."""
+    def stateless(self, request: Message, payload: int, graph: Graph | None = None) -> Forward | Backward:
+        """The request, as a pass that can be run; `payload` and errors as for `step`.
+
+        Args:
+            graph: what is kept here for the request.
+        Raises:
+            GraphGone: nothing is, and there are no inputs.
+        """
         if not isinstance(request, (Forward, Backward)):
             raise UnsupportedError(f"this protocol takes forward and backward, not {request.name}")
         span = self._span
         if not span.first <= request.first < request.end <= span.end:
             refusal = MovedError if request.first < request.end else CallerError
             raise refusal(f"blocks {request.first}:{request.end} are not served here, only {span.first}:{span.end}")
+        if graph is not None and isinstance(request, Backward):
+            if (request.first, request.end) != (graph.first, graph.end):
+                raise CallerError(f"graph {graph.number} is of blocks {graph.first}:{graph.end}, not {request.first}:{request.end}")
+            _gradient(request.grad_output, graph.shape)
+            return request
         if request.hidden is None:
-            raise GraphGone("the graph of this pass is not kept here")
+            raise GraphGone("the graph of this pass is not kept here (any more)")
         rows, length = self._hidden(request.hidden)
         blocks = request.end - request.first
         if not 1 <= rows * length <= self._limits.forward_tokens:
@@ -161,8 +174,8 @@ class Checks:
         self._extras(request, blocks, length, length)
         if isinstance(request, Forward):
             self._answer(request, blocks if request.all_hidden else 1, length, payload)
-        elif request.grad_output.dtype not in FLOATS or request.grad_output.shape != request.hidden.shape:
-            raise CallerError(f"the gradient {_describe(request.grad_output)} does not match the inputs {_describe(request.hidden)}")
+        else:
+            _gradient(request.grad_output, request.hidden.shape)
         return request
 
     def tokens_at_once(self, rows: int, total: int) -> int:
@@ -243,6 +256,11 @@ def split_names(names: Blob) -> list[list[bytes]]:
     data = bytes(names.data)
     each = [data[start : start + NAME_BYTES] for start in range(0, len(data), NAME_BYTES)]
     return [each[row * units : (row + 1) * units] for row in range(rows)]
+
+
+def _gradient(gradient: Blob, shape: Sequence[int]) -> None:
+    if gradient.dtype not in FLOATS or gradient.shape != tuple(shape):
+        raise CallerError(f"the gradient must be floats {list(shape)} as the outputs, not {_describe(gradient)}")
 
 
 def _extra_bytes(request: Step) -> int:

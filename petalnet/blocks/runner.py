@@ -17,11 +17,12 @@ import torch
 from petalnet.blocks.kept import KeptOutputs
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool
+from petalnet.blocks.passes import PassWork
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.scheduler import Part
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
-from petalnet.blocks.work import PassWork, StepWork
+from petalnet.blocks.work import StepWork
 from petalnet.errors import CallerError
 from petalnet.p2p.session_messages import UNIT_TOKENS
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -97,6 +98,7 @@ class Task:
         weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through,
             three times as much where gradients are taken. Tasks of equal keys have equal weights.
         network: from which the peer is connected, by which it counts as well; "" where that is not known.
+        cuts: the units at which its parts may end, ascending, its last one among them; empty where they may end anywhere.
     """
 
     peer: str
@@ -110,6 +112,7 @@ class Task:
     done: int = 0
     weight: float = 1.0
     network: str = ""
+    cuts: tuple[int, ...] = ()
 
     @property
     def tokens_left(self) -> int:
@@ -406,7 +409,11 @@ class Scheduler:
 
     @staticmethod
     def _part(task: Task, units: int) -> Part:
-        return Part(task, task.done, min(task.units, task.done + min(units, task.max_units)))
+        end = min(task.units, task.done + min(units, task.max_units))
+        if task.cuts:
+            # The last cut within these units; the next one where there is none, since something has to be done.
+            end = task.cuts[max(bisect_right(task.cuts, end) - 1, bisect_right(task.cuts, task.done))]
+        return Part(task, task.done, end)
 
     def _seconds(self, task: Task, tokens: int) -> float:
         return self._costs[task.kind].seconds(tokens) * task.weight

@@ -17,25 +17,26 @@ import trio
 from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.checks import Checks, Limits
 from petalnet.blocks.costs import SEED_TOKENS, Costs
-from petalnet.blocks.engine import Engine, Result
-from petalnet.blocks.hop import WATCHED_TOKENS, Hop
+from petalnet.blocks.engine import Engine
+from petalnet.blocks.graphs import GRAPH_BYTES, GraphStore
+from petalnet.blocks.hop import Hop
 from petalnet.blocks.kept import KeptOutputs
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.links import LINK_TIMEOUT_S, IncomingLinks, LinkCounts, LinkKey, OpenStream
 from petalnet.blocks.lora_store import LoraStore, adapted, adapters_of
 from petalnet.blocks.pages import PagePool
+from petalnet.blocks.pass_service import PassService
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.requests import SLOW_S, Held
 from petalnet.blocks.runner import Runner
-from petalnet.blocks.scheduler import Scheduler, Task
+from petalnet.blocks.scheduler import Scheduler
 from petalnet.blocks.sessions import Session, SessionManager
 from petalnet.blocks.span import Span
 from petalnet.blocks.throughput import Rates
-from petalnet.blocks.work import BackwardWork, ForwardWork
 from petalnet.errors import BusyError, CallerError, MovedError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import CODECS, Message
 from petalnet.p2p.messages import Error
-from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone, PutLora
+from petalnet.p2p.pass_messages import Backward, DropGraphs, Forward, PutLora
 from petalnet.p2p.session_messages import Draining, OpenLink, OpenSession, SessionOpened
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 
 USUAL_RATES = Rates(decode=20.0, prefill=200.0, forward=200.0)
 """Where nothing was measured; the first rounds correct it."""
-BACKWARD_WEIGHT = 3.0
-"""A backward pass computes the forward pass again, and twice as much for the gradients."""
 DRAINING_RETRY_S = 60.0
 
 
@@ -79,6 +78,7 @@ class BlockService:
         incoming_links: finds the sessions that other servers bring steps for.
         adapters: LoRA adapters that peers may name, by the labels that the server announces.
         loras: LoRA parameters that peers have put here.
+        passes: what is run without a session.
         read_ahead: what was read of sessions' streams while their requests were slow.
         recovery: what sessions that have lost a server did here.
         draining: set by `drain`: open sessions go on, new work is refused as *busy*.
@@ -95,6 +95,7 @@ class BlockService:
         limits: Limits | None = None,
         open_link: OpenStream | None = None,
         adapters: Mapping[str, Adapter] = MappingProxyType({}),
+        graph_bytes: int = GRAPH_BYTES,
     ) -> None:
         """Takes the memory for KV entries; blocks for as long as that takes.
 
@@ -105,6 +106,7 @@ class BlockService:
             share_prefixes: whether a session may begin with what another peer's sessions have computed.
             open_link: from another server's id to a stream for steps to it; without it, outputs go to clients only.
             adapters: for the span's blocks, on its device.
+            graph_bytes: memory for the graphs of passes whose gradients are to come.
         Raises:
             MemoryError, torch.OutOfMemoryError: there is no memory for so many positions.
         """
@@ -128,6 +130,11 @@ class BlockService:
         self.dtype = str(span.dtype).removeprefix("torch.")
         self.adapters = adapters
         self.loras = LoraStore()
+        frozen = [
+            weight for adapter in adapters.values() for modules in adapter.blocks.values() for pair in modules.values() for weight in pair
+        ]
+        graphs = GraphStore([*span.weights, *frozen], most_bytes=graph_bytes, free=lambda graph: self.engine.call(graph.free))
+        self.passes = PassService(span, self.checks, self.engine, graphs, adapters=adapters, loras=self.loras)
         self.open_link = open_link
         self.link_counts = LinkCounts()
         self.incoming_links = IncomingLinks()
@@ -143,6 +150,7 @@ class BlockService:
         failure: RuntimeError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look_at_hops)
+            nursery.start_soon(self.passes.run)
             try:
                 await self.engine.run(task_status=task_status)
             except RuntimeError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
@@ -182,6 +190,7 @@ class BlockService:
         """Drop at once what a vanished peer had open here; to be called in the trio thread when its last connection is gone."""
         for scope in self._scopes.pop(peer_id, ()):
             scope.cancel()
+        self.passes.graphs.drop_peer(peer_id)
 
     def describe(self) -> dict[str, Any]:
         """What goes on here, for the node's own user; plain values."""
@@ -199,6 +208,7 @@ class BlockService:
             },
             "last_minute": {"rounds": rounds.count, "seconds": rounds.seconds, "tokens": rounds.tokens, "tasks": rounds.tasks},
             "kept_outputs_bytes": self._kept.bytes,
+            "graphs": {"number": len(self.passes.graphs), "bytes": self.passes.graphs.bytes},
             "loras": {"versions": len(self.loras), "bytes": self.loras.nbytes},
             "links": asdict(self.link_counts),
             "recovery": asdict(self.recovery),
@@ -305,6 +315,9 @@ class BlockService:
 
     async def _serve_passes(self, stream: Stream) -> None:
         while (request := await self._receive(stream)) is not None:
+            if isinstance(request, DropGraphs):
+                self.passes.graphs.drop(stream.peer_id, request.graphs)
+                continue
             try:
                 answer = await self._run_pass(stream, request)
             except PetalnetError as error:
@@ -325,64 +338,18 @@ class BlockService:
             self._check_model(request.model)
             return await self.loras.take(stream.peer_id, request, self.span.linear_shapes, self.span.device)
         if isinstance(request, (Forward, Backward)):
-            self._check_model(request.model)
-        checked = self.checks.stateless(request, stream.protocol.limits.payload)
-        assert checked.hidden is not None
-        rows, length, _ = checked.hidden.shape
-        forward = isinstance(checked, Forward)
-        result = await self._compute(
-            stream,
-            Task(
-                peer=stream.peer_id,
-                session=None,
-                key=None,
-                units=rows,
-                width=length,
-                kind="pass",
-                max_units=self.checks.rows_at_once(length),
-                work=ForwardWork(self.span, checked) if isinstance(checked, Forward) else BackwardWork(self.span, checked),
-                weight=self.weight(checked.first, checked.end) * (1.0 if forward else BACKWARD_WEIGHT),
-                network=stream.network,
-            ),
-        )
-        if result is None:
-            return None
-        if forward:
-            return ForwardDone(result.value, result.compute_s, result.queue_s)
-        grad_hidden, grad_prompts = result.value
-        return BackwardDone(grad_hidden, grad_prompts, compute_s=result.compute_s, queue_s=result.queue_s)
-
-    async def _compute(self, stream: Stream, task: Task) -> Result[Any] | None:
-        """Have a task computed; None, and the task dropped, where the peer ends the stream before it is. Raises as `Engine.submit`."""
-        if task.tokens_left <= WATCHED_TOKENS:
-            return await self.engine.submit(task)
-        result: Result[Any] | None = None
-        failure: PetalnetError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
-            try:
-                result = await self.engine.submit(task)
-            except PetalnetError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        return result
+            self._check_model(request.model, has_begun=self.passes.graph_of(stream.peer_id, request) is not None)
+        return await self.passes.answer(stream, request)
 
     def weight(self, first: int, end: int) -> float:
         """What a token costs that goes through these blocks, in tokens that go through the whole span."""
         return (end - first) / len(self.span)
 
-    def _check_model(self, model: str) -> None:
+    def _check_model(self, model: str, *, has_begun: bool = False) -> None:
         if model != self.model:
             raise MovedError("another model is served here")
-        if self.draining:
+        if self.draining and not has_begun:
             raise BusyError("the server is shutting down", DRAINING_RETRY_S)
-
-
-async def _cancel_at_end(stream: Stream, scope: trio.CancelScope) -> None:
-    if await stream.peer_ends():
-        scope.cancel()
 
 
 def _costs(rates: Rates) -> Costs:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from petalnet.blocks.adapters import Adapter, Dropout, Share, apply_adapters, linear_shapes, shares_of
+from petalnet.blocks.adapters import Adapter, Dropout, Share, apply_adapters, shares_of
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
 from petalnet.blocks.backends import Backend, pick_backend
 from petalnet.blocks.cache import PagedCache, ShapeCache, windows_of
@@ -35,7 +35,7 @@ from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.rotary import RotaryRegimes
 from petalnet.errors import ModelError, UsageError
 from petalnet.models import loading
-from petalnet.models.anatomy import find_layers, text_config
+from petalnet.models.anatomy import find_layers, linear_shapes, text_config
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.identity import block_digests
 
@@ -164,9 +164,14 @@ class Span:
         return {number: linear_shapes(block) for number, block in enumerate(self._blocks, self.first)}
 
     @property
+    def weights(self) -> list[torch.Tensor]:
+        """All parameters and buffers."""
+        return [weight for block in self._blocks for weight in (*block.parameters(), *block.buffers())]
+
+    @property
     def weight_bytes(self) -> int:
         """Memory that the weights take."""
-        return sum(weight.nbytes for block in self._blocks for weight in (*block.parameters(), *block.buffers()))
+        return sum(weight.nbytes for weight in self.weights)
 
     @property
     def kv_bytes_per_token(self) -> int:

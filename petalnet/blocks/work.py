@@ -1,11 +1,10 @@
-"""What there is to compute for one request: its arrays, what is finished of its answer, and the answer's form on the wire.
+"""What there is to compute for a step of a session: its arrays, what is finished of its answer, and the answer's form on the wire.
 
 Requests come here checked (see `checks`). Everything in this module is for the compute thread.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -13,18 +12,12 @@ import torch
 
 from petalnet.blocks.outputs import encode_output, is_finite, wanted_tokens
 from petalnet.blocks.sessions import Session
-from petalnet.blocks.span import Span, SpanStep
+from petalnet.blocks.span import SpanStep
 from petalnet.errors import CallerError, ServerError
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.pass_messages import Backward, Forward
 from petalnet.p2p.session_messages import Step
-from petalnet.p2p.tensors import decode_tensor, encode_tensor
-
-GRAPH_BYTES = 2 * 2**30
-"""Memory for the graph of one backward pass, so that no request takes a server's memory away from the others."""
-GRAPH_FLOATS_PER_FEATURE = 24
-"""Numbers that a block's graph keeps for each token and feature: 24 in BLOOM (its eager attention's scores aside, which
-`checks.Limits` bounds), fewer in most families."""
+from petalnet.p2p.tensors import decode_tensor
 
 
 @dataclass(frozen=True)
@@ -176,119 +169,9 @@ class StepWork:
         return encode_output(self.request, output)
 
 
-class ForwardWork:
-    """A pass without a past, run by rows: `part` after `part`, then `answer`."""
-
-    def __init__(self, span: Span, request: Forward) -> None:
-        self._span = span
-        self._request = request
-        self._pieces: list[torch.Tensor] = []
-
-    @cached_property
-    def _arrays(self) -> Arrays:
-        return Arrays.of(self._request)
-
-    def part(self, start: int, end: int) -> None:
-        """Run rows start … end - 1."""
-        request, arrays = self._request, self._arrays.rows(start, end)
-        with torch.inference_mode():
-            outputs = self._span.forward(
-                arrays.hidden,
-                attention_mask=arrays.mask,
-                position_ids=arrays.position_ids,
-                prompts=arrays.prompts,
-                first=request.first,
-                end=request.end,
-                all_hidden=request.all_hidden,
-            )
-            self._pieces.append(torch.stack(outputs) if request.all_hidden else outputs[-1])
-
-    def answer(self) -> Blob:
-        """The output array, once all rows are done."""
-        return encode_output(self._request, _joined(self._pieces, 1 if self._request.all_hidden else 0))
-
-
-class BackwardWork:
-    """Gradients of such a pass, by rows as well: it is run again, with autograd's graph."""
-
-    def __init__(self, span: Span, request: Backward, graph_bytes: int = GRAPH_BYTES) -> None:
-        """
-        Args:
-            graph_bytes: about the memory that autograd's graph may take. Where all blocks would take more, a pass without gradients notes
-                the inputs of groups of blocks first, and the graph is made for one group after another.
-        """
-        self._span = span
-        self._request = request
-        self._graph_bytes = graph_bytes
-        self._gradients: list[torch.Tensor] = []
-        self._prompt_gradients: list[torch.Tensor] = []
-
-    @cached_property
-    def _arrays(self) -> Arrays:
-        return Arrays.of(self._request)
-
-    @cached_property
-    def _grad_output(self) -> torch.Tensor:
-        return decode_tensor(self._request.grad_output)
-
-    def part(self, start: int, end: int) -> None:
-        """Take the gradients of rows start … end - 1."""
-        span, arrays = self._span, self._arrays.rows(start, end)
-        first, last = self._request.first, self._request.end
-        tokens = math.prod(arrays.hidden.shape[:2])
-        per_block = tokens * GRAPH_FLOATS_PER_FEATURE * span.hidden_size * span.dtype.itemsize
-        group = max(1, min(last - first, self._graph_bytes // max(per_block, 1)))
-
-        def run(hidden: torch.Tensor, prompts: torch.Tensor | None, begin: int, stop: int) -> torch.Tensor:
-            (output,) = span.forward(
-                hidden, attention_mask=arrays.mask, position_ids=arrays.position_ids, prompts=prompts, first=begin, end=stop
-            )
-            return output
-
-        def prompts_of(begin: int, stop: int) -> torch.Tensor | None:
-            return None if arrays.prompts is None else arrays.prompts[begin - first : stop - first]
-
-        begins = range(first, last, group)
-        entering = [arrays.hidden]
-        with torch.no_grad():
-            for begin in begins[:-1]:
-                entering.append(run(entering[-1], prompts_of(begin, begin + group), begin, begin + group))
-        gradient = self._grad_output[start:end].to(span.device, span.dtype)
-        prompt_gradients: list[torch.Tensor] = []
-        for begin, entered in zip(reversed(begins), reversed(entering), strict=True):
-            stop = min(begin + group, last)
-            inputs = [entered.detach().requires_grad_()]
-            if arrays.prompts is not None:
-                inputs.append(arrays.prompts[begin - first : stop - first].detach().requires_grad_())
-            with torch.enable_grad():
-                output = run(inputs[0], inputs[1] if len(inputs) > 1 else None, begin, stop)
-            gradient, *others = torch.autograd.grad(output, inputs, gradient.to(output.dtype))
-            prompt_gradients += others
-        self._gradients.append(gradient)
-        if prompt_gradients:
-            self._prompt_gradients.append(torch.cat(prompt_gradients[::-1]))
-
-    def answer(self) -> tuple[Blob, Blob | None]:
-        """The gradients of the inputs and, where there are any, of the prompts, once all rows are done."""
-        prompts = self._request.prompts
-        assert self._request.hidden is not None
-        return (
-            _encode_gradient(self._request.hidden, _joined(self._gradients, 0)),
-            None if prompts is None else _encode_gradient(prompts, _joined(self._prompt_gradients, 1)),
-        )
-
-
-PassWork = ForwardWork | BackwardWork
-
-
 def _decoded(blob: Blob | None) -> torch.Tensor | None:
     return None if blob is None else decode_tensor(blob)
 
 
 def _joined(pieces: list[torch.Tensor], dimension: int) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dimension)
-
-
-def _encode_gradient(received: Blob, gradient: torch.Tensor) -> Blob:
-    """The gradient of what the peer sent, in its dtype and never rounded beyond that."""
-    return encode_tensor(gradient, dtype=getattr(torch, received.dtype))

@@ -13,13 +13,14 @@ import torch
 
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.passes import BackwardWork, ForwardWork
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.promises import Promise
 from petalnet.blocks.runner import Runner
 from petalnet.blocks.scheduler import Part, Task
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
-from petalnet.blocks.work import BackwardWork, ForwardWork, StepWork
+from petalnet.blocks.work import StepWork
 from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.pass_messages import Backward, Forward
 from petalnet.p2p.session_messages import UNIT_TOKENS, Step
@@ -234,9 +235,9 @@ def test_gradients_by_rows(llama: Rounds, graph_bytes: int) -> None:
         grad_output=encode_tensor(weights),
         prompts=encode_tensor(inputs[1]),
     )
-    task = Task("peer", None, None, 4, 20, "pass", 4, BackwardWork(llama.span, request, graph_bytes))
+    task = Task("peer", None, None, 4, 20, "pass", 4, BackwardWork(llama.span, request, graph_bytes=graph_bytes))
     assert llama.run(Part(task, 0, 3)) == [None]
-    hidden, prompts = llama.run(Part(task, 3, 4))[0]
+    hidden, prompts, _ = llama.run(Part(task, 3, 4))[0]
     close(decode_tensor(hidden), expected[0])
     close(decode_tensor(prompts), expected[1])
 

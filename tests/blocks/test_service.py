@@ -452,12 +452,12 @@ async def test_a_wrong_step_is_refused_and_the_session_goes_on(served: Served, r
         (
             Backward(model=MODEL, first=FIRST, end=END, hidden=encode_tensor(X), grad_output=encode_tensor(X[:2])),
             "caller",
-            "the gradient float32 [2, 10, 32] does not match",
+            "the gradient must be floats [3, 10, 32] as the outputs, not float32 [2, 10, 32]",
         ),
         (
             Backward(model=MODEL, first=FIRST, end=END, hidden=encode_tensor(X), grad_output=encode_tensor(X.int())),
             "caller",
-            "the gradient int32",
+            "as the outputs, not int32 [3, 10, 32]",
         ),
         (Ping(1), "unsupported", "this protocol takes forward and backward, not ping"),
     ],
