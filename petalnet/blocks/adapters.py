@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from blake3 import blake3
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from petalnet.p2p.pass_messages import PutLora
 from petalnet.p2p.tensors import decode_tensor
@@ -123,15 +122,6 @@ class Share:
 
     adapters: Sequence[Adapter]
     tokens: slice | torch.Tensor | None = None
-
-
-def linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """(in, out) of each layer of a block that LoRA can be for, by its path."""
-    return {
-        path: (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.weight.shape[0], module.nf)
-        for path, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
 
 
 def shares_of(columns: Iterable[tuple[slice, Sequence[Adapter]]], device: torch.device) -> list[Share]:

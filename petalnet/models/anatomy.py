@@ -81,6 +81,17 @@ def find_layers(model: PreTrainedModel) -> LayerList:
     return LayerList(found[0], owner, name, getattr(owner, name))
 
 
+def linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of each linear layer within a block, by its path there."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        path: (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.weight.shape[0], module.nf)
+        for path, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+
+
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the decoder: the model's own, or that of its text part where the model has several parts."""
     return config.get_text_config(decoder=True)

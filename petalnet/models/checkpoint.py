@@ -39,6 +39,31 @@ class TensorInfo:
     end: int
 
 
+Fetch = Callable[[str], Path | None]
+"""From the name of a file of a folder or a hub repository to where it is on this machine; None where there is none of that name."""
+
+
+def open_files(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[str, Path | None, Fetch]:
+    """The name of a folder or of a hub repository, the folder (None for a repository), and what finds its files.
+
+    Raises:
+        ModelError: it can be neither. Whether a repository is there shows when the first file is fetched.
+    """
+    path, text = Path(name_or_path).expanduser(), str(name_or_path)
+    if path.is_dir():
+        folder = path.resolve()
+        return folder.name, folder, lambda file: folder / file if (folder / file).is_file() else None
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ModelError(f"{text} is neither a folder nor the id of a hub repository (owner/name)")
+    return text, None, _hub_fetcher(text, revision, token, cache_dir)
+
+
 class ModelSource:
     """A model in Hugging Face format: a folder, or a hub repository at one revision.
 
@@ -47,7 +72,7 @@ class ModelSource:
         folder: where the files are, None for a hub repository.
     """
 
-    def __init__(self, name: str, folder: Path | None, fetch: Callable[[str], Path | None]) -> None:
+    def __init__(self, name: str, folder: Path | None, fetch: Fetch) -> None:
         self.name = name
         self.folder = folder
         self._fetch = fetch
@@ -67,15 +92,9 @@ class ModelSource:
         Raises:
             ModelError: there is no such folder or repository, or it holds no configuration of a known family.
         """
-        path = DEMO_MODEL if name_or_path is None else Path(name_or_path).expanduser()
-        text = str(name_or_path)
-        if path.is_dir():
-            name = path.resolve().name if name_or_path is not None else "petalnet-demo"
-            source = cls(name, path.resolve(), lambda file: path / file if (path / file).is_file() else None)
-        elif path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-            raise ModelError(f"{text} is neither a folder nor the id of a hub repository (owner/name)")
-        else:
-            source = cls(text, None, _hub_fetcher(text, revision, token, cache_dir))
+        given = DEMO_MODEL if name_or_path is None else name_or_path
+        name, folder, fetch = open_files(given, revision=revision, token=token, cache_dir=cache_dir)
+        source = cls(name if name_or_path is not None else "petalnet-demo", folder, fetch)
         _ = source.config
         return source
 
@@ -150,14 +169,17 @@ class ModelSource:
     def _header(self, file: Path) -> dict[str, TensorInfo]:
         if file not in self._headers:
             try:
-                self._headers[file] = _read_header(file)
+                self._headers[file] = read_header(file)
             except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
                 raise ModelError(f"{file.name} of {self.name} is not a safetensors file: {error}") from error
         return self._headers[file]
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """The table at the start of a safetensors file: 8 bytes of length (little-endian), then JSON, then the data."""
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The table at the start of a safetensors file: 8 bytes of length (little-endian), then JSON, then the data.
+
+    Raises whatever reading and taking apart a damaged one raises: OSError, ValueError, KeyError, TypeError, struct.error.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -184,9 +206,7 @@ def _plain_file_name(file: str) -> str:
     return file
 
 
-def _hub_fetcher(
-    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
-) -> Callable[[str], Path | None]:
+def _hub_fetcher(repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None) -> Fetch:
     """A function that downloads one file of a repository (or finds it in the cache); None where the repository has no such file."""
     known: dict[str, Path | None] = {}
 
