@@ -318,7 +318,11 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
         "forward_done": {"output": hidden},
         "backward": {**pass_, "grad_output": hidden},
         "backward_done": {"grad_hidden": hidden, "grad_prompts": extras["prompts"]},
-    }
+        "put_lora": {
+            "model": "m" * 40, "first": 0, "end": 2, "version": "v" * 32, "modules": ("attention.query", "dense"),
+            "ranks": blob(chance, "int32", 2, 2), "weights": blob(chance, "float32", 96),
+        },
+    }  # fmt: skip
     found: dict[str, Message] = {}
     for name, cls in MESSAGE_TYPES.items():
         values = given.get(name)
