@@ -1,18 +1,111 @@
-"""How the rows of a pass without a session are cut into micro-batches. Pure."""
+"""How the rows of a pass without a session are cut into micro-batches. Pure: expected seconds in, the number of micro-batches out.
+
+Servers that hold the same blocks work on different micro-batches at once, and so do those that hold one another's following blocks, as
+in a pipeline (GPipe, arXiv:1811.06965). But each micro-batch costs every server's fixed time once more: the weights are read for each. So
+several numbers of them are tried on a timetable, in which each goes wherever it is done first (list scheduling), and the fewest that are
+about as good as the best are taken. What is expected need not be exact: near its best value the time hardly depends on the number.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from petalnet.client.inputs import Inputs, columns, reach_of
 from petalnet.client.requests import part_of
 from petalnet.p2p.fields import Blob
+from petalnet.routing.expected import HOP_S, Expected
+from petalnet.routing.observed import of_single
 
 MOST_ROWS = 1024
 MOST_TOKENS = 32768
 """Rows, and rows × length, that a server takes of one pass."""
 MOST_BYTES = 256 * 1024 * 1024
 """Of the arrays of one message, which may hold twice as much (see `protocols.FORWARD`)."""
+MOST_TRIED = 32
+"""Micro-batches: with more, what each costs in messages outweighs what the last of them could gain."""
+LEAST_GAIN = 0.05
+"""Part of the time that more micro-batches have to save."""
+MOST_WORKERS = 16
+"""Servers that are thought of; a pass is not cut so far that it could use more."""
+
+
+class Worker(NamedTuple):
+    """A server that could do a part of a pass.
+
+    Attributes:
+        first, end: blocks that it holds, of those of the pass.
+        way_s: seconds on the way there and back, and whatever else a message costs.
+        fixed_s: seconds of a block, whatever is in it.
+        token_s: of a block for each token.
+    """
+
+    first: int
+    end: int
+    way_s: float
+    fixed_s: float
+    token_s: float
+
+    def seconds(self, blocks: int, tokens: int) -> float:
+        return blocks * (self.fixed_s + tokens * self.token_s)
+
+
+def workers_of(expected: Expected, first: int, end: int) -> list[Worker]:
+    """The servers that are thought of for blocks [first, end), the most promising ones: many blocks, quickly."""
+    workers = []
+    for peer_id, record in expected.records.items():
+        start, stop = max(record.span[0], first), min(record.span[1], end)
+        if start >= stop:
+            continue
+        token_s = expected.hop_time(peer_id).speed.block_s
+        fixed_s = token_s * of_single(record, "forward", 1)
+        workers.append(Worker(start, stop, 2 * expected.half(peer_id) / 1e9 + HOP_S, fixed_s, token_s))
+    return sorted(workers, key=lambda worker: (worker.token_s / (worker.end - worker.first), worker))[:MOST_WORKERS]
+
+
+def best_count(rows: int, length: int, workers: Sequence[Worker], *, first: int, end: int, least: int = 1) -> int:
+    """Into how many micro-batches rows are best cut.
+
+    Args:
+        workers: that hold blocks [first, end) together; where it is a single one, as few as possible are best.
+        least: for the sake of limits.
+    """
+    if len(workers) < 2 or least >= rows:
+        return least
+    counts = sorted({least, *(count for count in range(least + 1, min(rows, MOST_TRIED) + 1) if _is_even(rows, count))})
+    times = {count: _seconds(-(-rows // count) * length, count, workers, first, end) for count in counts}
+    best_s = min(times.values())
+    return next(count for count in counts if times[count] * (1 - LEAST_GAIN) <= best_s)
+
+
+def _is_even(rows: int, count: int) -> bool:
+    """Whether so many micro-batches are all about as long: with five rows in four, three of them would wait for the long one."""
+    return -(-rows // count) * count < rows * 1.25
+
+
+def _seconds(tokens: int, count: int, workers: Sequence[Worker], first: int, end: int) -> float:
+    """Seconds until so many micro-batches of so many tokens are through blocks [first, end); infinite where some block has no worker."""
+    quickest_s = min(worker.seconds(1, tokens) for worker in workers)
+    free_at = [0.0] * len(workers)
+    latest = 0.0
+    for _ in range(count):
+        now, block = 0.0, first
+        while block < end:
+            best, best_s, done_at = -1, math.inf, 0.0
+            for number, worker in enumerate(workers):
+                if worker.first <= block < worker.end:
+                    done = max(now + worker.way_s / 2, free_at[number]) + worker.seconds(worker.end - block, tokens)
+                    whole_s = done + worker.way_s / 2 + (end - worker.end) * quickest_s
+                    if whole_s < best_s:
+                        best, best_s, done_at = number, whole_s, done
+            if best < 0:
+                return math.inf
+            free_at[best] = done_at
+            now, block = done_at + workers[best].way_s / 2, workers[best].end
+        latest = max(latest, now)
+    return latest
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from petalnet.client.attempts import Busy
 from petalnet.client.inputs import Inputs
 from petalnet.client.kept_graphs import Graphs, KeptGraphs
 from petalnet.client.lora_uploads import lora_version
-from petalnet.client.micro_batches import MicroBatch, cut, most_rows
+from petalnet.client.micro_batches import MicroBatch
 from petalnet.client.pass_requests import ask_server
 from petalnet.client.precision import as_entered, pass_on_the_wire
 from petalnet.client.requests import Target, blaming, checked, describe_route, find_hops, last_of, part_of, prompts_of, retrying
+from petalnet.client.spreading import cut_for, next_hop
 from petalnet.errors import GraphGone, ProtocolError
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKWARD_WEIGHT = 3.0
-"""A backward pass computes the forward pass again, and twice as much for the gradients."""
+"""A backward pass computes the forward pass again, where its graph was not kept, and twice as much for the gradients."""
 
 
 @dataclass(eq=False)
@@ -115,11 +116,8 @@ async def forward(target: Target, hidden: Blob, inputs: Inputs, *, for_gradients
     passed = Passed([], kept_graphs)
     if for_gradients:
         kept_graphs.drop_with(passed, passed.graphs, target.swarm.portal)
-    count = -(-hidden.shape[0] // most_rows(hidden, inputs, target.end - target.first))
-    batches = cut(hidden, inputs, count)
-    passed.paths = await _all(
-        [partial(_forward, target, batch, passed.graphs if for_gradients else None) for batch in batches],
-    )
+    graphs = passed.graphs if for_gradients else None
+    passed.paths = await all_of([partial(_forward, target, batch, graphs) for batch in await cut_for(target, hidden, inputs)])
     return passed
 
 
@@ -134,41 +132,9 @@ async def _forward(target: Target, batch: MicroBatch, graphs: Graphs | None) -> 
     while rest.first < rest.end:
 
         async def attempt(full: frozenset[str], rest: Target = rest, hidden: Blob = hidden) -> tuple[Part, Blob]:
-            membership = target.swarm.membership
-            tokens = math.prod(hidden.shape[:-1])
-            hop = (await find_hops(rest, full, "forward", tokens))[0]
-            graph = 0 if graphs is None else membership.kept_graphs.new_number()
-            request = Forward(
-                model=target.model,
-                first=hop.first,
-                end=hop.end,
-                hidden=hidden,
-                mask=inputs.mask,
-                position_ids=inputs.position_ids,
-                prompts=prompts_of(inputs.prompts, target, hop),
-                all_hidden=inputs.all_hidden,
-                reach=inputs.reach,
-                graph=graph,
-                adapter=hop.adapter,
-                lora=lora_version(inputs.lora, hop),
-                dropout=0.0 if inputs.lora is None else inputs.lora.dropout,
-                seed=inputs.seed,
-            )
-            precision = target.settings.wire_precision
-            bytes_s = membership.host.bytes_s(hop.peer_id) if precision == "auto" and graphs is None else None
-            request = pass_on_the_wire(request, precision, hop.dtype, bytes_s, hop.prefill_s)
-            if graphs is not None:
-                graphs.add((hop.peer_id, graph))  # from here on it may be kept, whatever becomes of the answer
-            async with blaming(target, hop):
-                answer = await ask_server(target, hop, request, ForwardDone, hop.prefill_s, inputs.lora)
-                checked(answer.output, hidden, hop, inputs.all_hidden)
-            if graphs is not None and not answer.kept:
-                graphs.discard((hop.peer_id, graph))
-                graph = 0
-            membership.mark_ok(hop.peer_id)
-            blocks, compute_s, queue_s = hop.end - hop.first, answer.compute_s, answer.queue_s
-            membership.observe(hop.peer_id, tokens=tokens, blocks=blocks, compute_s=compute_s, queue_s=queue_s, work="forward")
-            return Part(hop, hidden, graph), answer.output
+            async with next_hop(rest, full, math.prod(hidden.shape[:-1])) as hop:
+                own = replace(target, first=hop.first, end=hop.end)
+                return await _forward_hop(own, hop, hidden, replace(inputs, prompts=prompts_of(inputs.prompts, target, hop)), graphs)
 
         part, output = await retrying(rest, attempt, at_stake=bool(path.parts))
         path.parts.append(part)
@@ -178,6 +144,53 @@ async def _forward(target: Target, batch: MicroBatch, graphs: Graphs | None) -> 
     if target.settings.show_route is True:
         logger.info("route of a pass: %s", describe_route([part.hop for part in path.parts]))
     return path
+
+
+async def _forward_hop(target: Target, hop: Hop, hidden: Blob, inputs: Inputs, graphs: Graphs | None) -> tuple[Part, Blob]:
+    """What one server does of a micro-batch, and its output.
+
+    Args:
+        target: the hop's blocks.
+        inputs: with prompts for these.
+    """
+    membership, settings = target.swarm.membership, target.settings
+    graph = 0 if graphs is None else membership.kept_graphs.new_number()
+    request = Forward(
+        model=target.model,
+        first=hop.first,
+        end=hop.end,
+        hidden=hidden,
+        mask=inputs.mask,
+        position_ids=inputs.position_ids,
+        prompts=inputs.prompts,
+        all_hidden=inputs.all_hidden,
+        reach=inputs.reach,
+        graph=graph,
+        adapter=hop.adapter,
+        lora=lora_version(inputs.lora, hop),
+        dropout=0.0 if inputs.lora is None else inputs.lora.dropout,
+        seed=inputs.seed,
+    )
+    bytes_s = membership.host.bytes_s(hop.peer_id) if settings.wire_precision == "auto" and graphs is None else None
+    request = pass_on_the_wire(request, settings.wire_precision, hop.dtype, bytes_s, hop.prefill_s)
+    if graphs is not None:
+        graphs.add((hop.peer_id, graph))  # from here on it may be kept, whatever becomes of the answer
+    async with blaming(target, hop):
+        answer = await ask_server(target, hop, request, ForwardDone, hop.prefill_s, inputs.lora)
+        checked(answer.output, hidden, hop, inputs.all_hidden)
+    if graphs is not None and not answer.kept:
+        graphs.discard((hop.peer_id, graph))
+        graph = 0
+    membership.mark_ok(hop.peer_id)
+    membership.observe(
+        hop.peer_id,
+        tokens=math.prod(hidden.shape[:-1]),
+        blocks=hop.end - hop.first,
+        compute_s=answer.compute_s,
+        queue_s=answer.queue_s,
+        work="forward",
+    )
+    return Part(hop, hidden, graph), answer.output
 
 
 async def backward(target: Target, passed: Passed, gradient: Blob, wanted: Wanted) -> list[Gradients]:
@@ -195,8 +208,11 @@ async def backward(target: Target, passed: Passed, gradient: Blob, wanted: Wante
             for part in path.parts:
                 part.graph = 0
         passed.graphs.clear()
-    cuts = [part_of(gradient, path.batch.start, path.batch.stop) for path in passed.paths]
-    return await _all([partial(_backward, target, path, passed.graphs, own, wanted) for path, own in zip(passed.paths, cuts, strict=True)])
+    works = [
+        partial(_backward, target, path, passed.graphs, part_of(gradient, path.batch.start, path.batch.stop), wanted)
+        for path in passed.paths
+    ]
+    return await all_of(works)
 
 
 async def _backward(target: Target, path: Path, graphs: Graphs, gradient: Blob, wanted: Wanted) -> Gradients:
@@ -237,6 +253,7 @@ async def _backward_part(target: Target, part: Part, graphs: Graphs, gradient: B
         target: the hop's blocks.
         inputs: with prompts for these.
     """
+    tokens = math.prod(part.entered.shape[:-1])
     lora = inputs.lora if wanted.lora and inputs.lora is not None and inputs.lora.touches(target.first, target.end) else None
     common = Backward(
         model=target.model,
@@ -249,8 +266,10 @@ async def _backward_part(target: Target, part: Part, graphs: Graphs, gradient: B
     )
 
     async def ask(hop: Hop, request: Backward) -> BackwardDone:
+        weight = BACKWARD_WEIGHT - bool(request.graph)
         async with blaming(target, hop):
-            answer = await ask_server(target, hop, request, BackwardDone, BACKWARD_WEIGHT * hop.prefill_s, inputs.lora)
+            with target.swarm.membership.under_way.at(hop, tokens, weight):
+                answer = await ask_server(target, hop, request, BackwardDone, weight * hop.prefill_s, inputs.lora)
             if request.input_gradient:
                 _same(answer.grad_hidden, part.entered.dtype, part.entered.shape, "the hidden states", hop)
             if request.prompt_gradient and inputs.prompts is not None:
@@ -274,7 +293,7 @@ async def _backward_part(target: Target, part: Part, graphs: Graphs, gradient: B
                 part.graph = graph
                 graphs.add((hop.peer_id, graph))
                 raise
-        hops = await find_hops(target, full, "forward", math.prod(part.entered.shape[:-1]))
+        hops = await find_hops(target, full, "forward", tokens)
         if len(hops) > 1:
             return hops[-1]
         request = replace(
@@ -309,7 +328,7 @@ def _same(answered: Blob | None, dtype: str, shape: tuple[int, ...], what: str, 
         )
 
 
-async def _all(functions: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+async def all_of(functions: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     """What they return, all of them under way at once; the first error ends the others."""
     if len(functions) == 1:
         return [await functions[0]()]

@@ -28,6 +28,7 @@ from petalnet.client.observing import Observing
 from petalnet.client.portal import Job, Portal, get_portal
 from petalnet.client.prefix import SentNames
 from petalnet.client.streams import IdleStreams
+from petalnet.client.under_way import UnderWay
 from petalnet.errors import MissingBlocksError, PeerUnreachable, PetalnetError, ServerError
 from petalnet.p2p.access import Access
 from petalnet.p2p.addresses import own_interfaces
@@ -77,6 +78,7 @@ class Membership:
         self.failure: BaseException | None = None
         self.idle_streams = IdleStreams()
         self.kept_graphs = KeptGraphs(self._tell)
+        self.under_way = UnderWay()
         self.sent_names = SentNames()
         self.lora_uploads = LoraUploads()
         self._observing = Observing(lambda peer_id: self.record(peer_id), lambda peer_id: self.host.round_trip_s(peer_id))
@@ -202,8 +204,9 @@ class Membership:
             now = time.time()
             label = "" if adapter is None else adapter_label(view.servers(model, now=now, states=PRESENT, include_failed=True), adapter)
             records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked), adapter, label)
-            # Passes without a session spread over servers that are about as good; sessions take the best route.
-            spread = self._random if work == "forward" else None
+            # Passes without a session spread over servers that are about as good, by what this client has asked each of them for already;
+            # sessions take the best route.
+            spread = self._random if work == "forward" and not self.under_way.work else None
             find = partial(find_route, first=first, end=end, now=now, work=work, tokens=tokens, rng=spread, kv_tokens=kv_tokens, like=like)
             try:
                 hops = find(records, client=self.outlook(records, direct=direct))
@@ -281,6 +284,7 @@ class Membership:
             cut={pair for pair, until in self._cut.items() if until > now},
             doubtful={record.peer_id for record in records if view.is_doubtful(record.peer_id, now=wall)},
             observed=self.observed,
+            under_way=self.under_way.work,
             clock=now,
         )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ipaddress
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ class Client:
         cut: (server, server after it) whose link did not open, or broke, lately: the client carries what goes there.
         doubtful: servers that have failed and not been seen to work since, or were late a moment ago.
         observed: how quick servers were so far.
+        under_way: server → tokens × blocks of passes that this client waits for there, which come before the next pass.
         clock: the time by which `observed` goes, seconds.
     """
 
@@ -62,6 +63,7 @@ class Client:
     cut: Collection[tuple[str, str]] = frozenset()
     doubtful: Collection[str] = frozenset()
     observed: Observed | None = None
+    under_way: Mapping[str, float] = field(default_factory=dict)
     clock: float = 0.0
 
 
@@ -134,6 +136,8 @@ class Expected:
         queue_s = self._queue_s(record, block_s)
         if speed.queue is not None and abs(change_s := speed.queue.with_prior(queue_s) - queue_s) >= LEAST_WAIT_S:
             queue_s += change_s
+        if self.work == "forward":  # steps of sessions are run before passes
+            queue_s += block_s * client.under_way.get(peer_id, 0.0)
         return HopTime(speed, block_s * single, queue_s, client.round_trip(peer_id))
 
     def _queue_s(self, record: ServerRecord, block_s: float) -> float:

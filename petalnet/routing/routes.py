@@ -161,6 +161,29 @@ def choose(
     """`find_route` with what the route was found among. Arguments and errors are its."""
     if not 0 <= first < end or tokens < 1:
         raise ValueError(f"no route leads through blocks {first}:{end} for {tokens} tokens")
+    whole, last_resort = servers_of(records, first, end, client, now=now, expected=expected, kv_tokens=kv_tokens)
+    estimate = Expected(whole, client, work=work, tokens=tokens)
+    costs = {record.peer_id: _resorted(estimate.cost(record.peer_id), record.peer_id in last_resort) for record in whole}
+    ways = {record.peer_id: estimate.half(record.peer_id) for record in whole}
+    listed = _shortlist(whole, costs, ways, first, end)
+    estimate = Expected(listed, client, work=work, tokens=tokens)
+    chain = _quickest(listed, costs, ways, estimate.known_ways, first, end)
+    choice = Choice(chain, first, end, estimate, last_resort)
+    return choice if rng is None else _drawn(choice, whole, costs, rng)
+
+
+def servers_of(
+    records: Iterable[ServerRecord],
+    first: int,
+    end: int,
+    client: Client,
+    *,
+    now: float,
+    expected: Mapping[int, str] | None = None,
+    kv_tokens: int = 0,
+) -> tuple[list[ServerRecord], frozenset[str]]:
+    """The servers of one version of the model that have some of blocks [first, end), of which they have all together; and those that are
+    taken only where nobody else holds some block. Arguments and errors are `find_route`'s."""
     usable = _newest(record for record in records if record.expires > now)
     last_resort = frozenset(record.peer_id for record in usable if record.peer_id in client.doubtful or record.free_kv_tokens < kv_tokens)
     whole = None
@@ -177,15 +200,7 @@ def choose(
         gaps = [missing_blocks(version, first, end) for version in versions(usable, expected=expected)]
         nearest: list[int] = min(gaps, key=len)
         raise MissingBlocksError(nearest, (record.peer_id for record in usable), hint=hint)
-    whole = [record for record in whole if record.span[0] < end and record.span[1] > first]
-    estimate = Expected(whole, client, work=work, tokens=tokens)
-    costs = {record.peer_id: _resorted(estimate.cost(record.peer_id), record.peer_id in last_resort) for record in whole}
-    ways = {record.peer_id: estimate.half(record.peer_id) for record in whole}
-    listed = _shortlist(whole, costs, ways, first, end)
-    estimate = Expected(listed, client, work=work, tokens=tokens)
-    chain = _quickest(listed, costs, ways, estimate.known_ways, first, end)
-    choice = Choice(chain, first, end, estimate, last_resort)
-    return choice if rng is None else _drawn(choice, whole, costs, rng)
+    return [record for record in whole if record.span[0] < end and record.span[1] > first], last_resort
 
 
 def _drawn(choice: Choice, whole: Sequence[ServerRecord], costs: Mapping[str, Cost], rng: Random) -> Choice:

@@ -19,6 +19,7 @@ from petalnet.client.passes import Part, Passed, Path, Wanted
 from petalnet.client.requests import Target
 from petalnet.client.settings import ClientSettings
 from petalnet.client.streams import IdleStreams
+from petalnet.client.under_way import UnderWay
 from petalnet.errors import CallerError, MissingBlocksError, PeerLost, PeerUnreachable, PetalnetError
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.messages import Error
@@ -112,6 +113,7 @@ class Membership:
         self.idle_streams = IdleStreams()
         self.kept_graphs = KeptGraphs(self.tell)
         self.lora_uploads = LoraUploads()
+        self.under_way = UnderWay()
         self.host = SimpleNamespace(ping=self.ping, round_trip_s=lambda peer_id: 0.01, bytes_s=lambda peer_id: None)
 
     async def tell(self, peer_id: str, message: Message) -> None:
