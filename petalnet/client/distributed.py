@@ -44,12 +44,14 @@ class DistributedModel(DistributedGeneration):
         """Load the embeddings, the norm and the head of a model, and join the swarm that serves its blocks.
 
         Args:
-            pretrained_model_name_or_path: a hub id, or a folder in Hugging Face format.
+            pretrained_model_name_or_path: a hub id, or a folder in Hugging Face format; or one that `save_pretrained` has written, to go on
+                with what was trained.
             config: a configuration to use in place of the model's; it may carry the settings below as attributes.
             initial_peers: bootstrap multiaddrs; without them the environment, the configuration file, a client daemon on this machine.
             dtype: of the local part (`torch_dtype` means the same); None or "auto" for the checkpoint's.
             allowed_servers, blocked_servers, request_timeout, connect_timeout, max_retries, show_route, …: see `ClientSettings`.
             revision, token, cache_dir: as `huggingface_hub` understands them.
+            base_model: of a folder with a trained part, where its base model is, if no longer where it was.
             others: attributes of the configuration to change, e.g. num_labels.
         Raises:
             NoSwarmError: no bootstrap peers were given or found.
@@ -83,11 +85,29 @@ class DistributedModel(DistributedGeneration):
             raise ValueError(f"a max_length of {max_length} KV entries leaves no room for tokens after the {prompts} trained prompts")
         return blocks.inference_session(max_length=max_length)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: what the library would write lacks the blocks, and would be loaded again with random ones in their place."""
-        raise UsageError(
-            "a distributed model holds only a part of its weights and cannot be saved as a model: save the parameters that you trained"
-        )
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save what was trained: prompts, adapters, new heads, and whatever else requires gradients. `from_pretrained` goes on with it.
+
+        Args:
+            save_directory: a folder, which is made where it is not there; see `client.saving` for what it holds.
+            is_main_process: False does nothing.
+            state_dict: where values are taken from in place of the model's own; what was not trained is left out.
+            kwargs: what the library's own method takes beside that, which is about large models and means nothing here.
+        Raises:
+            UsageError: nothing of the model was trained.
+            OSError: the folder cannot be written; what was there is unharmed.
+        """
+        if self.remote_blocks is None:
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)  # type: ignore[misc]
+        if push_to_hub:
+            raise UsageError("push_to_hub=True is not possible while saving: call model.push_to_hub(name) instead")
+        from petalnet.client.saving import save
+
+        if is_main_process:
+            save(self, save_directory, state_dict)
+        return None
 
     def close(self) -> None:
         """Leave the swarm. Copies of the model share the connection and cannot be used any more either."""

@@ -12,11 +12,12 @@ import torch
 from petalnet.client.distributed import distribute
 from petalnet.client.placeholders import placeholders
 from petalnet.client.remote import RemoteSequential, make_target
+from petalnet.client.saving import Origin, TrainedPart, as_fields, trained_names
 from petalnet.client.settings import ClientSettings, take_settings
 from petalnet.client.swarm import Swarm
 from petalnet.client.tuning import add_prompts, backbone_of
 from petalnet.config import resolve_access, resolve_initial_peers
-from petalnet.errors import ModelError
+from petalnet.errors import ModelError, UsageError
 from petalnet.models.checkpoint import ModelSource
 
 if TYPE_CHECKING:
@@ -64,37 +65,57 @@ def load_model(model_class: Any, name_or_path: Any, *, config: Any = None, **kwa
     Args:
         model_class: a class or an Auto class of the library.
     """
-    settings = take_settings(kwargs, config)
+    trained = TrainedPart.open(name_or_path)
+    settings = take_settings(kwargs, config, None if trained is None else trained.settings)
     if settings.show_route:
         show_log()
     swarm = join(settings)
     try:
-        return _load(swarm, settings, model_class, name_or_path, config, kwargs)
+        return _load(swarm, settings, model_class, name_or_path, trained, config, kwargs)
     except BaseException:  # whatever it is goes on, and leaves no membership behind
         swarm.close()
         raise
 
 
-def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+def _load(
+    swarm: Swarm,
+    settings: ClientSettings,
+    model_class: Any,
+    name_or_path: Any,
+    trained: TrainedPart | None,
+    config: Any,
+    kwargs: dict[str, Any],
+) -> Any:
     from petalnet.client.auto import carry, model_key, plain_config
     from petalnet.models.anatomy import find_layers, text_config
     from petalnet.models.loading import build, checkpoint_dtype, pick_dtype, resolve_class
 
     origin = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
-    source = ModelSource.open(name_or_path, **origin)
+    base_model = kwargs.pop("base_model", None)
+    if trained is not None:
+        if base_model is None:
+            origin.setdefault("revision", trained.revision)
+        name_or_path = trained.base if base_model is None else base_model
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = trained.dtype
+    elif base_model is not None:
+        raise UsageError(f"base_model is for folders with a trained part, which {name_or_path} is not")
+    source = _open_source(name_or_path, origin, trained)
     dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs.pop("dtype")
     kwargs.pop("dtype", None)
     kwargs.pop("torch_dtype", None)
     dtype = checkpoint_dtype(source) if dtype in (None, "auto") else pick_dtype(str(dtype).removeprefix("torch."), source)
     device = _device(kwargs.pop("device_map", None))
-    plain = deepcopy(source.config) if config is None else plain_config(config)
+    plain = _config_of(source, trained) if config is None else plain_config(config)
     _apply(plain, kwargs)
     library_class = resolve_class(model_class, plain)
     expected = getattr(library_class, "config_class", None)
     if expected is not None and not isinstance(plain, expected):
         raise ModelError(f"{source.name} is a {plain.model_type} model, which Distributed{library_class.__name__} is not for")
-    num_blocks = text_config(plain).num_hidden_layers
-    blocks = RemoteSequential(make_target(swarm, model_key(source), num_blocks, settings), text_config(plain).hidden_size)
+    num_blocks, key = text_config(plain).num_hidden_layers, model_key(source)
+    if trained is not None:
+        trained.check_base(source.name, key)
+    blocks = RemoteSequential(make_target(swarm, key, num_blocks, settings), text_config(plain).hidden_size)
     built = build(
         library_class,
         source,
@@ -106,16 +127,41 @@ def _load(swarm: Swarm, settings: ClientSettings, model_class: Any, name_or_path
     model = built.model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in built.missing)
-    if built.missing:
-        logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(built.missing)))
     distribute(model)
+    backbone, new = backbone_of(model), set(built.missing)
     if settings.tuning_mode is not None:
-        add_prompts(backbone_of(model), settings.tuning_mode, settings.pre_seq_len, num_blocks, blocks.hidden_size)
+        add_prompts(backbone, settings.tuning_mode, settings.pre_seq_len, num_blocks, blocks.hidden_size)
+    if trained is not None:
+        strange = trained.load_into(model)
+        new -= trained.parameters.keys()
+        if strange:
+            logger.warning("not used, since a %s has no place for them: %s", type(model).__name__, ", ".join(sorted(strange)))
+    if new:
+        logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(new)))
+    name = str(source.folder or source.name)
+    always = trained_names(model, [*built.missing, *(() if trained is None else trained.parameters)])
+    backbone.origin = Origin(name, origin.get("revision"), key, as_fields(source.config), always)
     if model.can_generate():
         model.generation_config = _generation_config(source, origin, model.generation_config)
     carry(plain, settings, name_or_path)
     model.name_or_path = str(name_or_path)
     return model
+
+
+def _open_source(name_or_path: Any, origin: dict[str, Any], trained: TrainedPart | None) -> ModelSource:
+    try:
+        return ModelSource.open(name_or_path, **origin)
+    except ModelError as error:
+        if trained is None:
+            raise
+        raise ModelError(f"{trained.folder} is the trained part of a model that is not there (give base_model=): {error}") from error
+
+
+def _config_of(source: ModelSource, trained: TrainedPart | None) -> Any:
+    """A copy of a model's configuration, with what the trained part has changed in it."""
+    if trained is None:
+        return deepcopy(source.config)
+    return type(source.config).from_dict({**source.config.to_dict(), **trained.config})
 
 
 def _replace_layers(layers: LayerList, blocks: RemoteSequential, device: torch.device) -> None:

@@ -95,9 +95,9 @@ class ClientSettings:
 SETTING_NAMES = frozenset(field.name for field in fields(ClientSettings))
 
 
-def take_settings(arguments: dict[str, Any], config: object | None = None) -> ClientSettings:
-    """The settings among `arguments`, which are taken out of it, and otherwise those that `config` carries as attributes."""
-    carried = attributes_of(config) if config is not None else {}
+def take_settings(arguments: dict[str, Any], config: object | None = None, defaults: Mapping[str, Any] | None = None) -> ClientSettings:
+    """The settings among `arguments`, which are taken out of it, otherwise those that `config` carries as attributes, or `defaults`."""
+    carried = {**(defaults or {}), **(attributes_of(config) if config is not None else {})}
     given = {name: arguments.pop(name) for name in SETTING_NAMES & arguments.keys()}
     return ClientSettings(**{**carried, **{name: value for name, value in given.items() if value is not None or name not in carried}})
 

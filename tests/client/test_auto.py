@@ -90,8 +90,6 @@ def test_a_new_classification_head_is_trainable(pair: Any) -> None:
     ours.loss.backward()
     theirs.loss.backward()
     assert torch.allclose(model.score.weight.grad, local.score.weight.grad, atol=1e-4)
-    with pytest.raises(UsageError, match="cannot be saved"):
-        model.save_pretrained("nowhere")
     model.close()
 
 
