@@ -202,6 +202,12 @@ class Settings:
     throughput: float | None = _setting("auto (measured, then cached), or tokens/s to announce  [auto]", _rate, metavar="auto|RATE")
     attn_cache_tokens: int | None = _setting("KV tokens held per block  [from free memory]", _count, metavar="N")
     share_prefixes: bool = _setting("reuse what one peer's prompt computed for other peers' prompts that begin alike", _flag, default=False)
+    adapters: tuple[str, ...] = _setting(
+        "LoRA adapters that users may choose: hub ids or folders, PEFT's safetensors only",
+        default=(),
+        metavar="NAME...",
+        many=True,
+    )
     max_memory: int | None = _setting("most memory for weights and KV, such as 8GB  [most of what is free]", _size, metavar="SIZE")
     public_name: str | None = _setting("shown in the swarm's overview", _name, metavar="NAME")
     drain_time: float = _setting(

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 from petalnet.errors import UsageError
 
 if TYPE_CHECKING:
+    from petalnet.blocks.adapters import Adapter
     from petalnet.blocks.links import OpenStream
     from petalnet.blocks.service import BlockService
+    from petalnet.blocks.span import Span
     from petalnet.blocks.throughput import Rates
     from petalnet.config import Settings
+    from petalnet.models.adapters import AdapterSource
     from petalnet.serving import Model
 
 
@@ -37,12 +40,16 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     from petalnet.blocks.throughput import Rates, measure
     from petalnet.capacity import kv_tokens, require_room, too_large
 
-    require_room(model.source, *span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory)
+    # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
+    beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
+    most = None if settings.max_memory is None else max(settings.max_memory - beside, 1)
+    require_room(model.source, *span, dtype=model.dtype, device=model.device, max_memory=most)
     try:
         blocks = Span.load(model.source, *span, dtype=model.dtype, device=model.device, may_pack=model.packs)
+        adapters = {adapter.label: _on_device(adapter, blocks) for adapter in model.adapters}
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise too_large(model.source, *span, dtype=model.dtype, device=model.device, max_memory=settings.max_memory) from error
-    tokens = kv_tokens(blocks, model.source, device=model.device, max_memory=settings.max_memory, wanted=settings.attn_cache_tokens)
+        raise too_large(model.source, *span, dtype=model.dtype, device=model.device, max_memory=most) from error
+    tokens = kv_tokens(blocks, model.source, device=model.device, max_memory=most, wanted=settings.attn_cache_tokens)
     blocks.speed_up()
     rate = settings.throughput
     rates = measure(blocks, model=model.key) if rate is None else Rates(rate, rate, rate)
@@ -55,6 +62,7 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
             rates=rates if rate is None else USUAL_RATES,  # what somebody chose to announce says little of how fast this machine is
             share_prefixes=settings.share_prefixes,
             open_link=open_link,
+            adapters=adapters,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UsageError(
@@ -62,6 +70,19 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
             "smaller --attn-cache-tokens, or serve fewer blocks"
         ) from error
     return Loaded(service, rates)
+
+
+def _on_device(source: AdapterSource, blocks: Span) -> Adapter:
+    """An adapter's part for blocks that are loaded."""
+    from petalnet.blocks.adapters import Adapter, LoraWeights
+
+    loaded = source.load(blocks.first, blocks.end)
+    return Adapter(
+        {
+            block: {path: LoraWeights(a.to(blocks.device), b.to(blocks.device)) for path, (a, b) in layers.items()}
+            for block, layers in loaded.items()
+        }
+    )
 
 
 def release_memory() -> None:

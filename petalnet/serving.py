@@ -24,13 +24,14 @@ from petalnet.loaded import Loaded, load, release_memory
 from petalnet.peering import Peering
 from petalnet.placing import SECOND_LOOKS, Placing
 from petalnet.routing.placement import Move
-from petalnet.routing.records import MAX_ADDRS, ServerRecord
+from petalnet.routing.records import MAX_ADAPTERS, MAX_ADDRS, ServerRecord
 from petalnet.threads import in_thread
 
 if TYPE_CHECKING:
     import torch
 
     from petalnet.blocks.service import BlockService
+    from petalnet.models.adapters import AdapterSource
     from petalnet.models.checkpoint import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ MAX_NAME = 128
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be served: its source, its identity (see `models.identity`), what it will be run in, and whether sessions can share
-    a pass through its blocks (see `blocks.probe`)."""
+    """A model that can be served: its source, its identity (see `models.identity`), what it will be run in, whether sessions can share
+    a pass through its blocks (see `blocks.probe`), and adapters that users may choose."""
 
     source: ModelSource
     key: str
@@ -53,13 +54,14 @@ class Model:
     dtype: torch.dtype
     device: str
     packs: bool
+    adapters: tuple[AdapterSource, ...] = ()
 
 
 def open_model(settings: Settings, name: str | None) -> Model:
     """Find a model, make sure that it can be split, and work out its identity. Blocks: imports the libraries, reads files.
 
     Raises:
-        ModelError: there is no such model, or it cannot be split into blocks.
+        ModelError: there is no such model, it cannot be split into blocks, or an adapter is not for it.
         UsageError: the span or the device that was asked for is not there.
     """
     from petalnet.models.lean import import_transformers
@@ -82,7 +84,23 @@ def open_model(settings: Settings, name: str | None) -> Model:
     if isinstance(settings.serve, int) and settings.serve > count:
         raise UsageError(f"--serve {settings.serve} is out of range: {source.name} has {count} blocks")
     packs = require_splittable(source.config).packs
-    return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device, packs)
+    adapters = _open_adapters(settings, source)
+    return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device, packs, adapters)
+
+
+def _open_adapters(settings: Settings, source: ModelSource) -> tuple[AdapterSource, ...]:
+    from petalnet.models.adapters import AdapterSource
+
+    if len(settings.adapters) > MAX_ADAPTERS:
+        raise UsageError(f"--adapters: {len(settings.adapters)} are more than the {MAX_ADAPTERS} that a server can announce")
+    adapters: dict[str, AdapterSource] = {}
+    for name in settings.adapters:
+        adapter = AdapterSource.open(name, source, token=settings.token, cache_dir=settings.cache_dir)
+        if adapter.name in adapters:
+            raise UsageError(f"--adapters: two are named {adapter.name}: rename one of the folders")
+        adapters[adapter.name] = adapter
+        logger.info("adapter %s changes %d of the %d blocks", adapter.label, len(adapter.layers), adapter.num_blocks)
+    return tuple(adapters.values())
 
 
 def _label(name: str) -> str:
@@ -234,6 +252,7 @@ class Server:
             sequence=0,
             issued=now,
             expires=now + LIFETIME_S,
+            adapters=tuple(adapter.label for adapter in model.adapters),
             public_name=self._settings.public_name,
             movable=movable,
         )

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "linking": {"errors", "p2p", "peering", "routing"},
     "answering": {"blocks", "errors", "p2p"},
     "placing": BASE | {"routing"},
-    "loaded": {"blocks", "capacity", "config", "errors", "serving"},
+    "loaded": {"blocks", "capacity", "config", "errors", "models", "serving"},
     "serving": BASE
     | {"announcing", "answering", "blocks", "capacity", "config", "linking", "loaded", "models", "p2p", "peering", "placing", "routing"},
     "node": BASE

@@ -50,11 +50,11 @@ _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 
 @dataclass(frozen=True)
 class _Layer:
-    """Where the two matrices for a layer are in the file, their rank, and by what the product is multiplied."""
+    """Where the two matrices for a layer are in the file, the memory that they take in float32, and by what the product is multiplied."""
 
     a: str
     b: str
-    rank: int
+    nbytes: int
     scaling: float
 
 
@@ -64,11 +64,13 @@ class AdapterSource:
     Attributes:
         name: the hub repository's id, or the name of the folder.
         digest: BLAKE3 of what decides what it computes, in hex.
+        num_blocks: of the model.
         layers: by the number of a block and a layer's path in it, in order.
     """
 
-    def __init__(self, name: str, file: Path, digest: str, layers: Mapping[int, Mapping[str, _Layer]]) -> None:
+    def __init__(self, name: str, file: Path, digest: str, num_blocks: int, layers: Mapping[int, Mapping[str, _Layer]]) -> None:
         self.name = name
+        self.num_blocks = num_blocks
         self.digest = digest
         self.layers = layers
         self._file = file
@@ -97,8 +99,13 @@ class AdapterSource:
             shapes = {key: info.shape for key, info in header.items()}
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise ModelError(f"{WEIGHTS_FILE} of adapter {name} is not a safetensors file: {error}") from error
-        layers = _sorted_layers(name, config, shapes, _Anatomy(model))
-        return cls(name, file, _digest(config, file), layers)
+        anatomy = _Anatomy(model)
+        layers = _sorted_layers(name, config, shapes, anatomy)
+        return cls(name, file, _digest(config, file), len(anatomy.shapes), layers)
+
+    def nbytes(self, first: int, end: int) -> int:
+        """Memory that the matrices for blocks [first, end) take."""
+        return sum(layer.nbytes for block in range(first, end) for layer in self.layers.get(block, {}).values())
 
     @cached_property
     def label(self) -> str:
@@ -207,7 +214,9 @@ def _sorted_layers(
                 f"adapter {name} is not for {anatomy.model_name}: {module} maps {inputs} numbers to {outputs} there, its matrices "
                 f"are {list(a)} and {list(b)}"
             )
-        layers.setdefault(block, {})[path] = _Layer(pair["A"], pair["B"], a[0], _scaling(name, config, module, a[0]))
+        layers.setdefault(block, {})[path] = _Layer(
+            pair["A"], pair["B"], 4 * a[0] * (inputs + outputs), _scaling(name, config, module, a[0])
+        )
     order = {path: index for block in anatomy.shapes for index, path in enumerate(block)}
     return {block: dict(sorted(found.items(), key=lambda one: order[one[0]])) for block, found in sorted(layers.items())}
 
