@@ -10,7 +10,7 @@ The bare modules notice when something is put in a placeholder's place, so a mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,18 +28,38 @@ class Notice:
         self.count = 0
 
 
-class BareModule(nn.Module):
-    """A remote module that has others in it."""
+class NotLinear(UsageError, AttributeError):
+    """A tuner asks for a parameter of a remote module that is no linear one."""
 
-    def __init__(self, notice: Notice) -> None:
+
+class BareModule(nn.Module):
+    """A remote module that is no linear one: it has others in it, or parameters that a tuner may look for and is refused."""
+
+    def __init__(self, path: str, notice: Notice, parameters: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
+        self.__dict__["_path"] = path
         self.__dict__["_notice"] = notice
+        self.__dict__["_remote_parameters"] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items()}
         self._is_hf_initialized = True  # the library is not to initialise what is not there
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self.__dict__["_notice"].count += 1
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_remote_parameters", ()):
+            where = f"{self.__dict__['_path']}.{name}".removeprefix(".")
+            raise NotLinear(f"{where} is no linear module, and only such can have LoRA in remote blocks: leave it out of the targets")
+        return super().__getattr__(name)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that are here; of this module alone also the names of remote ones, for who looks for targets."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if not recurse:
+            for name, (shape, dtype) in self.__dict__["_remote_parameters"].items():
+                elsewhere = torch.full((), torch.nan, dtype=dtype).expand(shape).as_subclass(_Elsewhere)
+                yield f"{prefix}.{name}" if prefix else name, cast(nn.Parameter, elsewhere)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refused."""
@@ -117,7 +137,7 @@ def placeholders(layers: Iterable[nn.Module], device: torch.device) -> list[nn.M
         device: where a tuner is to put its parameters.
     """
     notice = Notice()
-    return [_bare(layer, notice, device) for layer in layers]
+    return [_bare("", layer, notice, device) for layer in layers]
 
 
 def notice_of(blocks: Iterable[nn.Module]) -> Notice:
@@ -125,14 +145,14 @@ def notice_of(blocks: Iterable[nn.Module]) -> Notice:
     return next((block.__dict__["_notice"] for block in blocks), Notice())
 
 
-def _bare(module: nn.Module, notice: Notice, device: torch.device) -> nn.Module:
+def _bare(path: str, module: nn.Module, notice: Notice, device: torch.device) -> nn.Module:
     if isinstance(module, nn.Linear):
         return RemoteLinear(module.in_features, module.out_features, module.weight.dtype, device)
     if isinstance(module, Conv1D):
         return RemoteConv1D(module.nx, module.nf, module.weight.dtype, device)
-    bare = BareModule(notice)
+    bare = BareModule(path, notice, dict(module.named_parameters(recurse=False)))
     for name, child in module.named_children():
-        bare._modules[name] = _bare(child, notice, device)
+        bare._modules[name] = _bare(f"{path}.{name}" if path else name, child, notice, device)
     return bare.train(module.training)
 
 

@@ -148,7 +148,8 @@ class RemoteSequential(nn.Module):
             attention_mask: [rows, length], 0 where a token is padding.
             position_ids: [rows or 1, length].
         Returns:
-            [rows, length, hidden], of the same dtype and on the same device. Without a session gradients reach `hidden_states`, `prompts`.
+            [rows, length, hidden], of the same dtype and on the same device. Without a session gradients reach `hidden_states`, `prompts`
+            and the parameters of adapters that PEFT has put into these blocks.
         Raises:
             ValueError: wrong shape or dtype; nothing was sent.
             MissingBlocksError: a block has no server.
@@ -166,17 +167,23 @@ class RemoteSequential(nn.Module):
         position_ids: torch.Tensor | None = None,
         prompts: torch.Tensor | None = None,
         all_hidden: bool = False,
+        lora: tuple[Lora, torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """`forward` without a session; with `all_hidden` the outputs of all blocks, first to last."""
+        """`forward` without a session; with `all_hidden` the outputs of all blocks, first to last.
+
+        Args:
+            lora: what `lora()` gives of these blocks and maybe others, where the caller has it already.
+        """
         self.check_hidden(hidden_states)
         rows, length = hidden_states.shape[:2]
         if prompts is not None:
             prompts = self.check_prompts(prompts, hidden_states)
-        lora, numbers = self.lora() or (None, None)
+        lora = lora or self.lora()
+        parameters, numbers = lora or (None, None)
         sources = [tensor for tensor in (hidden_states, prompts, numbers) if tensor is not None]
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
         if differentiable and all_hidden and self.target.end - self.target.first > 1:
-            return self._run_singly(hidden_states, mask, position_ids, prompts)
+            return self._run_singly(hidden_states, mask, position_ids, prompts, lora)
         if mask is not None:
             mask = as_mask(mask, rows)
             if mask.shape[1] != length:
@@ -186,20 +193,25 @@ class RemoteSequential(nn.Module):
             mask=None if mask is None or bool(mask.all()) else encode_tensor(mask),
             position_ids=None if positions is None else encode_tensor(positions),
             all_hidden=all_hidden,
-            lora=lora,
+            lora=parameters,
         )
         if differentiable:
             return [autograd.apply(self.target, hidden_states, prompts, inputs, numbers)]
         return autograd.run(self.target, hidden_states, prompts, inputs)
 
     def _run_singly(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None, prompts: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        prompts: torch.Tensor | None,
+        lora: tuple[Lora, torch.Tensor] | None,
     ) -> list[torch.Tensor]:
         """Block by block: slower, and every boundary is part of the graph."""
         outputs = []
         for index in range(self.target.end - self.target.first):
             part = None if prompts is None else prompts[index : index + 1]
-            hidden = self.part(index, index + 1).run(hidden, mask=mask, position_ids=position_ids, prompts=part)[-1]
+            hidden = self.part(index, index + 1).run(hidden, mask=mask, position_ids=position_ids, prompts=part, lora=lora)[-1]
             outputs.append(hidden)
         return outputs
 
