@@ -20,7 +20,7 @@ class Inputs:
     """What goes through blocks beside the hidden states; see `session_messages.Step` for shapes. `prompts` is for all blocks of the target.
 
     `keep`, `promise_rows` and `names` are for sessions only; `names` are those of the units that the step completes, None where these have
-    none. The last three are for passes only: see `pass_messages.Forward`.
+    none. The last four are for passes only: see `pass_messages.Forward`.
     """
 
     mask: Blob | None = None
@@ -32,6 +32,7 @@ class Inputs:
     names: Names | None = None
     lora: Lora | None = None
     seed: int = 0
+    row: int = 0
     reach: int = 0
 
 

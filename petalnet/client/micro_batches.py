@@ -156,4 +156,5 @@ def _rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
         mask=None if mask is None else part_of(mask, start, stop),
         position_ids=None if position_ids is None else part_of(position_ids, start, stop),
         prompts=None if prompts is None else columns(prompts, start, stop),
+        row=inputs.row + start,
     )

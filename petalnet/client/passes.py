@@ -170,6 +170,7 @@ async def _forward_hop(target: Target, hop: Hop, hidden: Blob, inputs: Inputs, g
         lora=lora_version(inputs.lora, hop),
         dropout=0.0 if inputs.lora is None else inputs.lora.dropout,
         seed=inputs.seed,
+        row=inputs.row,
     )
     bytes_s = membership.host.bytes_s(hop.peer_id) if settings.wire_precision == "auto" and graphs is None else None
     request = pass_on_the_wire(request, settings.wire_precision, hop.dtype, bytes_s, hop.prefill_s)
@@ -307,6 +308,7 @@ async def _backward_part(target: Target, part: Part, graphs: Graphs, gradient: B
             lora=lora_version(inputs.lora, hops[0]),
             dropout=0.0 if inputs.lora is None else inputs.lora.dropout,
             seed=inputs.seed,
+            row=inputs.row,
         )
         return await ask(hops[0], request)
 

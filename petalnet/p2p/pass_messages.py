@@ -35,6 +35,7 @@ class Forward(Message):
         lora: the version of what this peer has put there (see `PutLora`) and wants applied as well; "" for none.
         dropout, seed: of the input of `lora`, the probability with which a number is left out, and what decides which ones: the same ones
             wherever, and however often, the pass is run.
+        row: where the rows are only some of what belongs together, the number of the first of them there; it decides that as well.
     """
 
     model: str = scalar(text(128))
@@ -52,6 +53,7 @@ class Forward(Message):
     lora: str = scalar(text(64), "")
     dropout: float = scalar(number(0, 0.999), 0.0)
     seed: int = scalar(integer(0, 2**53), 0)
+    row: int = scalar(integer(0, 2**31), 0)
 
 
 @message_type("forward_done")
@@ -78,8 +80,8 @@ class Backward(Message):
     Attributes:
         grad_output: [rows, length, hidden], the gradient of the last block's output.
         graph: the number of the pass's kept graph, which is used up; 0 where there is none.
-        hidden, mask, position_ids, prompts, reach, adapter, lora, dropout, seed: what the forward pass was given, by which it is computed
-            again. May all be left out where a graph was kept; where that is gone the answer is *graph_gone*.
+        hidden, mask, position_ids, prompts, reach, adapter, lora, dropout, seed, row: what the forward pass was given, by which it is
+            computed again. May all be left out where a graph was kept; where that is gone the answer is *graph_gone*.
         input_gradient: whether the gradient of `hidden` is wanted.
         prompt_gradient: whether that of the prompts is.
         lora_gradient: whether that of `lora` is.
@@ -99,6 +101,7 @@ class Backward(Message):
     lora: str = scalar(text(64), "")
     dropout: float = scalar(number(0, 0.999), 0.0)
     seed: int = scalar(integer(0, 2**53), 0)
+    row: int = scalar(integer(0, 2**31), 0)
     input_gradient: bool = scalar(flag, True)
     prompt_gradient: bool = scalar(flag, True)
     lora_gradient: bool = scalar(flag, False)
