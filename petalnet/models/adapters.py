@@ -190,13 +190,13 @@ def _sorted_layers(
 ) -> dict[int, dict[str, _Layer]]:
     """The tensors of a file by the layers that they are for, all checked."""
     pairs: dict[str, dict[str, str]] = {}
+    others = []
     for key in shapes:
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ModelError(f"adapter {name} has the tensor {key}, which is no part of plain LoRA: {POSSIBLE}")
-        pairs.setdefault(match["module"].removeprefix(_PREFIX), {})[match["matrix"]] = key
-    if not pairs:
-        raise ModelError(f"adapter {name} has no tensors")
+            others.append(key)
+        else:
+            pairs.setdefault(match["module"].removeprefix(_PREFIX), {})[match["matrix"]] = key
     layers: dict[int, dict[str, _Layer]] = {}
     for module, pair in pairs.items():
         place = anatomy.block_of(module)
@@ -217,6 +217,11 @@ def _sorted_layers(
         layers.setdefault(block, {})[path] = _Layer(
             pair["A"], pair["B"], 4 * a[0] * (inputs + outputs), _scaling(name, config, module, a[0])
         )
+    if others:
+        key = min(others, key=lambda key: "lora_" not in key)  # beside those for an embedding the embedding itself is saved
+        raise ModelError(f"adapter {name} has the tensor {key}, which is no part of plain LoRA: {POSSIBLE}")
+    if not layers:
+        raise ModelError(f"adapter {name} has no tensors")
     order = {path: index for block in anatomy.shapes for index, path in enumerate(block)}
     return {block: dict(sorted(found.items(), key=lambda one: order[one[0]])) for block, found in sorted(layers.items())}
 

@@ -38,6 +38,7 @@ SIZES = {
         "num_layers": LAYERS,
         "max_position_embeddings": 40,
     },
+    "gpt2": {"vocab_size": 99, "n_embd": 32, "n_head": 4, "n_layer": LAYERS, "n_positions": 40},
     "opt": {
         "vocab_size": 99,
         "hidden_size": 32,

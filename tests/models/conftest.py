@@ -31,6 +31,7 @@ SIZES = {
     },
 }
 SIZES["mixtral"] = {**SIZES["llama"], "num_local_experts": 4}
+SIZES["gpt2"] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_layer": LAYERS, "n_positions": 40}
 
 
 @pytest.fixture(scope="session")
