@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from petalnet.client.distributed import distribute
+from petalnet.client.generation import longest_of
 from petalnet.client.placeholders import placeholders
 from petalnet.client.remote import RemoteSequential, make_target
 from petalnet.client.saving import Origin, TrainedPart, as_fields, trained_names
@@ -112,6 +113,9 @@ def _load(
     expected = getattr(library_class, "config_class", None)
     if expected is not None and not isinstance(plain, expected):
         raise ModelError(f"{source.name} is a {plain.model_type} model, which Distributed{library_class.__name__} is not for")
+    longest = longest_of(text_config(plain))
+    if settings.tuning_mode is not None and longest is not None and settings.pre_seq_len >= longest:
+        raise UsageError(f"pre_seq_len={settings.pre_seq_len} leaves no room for tokens: {source.name} was made for {longest} positions")
     num_blocks, key = text_config(plain).num_hidden_layers, model_key(source)
     if trained is not None:
         trained.check_base(source.name, key)

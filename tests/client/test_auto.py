@@ -126,7 +126,6 @@ def test_a_configuration_made_by_hand_has_all_settings() -> None:
         ({"tuning_mode": "ptune", "pre_seq_len": -1}, UsageError, "pre_seq_len"),
         ({"tuning_mode": "ptune", "pre_seq_len": 2.5}, UsageError, "pre_seq_len"),
         ({"pre_seq_len": True}, UsageError, "pre_seq_len"),
-        ({"active_adapter": "nobody/has-this"}, ValueError, "nobody/has-this"),
         ({"dtype": "float17"}, ValueError, "float17"),
         ({"initial_peers": []}, ValueError, "initial_peers"),
         ({"initial_peers": ["rubbish"]}, ValueError, "rubbish"),
