@@ -6,7 +6,7 @@ hooks, LoRA is PEFT's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,8 @@ class LocallyTuned(nn.Module):
         if self.prompts is not None:
             embeddings = torch.cat([self.prompts.expand(rows, -1, -1), embeddings], dim=1)
             attention_mask = torch.cat([attention_mask.new_ones(rows, length), attention_mask], dim=1)
-            labels = torch.cat([labels.new_full((rows, length), IGNORED), labels], dim=1)
+            # Outputs begin at the first token, so it is nobody's next one, as it is in a model without prompts.
+            labels = torch.cat([labels.new_full((rows, length + 1), IGNORED), labels[:, 1:]], dim=1)
         with self._deep_prompts():
             return self.model(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, use_cache=False)
 
@@ -123,14 +124,20 @@ class Sides:
     remote: Any
     trained: dict[str, tuple[nn.Parameter, nn.Parameter]]
 
-    def gradients(self, batch: Batch) -> dict[str, float]:
-        """One step of both without an update: how far the gradients of each parameter are apart (see `apart`), and the loss."""
+    def gradients(self, batch: Batch, after_forward: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """One step of both without an update: how far the gradients of each parameter are apart (see `apart`), and the loss.
+
+        Args:
+            after_forward: called between the remote model's forward pass and its backward pass.
+        """
         for pair in self.trained.values():
             for parameter in pair:
                 parameter.grad = None
         losses = []
         for model in (self.local, self.remote):
             loss = batch.loss(model)
+            if model is self.remote:
+                after_forward()
             loss.backward()
             losses.append(loss.detach())
         return {"loss": apart(losses[1], losses[0])} | {
@@ -148,7 +155,7 @@ class Sides:
                 loss = batch.loss(model)
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
             curves.append(losses)
         return curves[0], curves[1]
 
