@@ -37,6 +37,6 @@ def save_adapter(model: Path, folder: Path, family: str, *, seed: int = 0, std: 
     return folder
 
 
-def load_with_peft(model: Path, adapter: Path, **options: Any) -> PeftModel:
+def load_with_peft(model: Path, adapter: Path, *, is_trainable: bool = False) -> PeftModel:
     """The library's model with an adapter, in evaluation mode."""
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, **options), adapter).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=is_trainable).eval()
