@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import trio
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import petalnet
+from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.service import BlockService
 from petalnet.blocks.span import Span
 from petalnet.linking import Linking
@@ -62,6 +64,7 @@ class Server:
     """One server: its blocks and what answers for them. `scope` is what keeps it alive."""
 
     span: tuple[int, int]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
     service: BlockService = field(init=False)
     host: Host = field(init=False)
     peer_id: str = field(init=False)
@@ -92,9 +95,15 @@ class Servers:
     def peers(self) -> list[str]:
         return next(server.addrs for server in self.servers if server.alive)
 
-    def start(self, first: int, end: int, *, pool_tokens: int = POOL_TOKENS) -> Server:
-        """One more server, announced when this returns."""
-        server = Server((first, end))
+    def start(
+        self, first: int, end: int, *, pool_tokens: int = POOL_TOKENS, adapters: Mapping[str, Adapter] = MappingProxyType({})
+    ) -> Server:
+        """One more server, announced when this returns.
+
+        Args:
+            adapters: by their labels.
+        """
+        server = Server((first, end), adapters)
         peers = self.peers if self.servers else []
         trio.from_thread.run(self._nursery.start, self._serve, server, peers, pool_tokens, trio_token=self._token)
         self.servers.append(server)
@@ -145,7 +154,9 @@ class Servers:
                 trio.open_nursery() as nursery,
             ):
                 linking = Linking(peering, self.key, server.span[1])
-                server.service = BlockService(span, model=self.key, kv_tokens=pool_tokens, open_link=linking.open)
+                server.service = BlockService(
+                    span, model=self.key, kv_tokens=pool_tokens, open_link=linking.open, adapters=server.adapters
+                )
                 await nursery.start(server.service.run)
                 server.host = peering.host
                 server.peer_id, server.addrs = peering.host.peer_id, peering.host.addrs
@@ -158,6 +169,7 @@ class Servers:
                 record = ServerRecord(
                     peer_id=server.peer_id, addrs=addrs, model=self.key, model_name="test", span=server.span, num_blocks=LAYERS,
                     state="online", dtype="float32", sequence=int(now * 1000), issued=now, expires=now + 600,
+                    adapters=tuple(server.adapters),
                 )  # fmt: skip
                 await peering.announce(record)
                 task_status.started()
