@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from petalnet import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from petalnet.client.speculation import DraftPolicy, Lookup
 from petalnet.errors import UsageError
 
 LENGTH = 3
@@ -105,15 +106,19 @@ def test_generate(tuned: Tuned) -> None:
     assert torch.equal(answer, tuned.generate(ids[:1], max_new_tokens=4, **GREEDY)[:, ids.shape[1] :])
 
 
-def test_guesses_change_nothing(tuned: Tuned) -> None:
-    ids = tuned.pair.ids(1, 6).repeat(1, 4)
-    with tuned.remote.inference_session(max_length=128) as session:
-        tuned.same(ids, max_new_tokens=60, **GREEDY)
-        assert session.drafted
-    expected = tuned.generate(ids, max_new_tokens=20, **GREEDY)
-    assert torch.equal(tuned.remote.generate(ids, max_new_tokens=20, prompt_lookup_num_tokens=3, **GREEDY), expected)
+def test_guesses_change_nothing(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tuned.pair.ids(1, 6).repeat(1, 2)
+    expected = tuned.generate(ids, max_new_tokens=24, **GREEDY)
+    text = [token ^ (place % 7 == 0) for place, token in enumerate(expected[0].tolist())]  # some of it is wrong
+    monkeypatch.setattr(DraftPolicy, "choose", lambda _, length, most, draft_s=0.0: min(most, 4))
+    monkeypatch.setattr(Lookup, "draft", lambda lookup, count: text[len(lookup) : len(lookup) + count])
+    with tuned.remote.inference_session(max_length=LENGTH + 12 + 23) as session:  # with not one entry too many
+        assert torch.equal(tuned.remote.generate(ids, max_new_tokens=24, **GREEDY), expected)
+        assert session.drafted > session.accepted > 10 and session.position == session.max_length
+    expected = expected[:, : 12 + 8]
+    assert torch.equal(tuned.remote.generate(ids, max_new_tokens=8, prompt_lookup_num_tokens=3, **GREEDY), expected)
     assistant = AutoModelForCausalLM.from_pretrained(tuned.pair.path, dtype=torch.float32).eval()
-    assert torch.equal(tuned.remote.generate(ids, max_new_tokens=20, assistant_model=assistant, **GREEDY), expected)
+    assert torch.equal(tuned.remote.generate(ids, max_new_tokens=8, assistant_model=assistant, **GREEDY), expected)
 
 
 class Recorder:
@@ -318,6 +323,6 @@ def test_prompts_longer_than_the_model(pair: Any) -> None:
         AutoDistributedModelForCausalLM.from_pretrained(pair.path, initial_peers=pair.servers.peers, tuning_mode="ptune", pre_seq_len=256)
 
 
-def test_sessions_are_closed(tuned: Tuned) -> None:
+def test_sessions_are_closed(pair: Any) -> None:
     gc.collect()
-    tuned.pair.servers.wait_until(lambda: tuned.pair.servers.open_sessions() == 0)
+    pair.servers.wait_until(lambda: pair.servers.open_sessions() == 0)
