@@ -206,7 +206,7 @@ def test_a_session_that_a_full_server_closed_goes_on_elsewhere(monkeypatch: pyte
         settings = ClientSettings(max_retries=3)
         swarm = SimpleNamespace(membership=SimpleNamespace(start=lambda function: None))
 
-    async def reopened(target: Any, max_length: int, rows: int, full: frozenset[str], history: Any, like: Any) -> FakeChain:
+    async def reopened(target: Any, max_length: int, rows: int, full: frozenset[str], *others: Any) -> FakeChain:
         full_peers.append(full)
         chain = FakeChain()
         chain.is_full = False

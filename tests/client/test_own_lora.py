@@ -148,8 +148,9 @@ def test_slices_and_single_blocks(pair: Any) -> None:
     for parameter in blocks.parameters():
         parameter.grad = None
     outputs = [model(input_ids=ids, labels=ids, output_hidden_states=True) for model in (local, remote)]
+    weights = torch.randn(7, 2, 6, 32, generator=torch.Generator().manual_seed(4))
     for output in outputs:
-        sum(boundary.square().mean() for boundary in output.hidden_states).backward()
+        sum((boundary * weight).sum() for boundary, weight in zip(output.hidden_states, weights, strict=True)).backward()
     expected, found = own_parameters(local), own_parameters(remote)
     for name, parameter in found.items():
         assert_close(parameter.grad, expected[name].grad)
