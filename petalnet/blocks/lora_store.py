@@ -33,6 +33,8 @@ MOST_ENTRIES = 1024
 KEPT_S = 1800.0
 """Seconds after which parameters that nobody has named are dropped, even where there is room."""
 RETRY_S = 5.0
+LEAST_PEER_BYTES, MOST_PEER_BYTES = 64 * 2**20, 2**30
+LEAST_BYTES, MOST_BYTES = 256 * 2**20, 4 * 2**30
 NAMED_MODULES = 8
 """Modules that an error names."""
 
@@ -56,12 +58,21 @@ class LoraStore:
         clock: the present time in seconds.
     """
 
-    peer_bytes: int = 512 * 2**20
-    all_bytes: int = 2 * 2**30
+    peer_bytes: int = LEAST_PEER_BYTES
+    all_bytes: int = LEAST_BYTES
     clock: Callable[[], float] = time.monotonic
     _entries: OrderedDict[tuple[str, str], _Entry] = field(default_factory=OrderedDict)  # the one named longest ago first
     _alive: dict[str, WeakSet[Adapter]] = field(default_factory=dict)
     _turn: trio.Lock = field(default_factory=trio.Lock)
+
+    @classmethod
+    def beside(cls, weight_bytes: int) -> LoraStore:
+        """One for blocks of that size. With rank 64 in every layer of a block of width 1024, parameters in float32 take a sixth of what the
+        block's weights take in bfloat16, and less in wider ones: there is room for a few versions of a peer's, and for a few such peers."""
+        return cls(
+            min(max(weight_bytes // 2, LEAST_PEER_BYTES), MOST_PEER_BYTES),
+            min(max(weight_bytes, LEAST_BYTES), MOST_BYTES),
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -81,7 +92,10 @@ class LoraStore:
         """
         check_parameters(request, shapes)
         async with self._turn:  # what is being converted takes memory as well
-            adapter = await in_thread(_converted, request, shapes, device)
+            try:
+                adapter = await in_thread(_converted, request, shapes, device)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise BusyError("there is no memory for LoRA parameters", RETRY_S) from error
             self.put(peer_id, request.version, adapter)
         return LoraPut(request.version)
 

@@ -52,7 +52,8 @@ class NotFinite(ServerError):
 
 
 class InputsNotFinite(CallerError):
-    """A client gave a step numbers that are not finite, which would be taken for the fault of a server further on. Likewise."""
+    """A client gave a step numbers that are not finite, or parameters with which its outputs are not: that would be taken for the fault of
+    a server, here or further on. Likewise."""
 
 
 @dataclass(eq=False)
@@ -130,7 +131,7 @@ class StepWork:
 
         Raises:
             NotFinite: another server brought numbers that are not finite, or the outputs are not, although the inputs were.
-            InputsNotFinite: a client brought such numbers, and another server would get what they come to.
+            InputsNotFinite: a client brought such numbers, and another server would get what they come to; or they come from an adapter.
         """
         if piece is None:
             if not self.brought_by:
@@ -147,6 +148,8 @@ class StepWork:
             if self.session.pushes:
                 raise InputsNotFinite(f"the inputs of step {step} are not finite")
         elif piece is not None and not is_finite(piece[..., real[:, -piece.shape[-2] :], :]):
+            if self.session.adapters:
+                raise InputsNotFinite(f"with the adapter of this session the outputs of step {step} are not finite")
             raise NotFinite(f"the outputs of step {step} here are not finite, though its inputs are")
 
     def take(self, piece: torch.Tensor | None) -> None:
