@@ -1,7 +1,7 @@
 """What a token is expected to take: in a server, and on the ways between a client and its servers. Pure arithmetic in whole nanoseconds.
 
 *In a server:* a fixed cost for the message, what waits there, and its blocks, at the rate that it announces, corrected by what this client
-saw (`observed`).
+saw (`observed`). A pass without a session waits besides until the server has done those that this client has asked it for before.
 
 *On the way:* a token goes from the client to the first server, from server to server, and from the last one to the client; each way takes
 half of a round trip. The client has measured its own. Of two servers the round trip is what they have measured themselves and announce, the
@@ -68,10 +68,12 @@ class Client:
 
 
 class Cost(NamedTuple):
-    """Nanoseconds of a step in a server: whatever it does, and for each block."""
+    """Nanoseconds of a step in a server: whatever it does, and for each block; and until the server is free for it, counted from when the
+    first one of the route is sent the step."""
 
     fixed_ns: int
     block_ns: int
+    free_ns: int = 0
 
 
 class HopTime(NamedTuple):
@@ -123,7 +125,8 @@ class Expected:
         if known is None:
             time = self.hop_time(peer_id)
             factor = OWN_SHARE if peer_id in self.client.own else 1.0
-            known = Cost(round((HOP_S + time.queue_s) * factor * 1e9), round(time.block_s * factor * 1e9))
+            free_s = self._free_s(peer_id, time.speed.block_s)
+            known = Cost(round((HOP_S + time.queue_s) * factor * 1e9), round(time.block_s * factor * 1e9), round(free_s * factor * 1e9))
             self._costs[peer_id] = known
         return known
 
@@ -136,8 +139,6 @@ class Expected:
         queue_s = self._queue_s(record, block_s)
         if speed.queue is not None and abs(change_s := speed.queue.with_prior(queue_s) - queue_s) >= LEAST_WAIT_S:
             queue_s += change_s
-        if self.work == "forward":  # steps of sessions are run before passes
-            queue_s += block_s * client.under_way.get(peer_id, 0.0)
         return HopTime(speed, block_s * single, queue_s, client.round_trip(peer_id))
 
     def _queue_s(self, record: ServerRecord, block_s: float) -> float:
@@ -153,6 +154,10 @@ class Expected:
             return waiting * pass_s * self.tokens
         under_way, next_round = (of_single(record, "decode", self.tokens * count) for count in (waiting, waiting + 1))
         return pass_s * (under_way / 2 + next_round - of_single(record, "decode", self.tokens))
+
+    def _free_s(self, peer_id: str, block_s: float) -> float:
+        """Seconds until a server has done what this client has asked it for. Steps of sessions are run before passes."""
+        return block_s * self.client.under_way.get(peer_id, 0.0) if self.work == "forward" else 0.0
 
     def between(self, one: str, other: str) -> int:
         """The way from one server to another, ns."""

@@ -259,7 +259,7 @@ def _has_these(record: ServerRecord, digests: Mapping[int, str], first: int, end
 
 
 def _resorted(cost: Cost, is_last: bool) -> Cost:
-    return Cost(cost.fixed_ns + LAST_RESORT_NS, cost.block_ns) if is_last else cost
+    return cost._replace(fixed_ns=cost.fixed_ns + LAST_RESORT_NS) if is_last else cost
 
 
 def _hop(record: ServerRecord, first: int, end: int, client: Client, after: str) -> Hop:
@@ -324,7 +324,7 @@ def _quickest(
         reached: dict[str, _Path] = {}
         for record in active:
             peer_id = record.peer_id
-            fixed_ns, block_ns = costs[peer_id]
+            fixed_ns, block_ns, free_ns = costs[peer_id]
             near = known.get(peer_id, {})
             before = start._replace(ns=ways[peer_id]) if block == first else None
             for ns, hops, chain, other in back:
@@ -339,7 +339,7 @@ def _quickest(
                         before = arrived
             best = ongoing.get(peer_id)
             if before is not None:
-                entered = _Path(before.ns + fixed_ns, before.hops + 1, (*before.chain, (block, peer_id)))
+                entered = _Path(max(before.ns, free_ns) + fixed_ns, before.hops + 1, (*before.chain, (block, peer_id)))
                 best = entered if best is None or entered < best else best
             if best is not None:
                 reached[peer_id] = _Path(best.ns + block_ns, best.hops, best.chain)
