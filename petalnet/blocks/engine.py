@@ -323,7 +323,7 @@ class Engine:
             if isinstance(result, outcome.Value):
                 result = outcome.Value(Result(result.value, max(0.0, now - asker.submitted - asker.compute_s), asker.compute_s))
             answers.append((asker, _hearable(result)))
-        self._tell(answers, _RoundDone(now, seconds, sum(part.tokens for part in parts), len(parts)))
+        self._tell(answers, _RoundDone(now, seconds, sum(map(_tokens, parts)), len(parts)))
         if now - self._estimated > ESTIMATE_GAP_S:
             self._estimated = now
             self.expected_wait_s = self._scheduler.expected_wait()
@@ -345,6 +345,11 @@ class Engine:
         assert self._token is not None
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._deliver, answers, done)
+
+
+def _tokens(part: Part) -> int:
+    """Of a step, all that are done; of a pass, which goes through the blocks in several rounds, a share of them."""
+    return round(part.tokens * part.weight) if part.task.kind == "pass" else part.tokens
 
 
 def _shutting_down() -> ServerError:

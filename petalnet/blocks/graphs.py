@@ -39,16 +39,24 @@ class Recorded:
     """Some rows' pass through some blocks, of which gradients can be taken once.
 
     Attributes:
+        first_row, end_row: which rows.
+        begin, stop: which blocks of the model.
         output: [rows, length, hidden], of the last block.
         hidden: what entered, a leaf of the graph.
         prompts: the prompts, another; None where there were none.
         lora: the parameters of the client's LoRA, further leaves, in the order of `PutLora.weights`.
+        lora_first: the number of the first of them among all in the request's blocks.
     """
 
+    first_row: int
+    end_row: int
+    begin: int
+    stop: int
     output: torch.Tensor
     hidden: torch.Tensor
     prompts: torch.Tensor | None
     lora: list[torch.Tensor]
+    lora_first: int
 
 
 @dataclass(eq=False)
@@ -56,13 +64,13 @@ class Graph:
     """What is kept of one forward pass.
 
     Attributes:
-        peer_id, number: whose it is, and under which number.
+        peer_id, number: whose it is, and under which number; under 0 nobody finds it.
         first, end: the blocks.
         shape: [rows, length, hidden] of its input and its output.
         dtype: of its input, by its name on the wire.
         prompts_dtype: of its prompts; None where it had none.
-        cuts: where its parts end, in rows.
-        parts: one for each part of the pass, in order; the compute thread's.
+        has_lora: whether the client's LoRA was applied.
+        parts: what was recorded, in order; the compute thread's.
         bytes: what it takes.
         counted: the addresses of the memory that was counted, while it is made.
         kept_since: when it was complete.
@@ -75,7 +83,7 @@ class Graph:
     shape: tuple[int, ...]
     dtype: str
     prompts_dtype: str | None = None
-    cuts: list[int] = field(default_factory=list)
+    has_lora: bool = False
     parts: list[Recorded] = field(default_factory=list)
     bytes: int = 0
     counted: set[int] = field(default_factory=set)
@@ -128,7 +136,8 @@ class GraphStore:
             if least is not None and rows * (graph.end - graph.first) >= least:
                 return None
             self._graphs[graph] = None
-            self._named[graph.peer_id, graph.number] = graph
+            if graph.number:
+                self._named[graph.peer_id, graph.number] = graph
             return graph if self._grow(graph, LEAST_BYTES) else None
 
     def keep(self, graph: Graph, now: float) -> bool:
@@ -154,7 +163,7 @@ class GraphStore:
             if graph.state != "kept":
                 return False
             graph.state = "taken"
-            del self._named[graph.peer_id, graph.number]
+            self._named.pop((graph.peer_id, graph.number), None)
             return True
 
     def done(self, graph: Graph) -> None:
@@ -198,7 +207,8 @@ class GraphStore:
                 size += storage.nbytes()
             if not self.grow(graph, size):
                 raise NoRoom
-            return tensor
+            # What a node has put out and saves itself would refer to the node: a cycle that only the collector ends.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpacked):
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -10,23 +10,23 @@ import trio
 from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.checks import Checks
 from petalnet.blocks.engine import Engine, Result
+from petalnet.blocks.gradients import BackwardAnswer
 from petalnet.blocks.graphs import GRAPH_AGE_S, Graph, GraphStore
 from petalnet.blocks.hop import WATCHED_TOKENS
 from petalnet.blocks.lora_store import LoraStore, adapters_of
-from petalnet.blocks.passes import BackwardAnswer, BackwardWork, ForwardWork, KeptBackwardWork, PassWork
+from petalnet.blocks.passes import ForwardWork, FrugalBackwardWork, KeptBackwardWork, PassWork, RecordingWork
 from petalnet.blocks.scheduler import Task
 from petalnet.blocks.span import Span
-from petalnet.errors import PetalnetError
+from petalnet.errors import GraphGone, PetalnetError
 from petalnet.p2p.fields import Message
 from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
 
 if TYPE_CHECKING:
     from petalnet.p2p.streams import Stream
 
-KEPT_BACKWARD_WEIGHT = 1.5
-"""A backward pass from a kept graph, in forward passes: weights are frozen, so their gradients are not computed."""
-BACKWARD_WEIGHT = 2.5
-"""One that computes the forward pass again."""
+FRUGAL_WEIGHT = 1.5
+"""What a unit of a frugal backward pass costs, in forward passes of a block: half of them are such, the other half run the block again and
+go back, which takes as long as forward, since there are no gradients of weights to compute. (Measured with BLOOM and Llama blocks.)"""
 EXPIRY_S = GRAPH_AGE_S / 10
 """How often graphs that are too old are looked for."""
 
@@ -44,16 +44,19 @@ class PassService:
         checks: Checks,
         engine: Engine,
         graphs: GraphStore,
+        recomputed: GraphStore,
         *,
         adapters: Mapping[str, Adapter],
         loras: LoraStore,
     ) -> None:
         """
         Args:
+            recomputed: for graphs of backward passes that are computed anew.
             adapters: the host's, which peers may name.
             loras: what peers have put here.
         """
         self.graphs = graphs
+        self._recomputed = recomputed
         self._span = span
         self._checks = checks
         self._engine = engine
@@ -80,74 +83,84 @@ class PassService:
         checked = self._checks.stateless(request, stream.protocol.limits.payload, graph)
         if isinstance(checked, Forward):
             return await self._forward(stream, checked)
-        if graph is not None:
-            return await self._backward_from(stream, checked, graph)
-        adapters = adapters_of(checked, stream.peer_id, self._adapters, self._loras)
-        return await self._backward(stream, checked, BackwardWork(self._span, checked, adapters))
+        done = await (self._backward_anew(stream, checked) if graph is None else self._backward_from(stream, checked, graph, self.graphs))
+        if done is None:
+            return None
+        found: BackwardAnswer = done.value
+        return BackwardDone(found.hidden, found.prompts, found.lora, done.compute_s, done.queue_s)
 
     async def _forward(self, stream: Stream, request: Forward) -> ForwardDone | None:
         adapters = adapters_of(request, stream.peer_id, self._adapters, self._loras)
         graph: Graph | None = None
         if request.graph and not request.all_hidden:
-            graph = self.graphs.begin(
-                Graph(
-                    stream.peer_id,
-                    request.graph,
-                    request.first,
-                    request.end,
-                    shape=tuple(request.hidden.shape),
-                    dtype=request.hidden.dtype,
-                    prompts_dtype=None if request.prompts is None else request.prompts.dtype,
-                )
-            )
+            graph = self.graphs.begin(_graph(stream.peer_id, request, request.graph))
         kept = False
         try:
-            work = ForwardWork(self._span, request, adapters, graph=graph, graphs=self.graphs)
-            result = await self._compute(stream, self._task(stream, request, request.hidden.shape, work, 1.0))
-            if result is None:
+            work = ForwardWork(self._span, request, adapters, rows_at_once=self._rows(request), graph=graph, graphs=self.graphs)
+            done = await self._compute(stream, request, work)
+            if done is None:
                 return None
             kept = work.graph is not None and self.graphs.keep(work.graph, trio.current_time())
-            return ForwardDone(result.value, result.compute_s, result.queue_s, kept)
+            return ForwardDone(done.value, done.compute_s, done.queue_s, kept)
         finally:
             if graph is not None and not kept:
                 self.graphs.done(graph)
 
-    async def _backward_from(self, stream: Stream, request: Backward, graph: Graph) -> BackwardDone | None:
-        self.graphs.take(graph)
+    async def _backward_from(self, stream: Stream, request: Backward, graph: Graph, graphs: GraphStore) -> Result[Any] | None:
+        """Use a graph up."""
+        graphs.take(graph)
         try:
-            return await self._backward(stream, request, KeptBackwardWork(self._span, request, graph), graph.cuts)
+            work = KeptBackwardWork(self._span, request, graph)
+            return await self._compute(stream, request, work, cuts=work.cuts)
         finally:
-            self.graphs.done(graph)
+            graphs.done(graph)
 
-    async def _backward(self, stream: Stream, request: Backward, work: PassWork, cuts: Sequence[int] = ()) -> BackwardDone | None:
-        weight = KEPT_BACKWARD_WEIGHT if cuts else BACKWARD_WEIGHT
-        result = await self._compute(stream, self._task(stream, request, request.grad_output.shape, work, weight, cuts))
-        if result is None:
-            return None
-        found: BackwardAnswer = result.value
-        return BackwardDone(found.hidden, found.prompts, found.lora, result.compute_s, result.queue_s)
+    async def _backward_anew(self, stream: Stream, request: Backward) -> Result[Any] | None:
+        """Compute the forward pass again, with all of its graph where there is room for it."""
+        adapters = adapters_of(request, stream.peer_id, self._adapters, self._loras)
+        rows_at_once = self._rows(request)
+        graph = self._recomputed.begin(_graph(stream.peer_id, request, 0))
+        if graph is not None:
+            try:
+                work = RecordingWork(self._span, request, adapters, rows_at_once=rows_at_once, graph=graph, graphs=self._recomputed)
+                recorded = await self._compute(stream, request, work)
+                if recorded is None or not self._recomputed.keep(graph, trio.current_time()):
+                    return None
+                done = await self._backward_from(stream, request, graph, self._recomputed)
+                return done and Result(done.value, recorded.queue_s + done.queue_s, recorded.compute_s + done.compute_s)
+            except GraphGone:
+                pass  # there is no room for all of it
+            finally:
+                self._recomputed.done(graph)
+        frugal = FrugalBackwardWork(self._span, request, adapters, rows_at_once=rows_at_once)
+        return await self._compute(stream, request, frugal, weight=FRUGAL_WEIGHT)
 
-    def _task(
-        self, stream: Stream, request: Forward | Backward, shape: Sequence[int], work: PassWork, weight: float, cuts: Sequence[int] = ()
-    ) -> Task:
-        rows, length, _ = shape
-        return Task(
+    def _rows(self, request: Forward | Backward) -> int:
+        assert request.hidden is not None
+        return self._checks.rows_at_once(request.hidden.shape[1])
+
+    async def _compute(
+        self, stream: Stream, request: Forward | Backward, work: PassWork, *, weight: float = 1.0, cuts: tuple[int, ...] = ()
+    ) -> Result[Any] | None:
+        """Have work computed; None, and it dropped, where the peer ends the stream before it is. Raises as `Engine.submit`.
+
+        Args:
+            weight: what a unit costs, in a forward pass through one block.
+        """
+        task = Task(
             peer=stream.peer_id,
             session=None,
             key=None,
-            units=rows,
-            width=length,
+            units=work.units,
+            width=work.width,
             kind="pass",
-            max_units=self._checks.rows_at_once(length),
+            max_units=work.units,
             work=work,
-            weight=weight * (request.end - request.first) / len(self._span),
+            weight=weight / len(self._span),
             network=stream.network,
-            cuts=tuple(cuts),
+            cuts=cuts,
         )
-
-    async def _compute(self, stream: Stream, task: Task) -> Result[Any] | None:
-        """Have a task computed; None, and the task dropped, where the peer ends the stream before it is. Raises as `Engine.submit`."""
-        if task.tokens_left <= WATCHED_TOKENS:
+        if work.units * work.width <= WATCHED_TOKENS * len(self._span):
             return await self._engine.submit(task)
         result: Result[Any] | None = None
         failure: PetalnetError | None = None
@@ -166,3 +179,19 @@ class PassService:
 async def _cancel_at_end(stream: Stream, scope: trio.CancelScope) -> None:
     if await stream.peer_ends():
         scope.cancel()
+
+
+def _graph(peer_id: str, request: Forward | Backward, number: int) -> Graph:
+    """A graph of this request, of which nothing is made yet."""
+    hidden, prompts = request.hidden, request.prompts
+    assert hidden is not None
+    return Graph(
+        peer_id,
+        number,
+        request.first,
+        request.end,
+        shape=hidden.shape,
+        dtype=hidden.dtype,
+        prompts_dtype=None if prompts is None else prompts.dtype,
+        has_lora=bool(request.lora),
+    )

@@ -1,102 +1,124 @@
-"""What there is to compute for a pass without a session, forward or backward: run by rows, with gradients from a kept graph or anew.
+"""What there is to compute for a pass without a session, forward or backward.
+
+A pass goes through its blocks in rounds of some blocks each, all rows side by side or, where they are too many, one chunk of rows after
+another: so whoever waits for a single token waits for a few blocks only, and a pass costs hardly more than in one go, which it would
+if it were run row by row. A unit of work is a chunk's way through one block.
 
 Requests come here checked (see `checks`). Everything in this module is for the compute thread.
 """
 
 from __future__ import annotations
 
-import itertools
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from petalnet.blocks.adapters import Adapter, Dropout
+from petalnet.blocks.gradients import BackwardAnswer, Gradients
 from petalnet.blocks.graphs import Graph, GraphStore, NoRoom, Recorded
 from petalnet.blocks.outputs import encode_output
 from petalnet.blocks.span import Span
 from petalnet.blocks.work import Arrays
-from petalnet.p2p.fields import Blob
+from petalnet.errors import GraphGone
 from petalnet.p2p.pass_messages import Backward, Forward
-from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
-RECOMPUTED_BYTES = 2 * 2**30
-"""Memory for the graph of one backward pass that is computed anew, so that no request takes a server's memory away from the others."""
-GRAPH_FLOATS_PER_FEATURE = 48
-"""Numbers that a block's graph keeps for each token and feature: 10 in BLOOM, 15 to 20 in Llama's kind, over 40 in Mixtral."""
-SCORE_BYTES = 8
-"""And for each attention score, where the library computes these one after the other: in float32, and once more in the block's dtype."""
+CHUNK_TOKENS = 512
+"""Tokens of a chunk, single rows aside: more at once are no quicker, and a round would take longer."""
+
+
+class Chunk(NamedTuple):
+    """Rows start … end - 1."""
+
+    start: int
+    end: int
+
+
+def chunks_of(rows: int, length: int, rows_at_once: int) -> list[Chunk]:
+    """How so many rows are cut: into chunks that are about equal, none larger than there is memory for."""
+    most = max(1, min(rows_at_once, CHUNK_TOKENS // length))
+    count = -(-rows // most)
+    return [Chunk(rows * number // count, rows * (number + 1) // count) for number in range(count)]
 
 
 class Pass:
-    """A pass through some blocks, of any of its rows, with a graph or without one."""
+    """A pass through some blocks, of any of its rows, with a graph or without one.
 
-    def __init__(self, span: Span, request: Forward | Backward, adapters: Sequence[Adapter]) -> None:
+    Attributes:
+        blocks: how many there are.
+        chunks: its rows.
+        width: tokens of a chunk, the largest.
+    """
+
+    def __init__(self, span: Span, request: Forward | Backward, adapters: Sequence[Adapter], rows_at_once: int) -> None:
         """
         Args:
             adapters: those that the request names; the client's own, if it names such, last.
+            rows_at_once: for which there is memory.
         """
-        self.span = span
-        self.request = request
+        assert request.hidden is not None
+        rows, length, _ = request.hidden.shape
+        self.blocks = request.end - request.first
+        self.chunks = chunks_of(rows, length, rows_at_once)
+        self.width = length * max(chunk.end - chunk.start for chunk in self.chunks)
+        self._span = span
+        self._request = request
         self._lora = adapters[-1] if request.lora else None
         self._others = adapters[:-1] if request.lora else adapters
 
     @cached_property
-    def arrays(self) -> Arrays:
-        return Arrays.of(self.request)
+    def _arrays(self) -> Arrays:
+        return Arrays.of(self._request)
 
     @cached_property
     def _position_end(self) -> int:
-        """One past the last position of all rows, and of what they belong to: whatever rows a part has, its frequencies are the same."""
-        positions = self.arrays.position_ids
-        return max(self.request.reach, self.arrays.hidden.shape[1] if positions is None else int(positions.max()) + 1)
+        """One past the last position of all rows, and of what they belong to: whatever is run at once, its frequencies are the same."""
+        positions = self._arrays.position_ids
+        return max(self._request.reach, self._arrays.hidden.shape[1] if positions is None else int(positions.max()) + 1)
 
-    def run(self, start: int, end: int, *, all_hidden: bool = False) -> list[torch.Tensor]:
-        """The outputs of rows start … end - 1; `all_hidden`: of every block."""
-        arrays = self.arrays.rows(start, end)
-        request = self.request
-        return self._run(arrays, arrays.hidden, arrays.prompts, self._lora, start, request.first, request.end, all_hidden)
+    def entering(self, chunk: Chunk) -> torch.Tensor:
+        """What the peer gave for some rows."""
+        hidden = self._arrays.hidden[chunk.start : chunk.end]
+        # A copy, since what came from the network is part of a larger piece of memory, which a graph would hold.
+        return hidden.to(self._span.device, self._span.dtype, copy=True)
 
-    def enter(self, hidden: torch.Tensor, start: int, end: int, begin: int, stop: int) -> torch.Tensor:
-        """What rows start … end - 1 are after blocks [begin, stop), which they enter as `hidden`."""
-        arrays = self.arrays.rows(start, end)
-        (output,) = self._run(arrays, hidden, self._prompts_of(arrays, begin, stop), self._lora, start, begin, stop, False)
-        return output
+    def run(self, hidden: torch.Tensor, chunk: Chunk, begin: int, stop: int) -> list[torch.Tensor]:
+        """The outputs of blocks [begin, stop) of the model, each, for a chunk that enters them as `hidden`."""
+        return self._run(hidden, self._prompts(chunk, begin, stop), self._lora, chunk, begin, stop, all_hidden=True)
 
-    def record(self, hidden: torch.Tensor, start: int, end: int, begin: int, stop: int, *, with_lora: bool = True) -> Recorded:
-        """Likewise, with autograd's graph. `with_lora`: whether gradients of the client's LoRA will be wanted."""
-        span, arrays, lora = self.span, self.arrays.rows(start, end), self._lora
-        # Copies, since what came from the network is part of a larger piece of memory, which a graph would hold.
-        entered = hidden.to(span.device, span.dtype, copy=True).requires_grad_()
-        prompts = self._prompts_of(arrays, begin, stop)
+    def record(self, hidden: torch.Tensor, chunk: Chunk, begin: int, stop: int, *, with_lora: bool = True) -> Recorded:
+        """Likewise with autograd's graph. `with_lora`: whether gradients of the client's LoRA will be wanted."""
+        hidden = hidden.detach().requires_grad_()
+        prompts = self._prompts(chunk, begin, stop)
         if prompts is not None:
-            prompts = prompts.to(span.device, span.dtype, copy=True).requires_grad_()
-        leaves: list[torch.Tensor] = []
+            prompts = prompts.to(self._span.device, self._span.dtype, copy=True).requires_grad_()
+        lora, leaves, lora_first = self._lora, list[torch.Tensor](), 0
         if lora is not None and with_lora:
+            lora_first = sum(2 * len(lora.blocks.get(block, ())) for block in range(self._request.first, begin))
             lora, leaves = lora.leaves(begin, stop)
         with torch.enable_grad():
-            (output,) = self._run(arrays, entered, prompts, lora, start, begin, stop, False)
-        return Recorded(output, entered, prompts, leaves)
+            (output,) = self._run(hidden, prompts, lora, chunk, begin, stop, all_hidden=False)
+        return Recorded(chunk.start, chunk.end, begin, stop, output, hidden, prompts, leaves, lora_first)
 
-    def _prompts_of(self, arrays: Arrays, begin: int, stop: int) -> torch.Tensor | None:
-        first = self.request.first
-        return None if arrays.prompts is None else arrays.prompts[begin - first : stop - first]
+    def _prompts(self, chunk: Chunk, begin: int, stop: int) -> torch.Tensor | None:
+        prompts, first = self._arrays.prompts, self._request.first
+        return None if prompts is None else prompts[begin - first : stop - first, chunk.start : chunk.end]
 
     def _run(
         self,
-        arrays: Arrays,
         hidden: torch.Tensor,
         prompts: torch.Tensor | None,
         lora: Adapter | None,
-        start: int,
+        chunk: Chunk,
         begin: int,
         stop: int,
+        *,
         all_hidden: bool,
     ) -> list[torch.Tensor]:
-        request = self.request
-        return self.span.forward(
+        request, arrays = self._request, self._arrays.rows(chunk.start, chunk.end)
+        return self._span.forward(
             hidden,
             attention_mask=arrays.mask,
             position_ids=arrays.position_ids,
@@ -106,211 +128,179 @@ class Pass:
             all_hidden=all_hidden,
             position_end=self._position_end,
             adapters=self._others if lora is None else [*self._others, lora],
-            dropout=Dropout(request.dropout, request.seed, start) if lora is not None and request.dropout else None,
+            dropout=Dropout(request.dropout, request.seed, request.row + chunk.start) if lora is not None and request.dropout else None,
         )
 
 
 class ForwardWork:
-    """A pass without a past, run by rows: `part` after `part`, then `answer`.
+    """A pass without a past: `part` after `part`, then `answer`.
 
     Attributes:
+        units: blocks × chunks.
+        width: tokens of a unit.
         graph: what is kept of it for the gradients; None where nothing is, which may come to light only while it runs.
     """
 
     def __init__(
         self,
         span: Span,
-        request: Forward,
+        request: Forward | Backward,
         adapters: Sequence[Adapter] = (),
         *,
+        rows_at_once: int = 1 << 30,
         graph: Graph | None = None,
         graphs: GraphStore | None = None,
     ) -> None:
         """
         Args:
+            rows_at_once: for which there is memory.
             graph: to be made; it is one of `graphs`.
         """
+        self._request = request
+        self._pass = Pass(span, request, adapters, rows_at_once)
+        self.units, self.width = self._pass.blocks * len(self._pass.chunks), self._pass.width
         self.graph = graph
         self._graphs = graphs
-        self._request = request
-        self._pass = Pass(span, request, adapters)
+        self._hidden = torch.empty(0)
+        self._outputs: list[torch.Tensor] = []
         self._pieces: list[torch.Tensor] = []
 
     def part(self, start: int, end: int) -> None:
-        """Run rows start … end - 1."""
-        recorded = self._record(start, end)
-        if recorded is not None:
-            self._pieces.append(recorded.output.detach())
-            return
-        all_hidden = self._request.all_hidden
-        with torch.inference_mode():
-            outputs = self._pass.run(start, end, all_hidden=all_hidden)
-            self._pieces.append(torch.stack(outputs) if all_hidden else outputs[-1])
+        """Run units start … end - 1."""
+        run, first, last = self._pass, self._request.first, self._request.end
+        for number, begin, stop in _ways(start, end, first, last):
+            chunk = run.chunks[number]
+            if begin == first:
+                self._hidden, self._outputs = run.entering(chunk), []
+            if not self._recorded(chunk, begin, stop):
+                with torch.inference_mode():
+                    outputs = run.run(self._hidden, chunk, begin, stop)
+                    self._hidden = outputs[-1]
+                    self._outputs += outputs if self._all_hidden else []
+            if stop == last:
+                self._pieces.append(torch.stack(self._outputs) if self._all_hidden else self._hidden)
 
-    def answer(self) -> Blob:
-        """The output array, once all rows are done."""
-        return encode_output(self._request, _joined(self._pieces, 1 if self._request.all_hidden else 0))
+    def answer(self) -> object:
+        """The output's array, once all units are done."""
+        assert isinstance(self._request, Forward)
+        return encode_output(self._request, _joined(self._pieces, 1 if self._all_hidden else 0))
 
-    def _record(self, start: int, end: int) -> Recorded | None:
-        """Run rows with a graph that is kept; None where there is no room for it."""
+    @property
+    def _all_hidden(self) -> bool:
+        return isinstance(self._request, Forward) and self._request.all_hidden
+
+    def _recorded(self, chunk: Chunk, begin: int, stop: int) -> bool:
+        """Run blocks with a graph that is kept; False where there is no room for it, or none is wanted."""
         if self.graph is None or self._graphs is None:
-            return None
-        hidden = self._pass.arrays.hidden[start:end]
+            return False
         try:
             with self._graphs.recording(self.graph):
-                recorded = self._pass.record(hidden, start, end, self._request.first, self._request.end)
+                recorded = self._pass.record(self._hidden, chunk, begin, stop)
         except (NoRoom, MemoryError, torch.OutOfMemoryError) as error:
             traceback.clear_frames(error.__traceback__)  # which hold what there is of the graph
             self._graphs.done(self.graph)
             self.graph = None
-            return None
+            return False
         self.graph.parts.append(recorded)
-        self.graph.cuts.append(end)
-        return recorded
+        self._hidden = recorded.output.detach()
+        return True
 
 
-class BackwardWork:
-    """Gradients of such a pass, by rows as well, as far as they are wanted: the pass is run again, with autograd's graph."""
-
-    def __init__(self, span: Span, request: Backward, adapters: Sequence[Adapter] = (), *, graph_bytes: int = RECOMPUTED_BYTES) -> None:
-        """
-        Args:
-            graph_bytes: about the memory that autograd's graph may take. Where all blocks would take more, a pass without gradients notes
-                the inputs of groups of blocks first, and the graph is made for one group after another.
-        """
-        self._pass = Pass(span, request, adapters)
-        self._request = request
-        self._graph_bytes = graph_bytes
-        self._gradients = Gradients(request, span, prompts=request.prompts is not None, lora=bool(request.lora))
+class RecordingWork(ForwardWork):
+    """The forward half of a backward pass that is computed anew: there is nothing to answer but the graph."""
 
     def part(self, start: int, end: int) -> None:
-        """Take the gradients of rows start … end - 1."""
-        if self._gradients.any_wanted:
-            self._gradients.take(start, end, self._groups(start, end))
+        """Run units start … end - 1. Raises GraphGone where there is no room for the graph."""
+        super().part(start, end)
+        if self.graph is None:
+            raise GraphGone("there is no room for this graph")
 
-    def answer(self) -> BackwardAnswer:
-        """The gradients, once all rows are done."""
-        hidden, prompts = self._request.hidden, self._request.prompts
-        assert hidden is not None
-        return self._gradients.answer(hidden.dtype, None if prompts is None else prompts.dtype)
-
-    def _groups(self, start: int, end: int) -> Iterator[tuple[Recorded, bool]]:
-        """Groups of blocks, the last first; each is run when it is asked for."""
-        run, first, last = self._pass, self._request.first, self._request.end
-        begins = range(first, last, self._blocks_at_once(end - start))
-        entering = [run.arrays.hidden[start:end]]
-        with torch.no_grad():
-            for begin in begins[:-1]:
-                entering.append(run.enter(entering[-1], start, end, begin, begin + begins.step))
-        for begin in reversed(begins):
-            stop = min(begin + begins.step, last)
-            recorded = run.record(entering.pop(), start, end, begin, stop, with_lora=self._gradients.lora_wanted)
-            yield recorded, begin > first or self._gradients.hidden_wanted
-
-    def _blocks_at_once(self, rows: int) -> int:
-        span = self._pass.span
-        _, length, width = self._pass.arrays.hidden.shape
-        per_block = rows * length * GRAPH_FLOATS_PER_FEATURE * width * span.dtype.itemsize
-        per_block += rows * span.score_heads * length * length * SCORE_BYTES
-        return max(1, min(self._request.end - self._request.first, self._graph_bytes // per_block))
+    def answer(self) -> object:
+        return self.graph
 
 
 class KeptBackwardWork:
-    """Gradients from the graph that was kept of the forward pass. Each part ends at one of the graph's `cuts`."""
+    """Gradients from the graph of a forward pass. A unit is a chunk's way back through one block.
+
+    Attributes:
+        units, width: as of the forward pass.
+        cuts: the units at which parts may end: the forward pass was recorded in such pieces.
+    """
 
     def __init__(self, span: Span, request: Backward, graph: Graph) -> None:
         """
         Args:
-            graph: has been taken from the store, for this alone.
+            graph: is complete, and was taken from its store for this alone.
         """
         self._graph = graph
-        recorded = graph.parts[0]
-        self._gradients = Gradients(request, span, prompts=recorded.prompts is not None, lora=bool(recorded.lora))
+        self._parts = {0: list[Recorded]()}
+        done = 0
+        for recorded in reversed(graph.parts):
+            self._parts[done] = [recorded]
+            done += recorded.stop - recorded.begin
+        self.units = done
+        self.cuts = (*list(self._parts)[1:], done)
+        self.width = graph.shape[1] * max(recorded.end_row - recorded.first_row for recorded in graph.parts)
+        last = graph.parts[-1]
+        self._gradients = Gradients(request, span, prompts=last.prompts is not None, lora=bool(request.lora) or graph.has_lora)
 
     def part(self, start: int, end: int) -> None:
-        """Take the gradients of rows start … end - 1."""
-        if not self._gradients.any_wanted:
-            return
-        graph = self._graph
-        for (before, cut), recorded in zip(itertools.pairwise([0, *graph.cuts]), graph.parts, strict=True):
-            if start <= before and cut <= end:
-                self._gradients.take(before, cut, [(recorded, self._gradients.hidden_wanted)])
+        """Take the gradients of units start … end - 1."""
+        for at, parts in self._parts.items():
+            if start <= at < end:
+                self._gradients.take(parts.pop())
 
     def answer(self) -> BackwardAnswer:
-        """The gradients, once all rows are done."""
+        """The gradients, once all units are done."""
         return self._gradients.answer(self._graph.dtype, self._graph.prompts_dtype)
 
 
-PassWork = ForwardWork | BackwardWork | KeptBackwardWork
+class FrugalBackwardWork:
+    """Gradients of a pass whose graph finds no room: run once without one, noting what enters each block, then block by block back."""
+
+    def __init__(self, span: Span, request: Backward, adapters: Sequence[Adapter] = (), *, rows_at_once: int = 1 << 30) -> None:
+        self._request = request
+        self._pass = Pass(span, request, adapters, rows_at_once)
+        self.units, self.width = 2 * self._pass.blocks * len(self._pass.chunks), self._pass.width
+        self._gradients = Gradients(request, span, prompts=request.prompts is not None, lora=bool(request.lora))
+        self._entering: list[torch.Tensor] = []
+
+    def part(self, start: int, end: int) -> None:
+        """Run units start … end - 1: a chunk's way through the blocks, then its way back, then the next chunk's."""
+        run, first, last = self._pass, self._request.first, self._request.end
+        for number, begin, stop in _ways(start, end, first, last):
+            chunk = run.chunks[number // 2]
+            if number % 2 == 0:
+                if begin == first:
+                    self._entering = [run.entering(chunk)]
+                with torch.no_grad():
+                    self._entering += run.run(self._entering[-1], chunk, begin, stop)
+                if stop == last:
+                    self._entering.pop()  # that is the output
+                continue
+            for step in range(begin - first, stop - first):
+                block = last - 1 - step
+                recorded = run.record(self._entering.pop(), chunk, block, block + 1, with_lora=self._gradients.lora_wanted)
+                self._gradients.take(recorded)
+
+    def answer(self) -> BackwardAnswer:
+        """The gradients, once all units are done."""
+        hidden, prompts = self._request.hidden, self._request.prompts
+        assert hidden is not None
+        return self._gradients.answer(hidden.dtype, None if prompts is None else prompts.dtype)
 
 
-class BackwardAnswer(NamedTuple):
-    """Gradients as in `BackwardDone`; None for those that are not wanted or that there is nothing of."""
-
-    hidden: Blob | None
-    prompts: Blob | None
-    lora: Blob | None
+PassWork = ForwardWork | KeptBackwardWork | FrugalBackwardWork
 
 
-class Gradients:
-    """The gradients that a backward pass is to answer with, collected part by part."""
-
-    def __init__(self, request: Backward, span: Span, *, prompts: bool, lora: bool) -> None:
-        """
-        Args:
-            prompts, lora: whether the pass has such.
-        """
-        self.hidden_wanted = request.input_gradient
-        self.prompts_wanted = prompts and request.prompt_gradient
-        self.lora_wanted = lora and request.lora_gradient
-        self._output = decode_tensor(request.grad_output).to(span.device, span.dtype)
-        self._hidden: list[torch.Tensor] = []
-        self._prompts: list[torch.Tensor] = []
-        self._lora: torch.Tensor | None = None
-
-    @property
-    def any_wanted(self) -> bool:
-        return self.hidden_wanted or self.prompts_wanted or self.lora_wanted
-
-    def take(self, start: int, end: int, groups: Iterable[tuple[Recorded, bool]]) -> None:
-        """Take the gradients of rows start … end - 1.
-
-        Args:
-            groups: their pass through one group of blocks after another, the last blocks first, and whether the gradient of what entered
-                these is needed: by whoever asks, or by the group before.
-        """
-        gradient: torch.Tensor = self._output[start:end]
-        prompts: list[torch.Tensor] = []
-        lora: list[torch.Tensor] = []
-        for recorded, needs_hidden in groups:
-            inputs = [recorded.hidden] if needs_hidden else []
-            if self.prompts_wanted and recorded.prompts is not None:
-                inputs.append(recorded.prompts)
-            if self.lora_wanted:
-                inputs += recorded.lora
-            if not inputs:
-                break
-            found = list(torch.autograd.grad(recorded.output, inputs, gradient.to(recorded.output.dtype), materialize_grads=True))
-            if needs_hidden:
-                gradient = found.pop(0)
-            if self.prompts_wanted and recorded.prompts is not None:
-                prompts.insert(0, found.pop(0))
-            lora[:0] = [one.float().reshape(-1) for one in found]
-        if self.hidden_wanted:
-            self._hidden.append(gradient)
-        if prompts:
-            self._prompts.append(_joined(prompts, 0))
-        if self.lora_wanted:
-            flat = torch.cat(lora) if lora else torch.empty(0)
-            self._lora = flat if self._lora is None else self._lora + flat
-
-    def answer(self, dtype: str, prompts_dtype: str | None) -> BackwardAnswer:
-        """What was collected, on the wire in the dtypes of what it is of, and never rounded beyond that."""
-        return BackwardAnswer(
-            encode_tensor(_joined(self._hidden, 0), dtype=getattr(torch, dtype)) if self._hidden else None,
-            encode_tensor(_joined(self._prompts, 1), dtype=getattr(torch, prompts_dtype)) if self._prompts and prompts_dtype else None,
-            None if self._lora is None else encode_tensor(self._lora),
-        )
+def _ways(start: int, end: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Units start … end - 1, where each way through blocks [first, last) takes a unit a block: (number of the way, begin, stop)."""
+    blocks = last - first
+    while start < end:
+        number, done = divmod(start, blocks)
+        stop = min(blocks, done + end - start)
+        yield number, first + done, first + stop
+        start += stop - done
 
 
 def _joined(pieces: list[torch.Tensor], dimension: int) -> torch.Tensor:

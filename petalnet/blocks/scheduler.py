@@ -6,7 +6,7 @@ A **round** is one pass through the span, shared by tasks of one key (steps of t
   or many ask for so much that the others' tokens would take long;
 - *prefills* (longer steps) add a chunk to it, so long that the round keeps its time budget: those who decode meanwhile get a token a
   round, and a prompt that comes in waits for one round, not for another's whole prompt;
-- *passes* (without a session: training) are cut by rows and run when no step could.
+- *passes* (without a session: training) run when no step could, some blocks a round.
 
 **Turns.** The three are in this order of rank, but work that could not join the rounds of higher rank (another key, rows too wide for the
 budget, a pass) leads a round of its own when as much time has gone to others as its round takes (passes: `PASS_TURN` times as much).
@@ -89,14 +89,15 @@ class Task:
         peer: who asks.
         session: which session; None for a pass.
         key: tasks with equal keys may share a round's pass; None: it runs alone.
-        units: how far it can be cut: new tokens of a step, rows of a pass; 0 for a step without tokens.
-        width: tokens that one unit puts into a pass: rows of a step, length of a pass's row.
+        units: how far it can be cut: new tokens of a step, of which a round runs several side by side; blocks that a pass goes through, one
+            after the other; 0 for a step without tokens.
+        width: tokens that one unit puts into a pass: rows of a step; all tokens that go through a block in a pass.
         kind: a step of a session, or a pass without one.
         max_units: the most units at a time, for the sake of memory.
         work: for the runner.
         done: units that are finished.
-        weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through,
-            three times as much where gradients are taken. Tasks of equal keys have equal weights.
+        weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through; of a
+            pass, in one unit. Tasks of equal keys have equal weights.
         network: from which the peer is connected, by which it counts as well; "" where that is not known.
         cuts: the units at which its parts may end, ascending, its last one among them; empty where they may end anywhere.
     """
@@ -116,6 +117,7 @@ class Task:
 
     @property
     def tokens_left(self) -> int:
+        """Of a step."""
         return (self.units - self.done) * self.width
 
     @property
@@ -138,7 +140,13 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        return (self.end - self.start) * self.task.width
+        """That go through blocks side by side."""
+        return self.task.width if self.task.kind == "pass" else (self.end - self.start) * self.task.width
+
+    @property
+    def weight(self) -> float:
+        """What each of them costs, in tokens of a step through the whole span."""
+        return self.task.weight * (self.end - self.start) if self.task.kind == "pass" else self.task.weight
 
 
 @dataclass(eq=False)
@@ -246,9 +254,9 @@ class Scheduler:
             self._owed[rank] += seconds
         self._passed_over = []
         if tokens:
-            task = parts[0].task
-            self._note_done(task, tokens, seconds / task.weight)
-            self._costs[task.kind].measured(tokens, seconds / task.weight)
+            weight = parts[0].weight
+            self._note_done(parts[0], tokens, seconds / weight)
+            self._costs[parts[0].task.kind].measured(tokens, seconds / weight)
         complete = []
         for part in parts:
             task = part.task
@@ -272,7 +280,9 @@ class Scheduler:
         decodes: dict[Hashable, list[Task]] = {}
         seconds = 0.0
         for task in self._waiting:
-            if task.rank == "decode":
+            if task.kind == "pass":
+                seconds += self._seconds_left(task)
+            elif task.rank == "decode":
                 decodes.setdefault(task.key if task.key is not None else task, []).append(task)
             elif task.units:
                 chunk = max(LEAST_PREFILL, self._costs[task.kind].fitting(self._round_s()))
@@ -283,17 +293,19 @@ class Scheduler:
         """The work so far that went through half of the span or more, by its kind, as if all of it had gone through the whole span."""
         return self._done.copy()
 
-    def _note_done(self, task: Task, tokens: int, seconds: float) -> None:
-        """A round took so long. What its tokens count for follows from how long they should have taken: steps of several sessions side by
-        side take little longer than one alone, and a pass of one token little less than one of 32."""
-        if task.weight < TELLING_WEIGHT:
+    def _note_done(self, part: Part, tokens: int, seconds: float) -> None:
+        """A round with this part took so long for each unit of weight. What its tokens count for follows from how long they should have
+        taken: steps of several sessions side by side take little longer than one alone, and a pass of one token little less than one
+        of 32."""
+        task, share = part.task, part.weight if part.task.kind == "pass" else 1.0
+        if task.weight * (task.units if task.kind == "pass" else 1) < TELLING_WEIGHT:
             return
         bounded = min(seconds, OUTLIER * self._costs[task.kind].seconds(tokens))
         kind: Kind = "forward" if task.kind == "pass" else "prefill" if tokens >= SEED_TOKENS else "decode"
         unit = 1 if kind == "decode" else SEED_TOKENS
         count = unit * self._announced.seconds(tokens) / self._announced.seconds(unit)
         before = self._done[kind]
-        self._done[kind] = Done(before.tokens + count, before.seconds + bounded)
+        self._done[kind] = Done(before.tokens + share * count, before.seconds + share * bounded)
 
     # Which round
 
@@ -328,7 +340,7 @@ class Scheduler:
             claim = waiting.claim
             network = int(claim.network.behind(now) // shortest)
             peer = int((claim.peer.behind(now) - least[claim.peers]) // shortest)
-            return network, peer, self._seconds(waiting.task, waiting.task.tokens_left) - (now - waiting.since)
+            return network, peer, self._seconds_left(waiting.task) - (now - waiting.since)
 
         return sorted(queue, key=order)
 
@@ -336,8 +348,10 @@ class Scheduler:
         """The round that `first` leads."""
         task = first.task
         if task.kind == "pass":
-            parts = [self._part(task, max(1, self._chunk(task, 0) // task.width))]
-        elif task.key is None:
+            unit = self._seconds(task, task.width)
+            parts = [self._part(task, max(1, int(self._round_s() * (ALONE_ROUNDS if self._is_alone else 1.0) / unit)))]
+            return _Plan(parts, unit * (parts[0].end - parts[0].start))
+        if task.key is None:
             parts = [self._part(task, task.units if task.rank == "decode" else max(1, self._chunk(task, 0) // task.width))]
         else:
             parts = self._shared(first, ranked)
@@ -417,6 +431,11 @@ class Scheduler:
 
     def _seconds(self, task: Task, tokens: int) -> float:
         return self._costs[task.kind].seconds(tokens) * task.weight
+
+    def _seconds_left(self, task: Task) -> float:
+        if task.kind == "pass":
+            return (task.units - task.done) * self._seconds(task, task.width)
+        return self._seconds(task, task.tokens_left)
 
     # Stragglers
 

@@ -106,7 +106,7 @@ class BlockService:
             share_prefixes: whether a session may begin with what another peer's sessions have computed.
             open_link: from another server's id to a stream for steps to it; without it, outputs go to clients only.
             adapters: for the span's blocks, on its device.
-            graph_bytes: memory for the graphs of passes whose gradients are to come.
+            graph_bytes: memory for the graphs of passes whose gradients are to come, and as much for those that are computed anew.
         Raises:
             MemoryError, torch.OutOfMemoryError: there is no memory for so many positions.
         """
@@ -129,12 +129,14 @@ class BlockService:
         self.checks = Checks(span, self.limits)
         self.dtype = str(span.dtype).removeprefix("torch.")
         self.adapters = adapters
-        self.loras = LoraStore()
+        self.loras = LoraStore.beside(span.weight_bytes)
         frozen = [
             weight for adapter in adapters.values() for modules in adapter.blocks.values() for pair in modules.values() for weight in pair
         ]
-        graphs = GraphStore([*span.weights, *frozen], most_bytes=graph_bytes, free=lambda graph: self.engine.call(graph.free))
-        self.passes = PassService(span, self.checks, self.engine, graphs, adapters=adapters, loras=self.loras)
+        kept, recomputed = (
+            GraphStore([*span.weights, *frozen], most_bytes=graph_bytes, free=lambda graph: self.engine.call(graph.free)) for _ in range(2)
+        )
+        self.passes = PassService(span, self.checks, self.engine, kept, recomputed, adapters=adapters, loras=self.loras)
         self.open_link = open_link
         self.link_counts = LinkCounts()
         self.incoming_links = IncomingLinks()

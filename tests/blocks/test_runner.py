@@ -13,7 +13,6 @@ import torch
 
 from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool, Rows
-from petalnet.blocks.passes import BackwardWork, ForwardWork
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.promises import Promise
 from petalnet.blocks.runner import Runner
@@ -22,7 +21,6 @@ from petalnet.blocks.sessions import Session
 from petalnet.blocks.span import Span
 from petalnet.blocks.work import StepWork
 from petalnet.models.checkpoint import ModelSource
-from petalnet.p2p.pass_messages import Backward, Forward
 from petalnet.p2p.session_messages import UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
@@ -204,42 +202,6 @@ def test_a_step_that_cannot_begin_harms_no_other(llama: Rounds) -> None:
     with pytest.raises(ValueError, match="more than the 5"):
         outcomes[0].unwrap()  # type: ignore[union-attr]
     close(decode_tensor(outcomes[1].unwrap()), llama.whole(X[:1, :10])[-1])  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("all_hidden", [False, True])
-def test_a_pass_by_rows(llama: Rounds, all_hidden: bool) -> None:
-    mask = torch.ones(4, 20, dtype=torch.bool)
-    mask[2, :7] = False
-    prompts, hidden = torch.randn(2, 4, 3, HIDDEN), X[:, :20]
-    expected = llama.whole(hidden, attention_mask=mask, prompts=prompts, all_hidden=True)
-    request = Forward(
-        "m", FIRST, END, encode_tensor(hidden), mask=encode_tensor(mask), prompts=encode_tensor(prompts), all_hidden=all_hidden
-    )
-    task = Task("peer", None, None, 4, 20, "pass", 4, ForwardWork(llama.span, request))
-    assert llama.run(Part(task, 0, 1)) == llama.run(Part(task, 1, 3)) == [None]
-    found = decode_tensor(llama.run(Part(task, 3, 4))[0])
-    close(found[..., mask, :], (expected if all_hidden else expected[-1])[..., mask, :])
-
-
-@pytest.mark.parametrize("graph_bytes", [1, 1 << 30])
-def test_gradients_by_rows(llama: Rounds, graph_bytes: int) -> None:
-    inputs = [X[:, :20].clone().requires_grad_(), torch.randn(2, 4, 3, HIDDEN, requires_grad=True)]
-    weights = torch.randn(4, 20, HIDDEN)
-    (output,) = llama.twin.forward(inputs[0], prompts=inputs[1])
-    expected = torch.autograd.grad(output, inputs, weights)
-    request = Backward(
-        model="m",
-        first=FIRST,
-        end=END,
-        hidden=encode_tensor(inputs[0]),
-        grad_output=encode_tensor(weights),
-        prompts=encode_tensor(inputs[1]),
-    )
-    task = Task("peer", None, None, 4, 20, "pass", 4, BackwardWork(llama.span, request, graph_bytes=graph_bytes))
-    assert llama.run(Part(task, 0, 3)) == [None]
-    hidden, prompts, _ = llama.run(Part(task, 3, 4))[0]
-    close(decode_tensor(hidden), expected[0])
-    close(decode_tensor(prompts), expected[1])
 
 
 # Prefixes
