@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
 
@@ -154,3 +155,89 @@ def test_slices_and_single_blocks(pair: Any) -> None:
     expected, found = own_parameters(local), own_parameters(remote)
     for name, parameter in found.items():
         assert_close(parameter.grad, expected[name].grad)
+
+
+def test_dropout_is_drawn_from_torchs_random_numbers(pair: Any) -> None:
+    """One seed, one result, whose gradient is that of what was computed; a pass that is run again by a checkpoint leaves out the same."""
+    _, remote = adapted(pair, lora_dropout=0.5)
+    ids = pair.ids(3, 8)
+    remote.train()
+    parameters = list(own_parameters(remote).values())
+    direction = [torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)) for parameter in parameters]
+
+    def loss(seed: int, distance: float = 0.0) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter, way in zip(parameters, direction, strict=True):
+                parameter.add_(way, alpha=distance)
+        found = remote(input_ids=ids, labels=ids).loss
+        with torch.no_grad():
+            for parameter, way in zip(parameters, direction, strict=True):
+                parameter.sub_(way, alpha=distance)
+        return found
+
+    first = loss(0)
+    first.backward()
+    slope = sum((parameter.grad * way).sum() for parameter, way in zip(parameters, direction, strict=True))
+    with torch.no_grad():
+        assert loss(0).item() == pytest.approx(first.item(), rel=1e-5)
+        assert abs(loss(1).item() - first.item()) > 1e-3
+        assert slope.item() == pytest.approx((loss(0, 1e-4) - loss(0, -1e-4)).item() / 2e-4, rel=2e-2)
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    torch.manual_seed(0)
+    again = torch.utils.checkpoint.checkpoint(lambda: remote(input_ids=ids, labels=ids).loss, use_reentrant=False)
+    again.backward()
+    assert all(torch.allclose(parameter.grad, gradient, atol=1e-5) for parameter, gradient in zip(parameters, gradients, strict=True))
+    remote.eval()
+    with torch.no_grad():
+        assert loss(0).item() == loss(1).item() != first.item()
+
+
+def test_servers_that_have_dropped_it_get_it_again(pair: Any) -> None:
+    local, remote = adapted(pair)
+    ids = pair.ids(2, 6)
+
+    def drop() -> None:
+        for server in pair.servers.servers:
+            server.service.loras._entries.clear()
+
+    losses = [model(input_ids=ids, labels=ids).loss for model in (local, remote)]
+    pair.servers.call(drop)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in own_parameters(remote).items():
+        assert_close(parameter.grad, own_parameters(local)[name].grad)
+    pair.servers.call(drop)
+    assert torch.equal(remote.generate(ids, max_new_tokens=4), local.generate(ids, max_new_tokens=4))
+
+
+def test_beginnings_of_prompts_are_of_one_version(pair: Any) -> None:
+    """Servers keep what they have computed of a long prompt, for the same parameters only."""
+    local, remote = adapted(pair)
+    ids = pair.ids(1, 140)
+    for change in (0.0, 0.0, 0.2):
+        with torch.no_grad():
+            for model in (local, remote):
+                for _, parameter in sorted(own_parameters(model).items()):
+                    parameter.add_(change)
+        assert torch.equal(remote.generate(ids, max_new_tokens=3), local.generate(ids, max_new_tokens=3))
+
+
+def test_a_server_is_lost_in_mid_answer(bloom_path: Path, serving: Any, connect: Any) -> None:
+    """Whoever takes its place runs with the same parameters."""
+    ids = torch.randint(4, 256, (2, 6), generator=torch.Generator().manual_seed(7))
+    local = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bloom_path, dtype=torch.float32).eval(), configuration("bloom"))
+    fill(local)
+    expected = local.generate(ids, max_new_tokens=10)
+    with serving(bloom_path, [(0, 2), (2, 4), (4, 6), (2, 4), (4, 6)]) as servers, connect(bloom_path, servers.peers) as model:
+        remote = peft.get_peft_model(model, configuration("bloom"))
+        fill(remote)
+        with remote.inference_session(max_length=32) as session:
+            first = remote.generate(ids, max_new_tokens=5, session=session)
+            for hop in session.hops[1:]:
+                servers.stop(next(server for server in servers.servers if server.peer_id == hop.peer_id))
+            rest = remote.generate(None, max_new_tokens=5, session=session)
+            assert len(session.recoveries) >= 1
+        assert torch.equal(torch.cat([first, rest[:, -5:]], dim=1), expected)
