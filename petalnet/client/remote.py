@@ -116,7 +116,7 @@ class RemoteSequential(nn.Module):
     def part(self, start: int, stop: int) -> RemoteSequential:
         """Blocks [start, stop) of this list, whatever it presents itself as."""
         target = replace(self.target, first=self.target.first + start, end=self.target.first + stop)
-        bare = list(self.children())[start:stop]
+        bare = [module for module in self._modules.values() if module is not None][start:stop]
         return RemoteSequential(target, self.hidden_size, self.__dict__["template"], self.frequencies, bare)
 
     def __iter__(self) -> Iterator[Any]:
