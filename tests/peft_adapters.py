@@ -28,7 +28,7 @@ def save_adapter(model: Path, folder: Path, family: str, *, seed: int = 0, std: 
         settings: fields of `LoraConfig`.
     """
     usual = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
-    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(**usual | settings))
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(**usual | settings))
     generator = torch.Generator().manual_seed(seed)
     for name, weight in wrapped.named_parameters():
         if "lora_" in name:
@@ -38,5 +38,6 @@ def save_adapter(model: Path, folder: Path, family: str, *, seed: int = 0, std: 
 
 
 def load_with_peft(model: Path, adapter: Path, *, is_trainable: bool = False) -> PeftModel:
-    """The library's model with an adapter, in evaluation mode."""
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=is_trainable).eval()
+    """The library's model in float32 with an adapter, in evaluation mode."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable).eval()
