@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import trio
 from torch.utils.checkpoint import checkpoint
 
-from petalnet.client import micro_batches
+from petalnet.client import autograd, micro_batches
+from petalnet.client import passes as passes_module
+from petalnet.client.inputs import Inputs
+from petalnet.client.lora import Adapted, Pair, fold
 from petalnet.p2p.fields import Message
-from petalnet.p2p.pass_messages import Backward, DropGraphs, Forward, ForwardDone
+from petalnet.p2p.pass_messages import Backward, DropGraphs, Forward, ForwardDone, PutLora
 from petalnet.p2p.protocols import FORWARD
 from petalnet.p2p.streams import Stream
 
@@ -248,3 +254,88 @@ def test_a_server_that_goes_between_forward_and_backward(pair: Any, changing: An
     loss.backward()
     assert_close(hidden.grad, expected[0])
     assert_close(prompts.grad, expected[1])
+
+
+def lora_of(
+    pair: Any, path: str, sizes: tuple[int, int], dropout: float = 0.0
+) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], Any, Any]:
+    """Parameters for a module of every block but the third, the description of what is folded of them, and the flat tensor."""
+    into, out = sizes
+    draws = torch.Generator().manual_seed(7)
+    pairs = {
+        block: tuple((torch.randn(*shape, generator=draws) * 0.1).requires_grad_() for shape in ((2, into), (out, 2)))
+        for block in range(6)
+        if block != 2
+    }
+    adapted = [Adapted(block, path, (Pair(a, b, 1.5),)) for block, (a, b) in pairs.items()]
+    return pairs, *fold(adapted, pair.blocks.target.model, 0, 6, dropout)
+
+
+MODULES = {"bloom": ("self_attention.query_key_value", (32, 96)), "llama": ("mlp.down_proj", (80, 32))}
+
+
+@pytest.mark.parametrize("most", [10**6, 5])
+def test_gradients_of_lora(pair: Any, passes: Passes, uncut: None, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(micro_batches, "MOST_TOKENS", most)
+    path, sizes = MODULES[pair.family]
+    pairs, lora, flat = lora_of(pair, path, sizes)
+    inputs, weights = numbers(2, 5), numbers(2, 5, seed=1)
+    gradients = []
+    layers = pair.local.base_model.h if pair.family == "bloom" else pair.local.base_model.layers
+    for remote in (True, False):
+        hooks = []
+        if remote:
+            output = autograd.apply(pair.blocks.target, inputs, None, Inputs(lora=lora), flat)
+        else:
+            for block, (a, b) in pairs.items():
+                module = layers[block].get_submodule(path)
+                hooks.append(module.register_forward_hook(lambda _, given, made, a=a, b=b: made + given[0] @ a.T @ b.T * 1.5))
+            output = pair.local_blocks(inputs, 0, 6)
+        (output * weights).sum().backward()
+        gradients.append((output.detach(), [part.grad.clone() for ab in pairs.values() for part in ab]))
+        for hook in hooks:
+            hook.remove()
+        for ab in pairs.values():
+            for part in ab:
+                part.grad = None
+    assert torch.allclose(gradients[0][0], gradients[1][0], atol=1e-4)
+    for answer, expected in zip(gradients[0][1], gradients[1][1], strict=True):
+        assert_close(answer, expected)
+    assert not passes.of(Backward)[-1].input_gradient, "nobody wants the gradient of what entered"
+    assert len(passes.of(PutLora)) <= 3, "each server is given the parameters once"
+
+
+def test_dropout_does_not_depend_on_how_rows_are_cut(pair: Any, uncut: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sizes = MODULES[pair.family]
+    _, lora, flat = lora_of(pair, path, sizes, dropout=0.5)
+    inputs = numbers(3, 5)
+    outputs = []
+    for most in (10**6, 5, 10):
+        monkeypatch.setattr(micro_batches, "MOST_TOKENS", most)
+        torch.manual_seed(3)
+        outputs.append(autograd.apply(pair.blocks.target, inputs, None, Inputs(lora=lora), flat).detach())
+    assert all(torch.allclose(output, outputs[0], atol=1e-4) for output in outputs)
+    other = autograd.apply(pair.blocks.target, inputs, None, Inputs(lora=lora), flat).detach()
+    assert not torch.allclose(other, outputs[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [Forward, Backward])
+def test_an_interrupt_ends_a_pass_at_once(pair: Any, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    ask, pressed = passes_module.ask_server, []
+
+    async def never(target: Any, hop: Any, request: Message, *given: Any) -> Any:
+        if not isinstance(request, kind):
+            return await ask(target, hop, request, *given)
+        pressed.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return await trio.sleep_forever()
+
+    inputs = numbers(1, 4).requires_grad_()
+    with monkeypatch.context() as patched:
+        patched.setattr(passes_module, "ask_server", never)
+        with pytest.raises(KeyboardInterrupt):
+            pair.blocks(inputs).sum().backward()
+    assert time.monotonic() - pressed[0] < 0.2
+    (pair.blocks(inputs) * numbers(1, 4, seed=1)).sum().backward()
+    assert_close(inputs.grad, expected_gradient(pair, inputs, numbers(1, 4, seed=1)))
+    assert not pair.blocks.target.swarm.membership.under_way.work
