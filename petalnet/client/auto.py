@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from petalnet.client.loading import SOURCE_ARGUMENTS, join, load_model
+from petalnet.client.loading import SOURCE_ARGUMENTS, join, load_model, open_base
 from petalnet.client.remote import make_target
 from petalnet.client.requests import Target
-from petalnet.client.settings import SETTING_NAMES, ClientSettings, attributes_of
+from petalnet.client.saving import TrainedPart
+from petalnet.client.settings import SETTING_NAMES, ClientSettings, attributes_of, take_settings
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import text_config
 from petalnet.models.checkpoint import ModelSource
@@ -44,7 +45,7 @@ class AutoDistributedModelForCausalLM(_AutoDistributed):
 
 
 class AutoDistributedModelForSequenceClassification(_AutoDistributed):
-    """A classifier on top of a model; its head is new and trainable where the checkpoint has none."""
+    """A classifier on top of a model; its head is trainable, and new where the checkpoint has none."""
 
     library_class = AutoModelForSequenceClassification
 
@@ -63,9 +64,9 @@ class AutoDistributedConfig:
             kwargs: `revision`, `token`, `cache_dir`, settings of `ClientSettings`, and attributes of the configuration to change.
         """
         origin = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
-        source = ModelSource.open(pretrained_model_name_or_path, **origin)
-        config = deepcopy(source.config)
-        carry(config, ClientSettings(**{name: kwargs.pop(name) for name in SETTING_NAMES & kwargs.keys()}), pretrained_model_name_or_path)
+        trained = TrainedPart.open(pretrained_model_name_or_path)
+        name_or_path, _, config = open_base(pretrained_model_name_or_path, origin, trained, kwargs.pop("base_model", None))
+        carry(config, take_settings(kwargs, defaults=None if trained is None else trained.settings), name_or_path)
         for name, value in kwargs.items():
             setattr(config, name, value)
         return config

@@ -306,8 +306,7 @@ def _is_watched(model: nn.Module) -> bool:
 def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, Any]) -> InferenceSession | None:
     """The session in which a call of `forward` runs: that of its cache, the one that is open around it, or one of its own.
 
-    A call that needs gradients has none unless it was given one; nor has one of a model in training, with or without trainable parameters
-    in its backbone.
+    A call that needs gradients has none unless it was given one: of inputs, of parameters of the backbone, or of a head in training.
     """
     cache = call.get("past_key_values")
     if isinstance(cache, SessionCache):
@@ -316,8 +315,11 @@ def _session_of(model: nn.Module, blocks: RemoteSequential, call: Mapping[str, A
         raise ValueError(
             "past_key_values must be what this model returned, since its KV cache lies on servers: use forward(use_cache=True) or a session"
         )
-    if torch.is_grad_enabled() and (model.training or any(parameter.requires_grad for parameter in model.parameters())):
-        return None
+    if torch.is_grad_enabled():
+        embeds = call.get("inputs_embeds")
+        wanted = model.training or (embeds is not None and embeds.requires_grad)
+        if wanted or any(parameter.requires_grad for parameter in model.parameters()):
+            return None
     ambient = blocks.active_session()
     if ambient is not None or not call.get("use_cache"):
         return ambient

@@ -92,22 +92,15 @@ def _load(
     from petalnet.models.loading import build, checkpoint_dtype, pick_dtype, resolve_class
 
     origin = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
-    base_model = kwargs.pop("base_model", None)
-    if trained is not None:
-        if base_model is None:
-            origin.setdefault("revision", trained.revision)
-        name_or_path = trained.base if base_model is None else base_model
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = trained.dtype
-    elif base_model is not None:
-        raise UsageError(f"base_model is for folders with a trained part, which {name_or_path} is not")
-    source = _open_source(name_or_path, origin, trained)
+    name_or_path, source, plain = open_base(name_or_path, origin, trained, kwargs.pop("base_model", None))
+    if trained is not None and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+        kwargs["dtype"] = trained.dtype
     dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs.pop("dtype")
     kwargs.pop("dtype", None)
     kwargs.pop("torch_dtype", None)
     dtype = checkpoint_dtype(source) if dtype in (None, "auto") else pick_dtype(str(dtype).removeprefix("torch."), source)
     device = _device(kwargs.pop("device_map", None))
-    plain = _config_of(source, trained) if config is None else plain_config(config)
+    plain = plain if config is None else plain_config(config)
     _apply(plain, kwargs)
     library_class = resolve_class(model_class, plain)
     expected = getattr(library_class, "config_class", None)
@@ -129,8 +122,9 @@ def _load(
         prepare=lambda model: _replace_layers(find_layers(model), blocks, device),
     )
     model = built.model
+    heads = _head_parameters(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in built.missing)
+        parameter.requires_grad_(name in built.missing or name in heads)
     distribute(model)
     backbone, new = backbone_of(model), set(built.missing)
     if settings.tuning_mode is not None:
@@ -143,7 +137,7 @@ def _load(
     if new:
         logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(new)))
     name = str(source.folder or source.name)
-    always = trained_names(model, [*built.missing, *(() if trained is None else trained.parameters)])
+    always = trained_names(model, () if trained is None else trained.parameters)
     backbone.origin = Origin(name, origin.get("revision"), key, as_fields(source.config), always)
     if model.can_generate():
         model.generation_config = _generation_config(source, origin, model.generation_config)
@@ -152,20 +146,35 @@ def _load(
     return model
 
 
-def _open_source(name_or_path: Any, origin: dict[str, Any], trained: TrainedPart | None) -> ModelSource:
-    try:
-        return ModelSource.open(name_or_path, **origin)
-    except ModelError as error:
-        if trained is None:
-            raise
-        raise ModelError(f"{trained.folder} is the trained part of a model that is not there (give base_model=): {error}") from error
+def open_base(name_or_path: Any, origin: dict[str, Any], trained: TrainedPart | None, base_model: Any) -> tuple[Any, ModelSource, Any]:
+    """The model of a name or, where a trained part has that name, the one that it was trained with.
 
-
-def _config_of(source: ModelSource, trained: TrainedPart | None) -> Any:
-    """A copy of a model's configuration, with what the trained part has changed in it."""
+    Args:
+        origin: arguments of `ModelSource.open`; gets the revision that the trained part names.
+        base_model: where the base model is, in place of what the trained part says.
+    Returns:
+        its name or path, its source, and a copy of its configuration, with what the trained part has changed in it.
+    """
     if trained is None:
-        return deepcopy(source.config)
-    return type(source.config).from_dict({**source.config.to_dict(), **trained.config})
+        if base_model is not None:
+            raise UsageError(f"base_model is for folders with a trained part, which {name_or_path} is not")
+        source = ModelSource.open(name_or_path, **origin)
+        return name_or_path, source, deepcopy(source.config)
+    if base_model is None:
+        origin.setdefault("revision", trained.revision)
+    base = trained.base if base_model is None else base_model
+    try:
+        source = ModelSource.open(base, **origin)
+    except ModelError as error:
+        raise ModelError(f"{trained.folder} is the trained part of a model that is not there (give base_model=): {error}") from error
+    return base, source, type(source.config).from_dict({**source.config.to_dict(), **trained.config})
+
+
+def _head_parameters(model: Any) -> set[str]:
+    """Names of the parameters on top of the backbone that make a classifier or the like of it; a language model has none such."""
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return set()
+    return {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
 
 
 def _replace_layers(layers: LayerList, blocks: RemoteSequential, device: torch.device) -> None:

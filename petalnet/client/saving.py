@@ -173,11 +173,11 @@ class TrainedPart:
             model.set_adapter(self.active)
 
 
-def trained_names(model: PreTrainedModel, new: Iterable[str]) -> frozenset[str]:
-    """Of a model that was just loaded, the names that are always saved: those of prompts, of `new` parameters, and of all that requires
-    gradients, as in `Origin.trained`."""
-    asked = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return frozenset(_canonical(model, name) for name in (*new, *asked))
+def trained_names(model: PreTrainedModel, before: Iterable[str]) -> frozenset[str]:
+    """Of a model that was just loaded, the names that are always saved, as in `Origin.trained`: those that require gradients now, and those
+    that were trained `before`."""
+    now = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return frozenset(_canonical(model, name) for name in (*before, *now))
 
 
 def trained_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -15,7 +15,12 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from petalnet import AutoDistributedModel, AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from petalnet import (
+    AutoDistributedConfig,
+    AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+)
 from petalnet.errors import UsageError
 
 FILES = {"model.safetensors", "petalnet.json"}
@@ -60,6 +65,8 @@ def test_prompts_head_and_embeddings(pair: Any, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*FILES, "handed"}
     assert not (tmp_path / "nothing").exists()
     with AutoDistributedModelForSequenceClassification.from_pretrained(tmp_path, initial_peers=pair.servers.peers) as again:
+        carrying = AutoDistributedConfig.from_pretrained(tmp_path)
+        assert (carrying.num_labels, carrying.tuning_mode, carrying.pre_seq_len) == (3, "deep_ptune", 4)
         assert again.config.num_labels == 3 and again.dtype == torch.float32
         assert again.config.tuning_mode == "deep_ptune" and again.prompt_length == 4
         assert_same(again, expected)

@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,11 +317,57 @@ def test_what_is_trainable_and_of_which_dtype(pair: Any) -> None:
         assert all((words == prompt).all(-1).any() for prompt in prompts)
 
 
+def test_a_head_that_the_checkpoint_has_is_trainable(pair: Any, tmp_path: Path) -> None:
+    local = AutoModelForSequenceClassification.from_pretrained(pair.path, dtype=torch.float32, num_labels=3)
+    local.save_pretrained(tmp_path)
+    with AutoDistributedModelForSequenceClassification.from_pretrained(tmp_path, initial_peers=pair.servers.peers) as model:
+        assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["score.weight"]
+        assert torch.equal(model.score.weight, local.score.weight)
+
+
+def test_inputs_that_need_gradients_run_without_a_session(tuned: Tuned) -> None:
+    embeds = tuned.local.get_input_embeddings()(tuned.pair.ids(1, 4)).detach().requires_grad_()
+    with tuned.remote.inference_session(max_length=32) as session:
+        for parameter in tuned.parameters:
+            parameter.requires_grad = False
+        try:
+            tuned.remote(inputs_embeds=embeds, use_cache=True).logits.sum().backward()
+        finally:
+            for parameter in tuned.parameters:
+                parameter.requires_grad = True
+        assert embeds.grad is not None and session.position == 0
+
+
 def test_prompts_longer_than_the_model(pair: Any) -> None:
     if pair.family != "llama":
         pytest.skip("BLOOM has no longest length")
     with pytest.raises(UsageError, match="pre_seq_len=256 .* 256"):
         AutoDistributedModelForCausalLM.from_pretrained(pair.path, initial_peers=pair.servers.peers, tuning_mode="ptune", pre_seq_len=256)
+
+
+def test_servers_lost_in_mid_answer(bloom_path: Path, serving: Any, connect: Any) -> None:
+    """What takes their place computes the prompts anew, for rows that beams have mixed as well."""
+    ids = torch.randint(4, 256, (2, 5), generator=torch.Generator().manual_seed(1))
+    with (
+        serving(bloom_path, [(0, 3), (3, 6), (0, 6)]) as servers,
+        connect(bloom_path, servers.peers, tuning_mode="deep_ptune", pre_seq_len=70) as remote,
+    ):
+        for name, parameter in remote.named_parameters():
+            if "prompt_embeddings" in name:
+                parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+        answers = []
+        for lost in (False, True):
+            with remote.inference_session(max_length=100) as session:
+                pieces = [remote.generate(ids, max_new_tokens=6, num_beams=3, **GREEDY)]
+                if lost:
+                    used = {hop.peer_id for hop in session.hops}
+                    for server in servers.servers:
+                        if server.peer_id in used:
+                            servers.stop(server)
+                pieces.append(remote.generate(ids[:, :2], max_new_tokens=6, num_beams=2, **GREEDY))
+                assert bool(session.recoveries) == lost and session.position == 70 + 5 + 6 + 2
+                answers.append(torch.cat(pieces, dim=1))
+        assert torch.equal(*answers)
 
 
 def test_sessions_are_closed(pair: Any) -> None:
