@@ -20,6 +20,9 @@ MACHINE_SHARE = 0.5
 """Of a machine's free memory that a node takes by itself: it is shared with everything else that runs there."""
 WEIGHTS_SHARE = 0.7
 """Of a node's memory that `--serve auto` fills with weights: the rest is for KV entries and activations."""
+GRAPHS_SHARE = 0.25
+"""Of the memory that a node leaves free, what graphs of training passes may take that wait for their backward passes; those of passes that
+are computed anew may take as much."""
 FEWEST_KV_TOKENS = 256
 """A server that has no room for a short question and its answer is of no use to anybody."""
 MOST_KV_TOKENS = 1 << 22
@@ -55,6 +58,17 @@ def usable_memory(device: str, most: int | None) -> int:
     if most is not None:
         return most
     return int(_free_memory(device) * (DEVICE_SHARE if device.startswith("cuda") else MACHINE_SHARE))
+
+
+def graph_bytes(device: str, most: int | None) -> int:
+    """Bytes for graphs of training passes, beside weights and KV tokens; to be asked before memory for the latter is taken.
+
+    Args:
+        most: a ceiling that somebody gave for these, of which graphs may take no more than an eighth; None where nobody did.
+    """
+    left = 1 - (DEVICE_SHARE if device.startswith("cuda") else MACHINE_SHARE)
+    wanted = int(_free_memory(device) * left * GRAPHS_SHARE)
+    return wanted if most is None else min(wanted, most // 8)
 
 
 def _free_memory(device: str) -> int:

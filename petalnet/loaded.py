@@ -38,7 +38,7 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     from petalnet.blocks.service import USUAL_RATES, BlockService
     from petalnet.blocks.span import Span
     from petalnet.blocks.throughput import Rates, measure
-    from petalnet.capacity import kv_tokens, require_room, too_large
+    from petalnet.capacity import graph_bytes, kv_tokens, require_room, too_large
 
     # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
     beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
@@ -63,6 +63,7 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
             share_prefixes=settings.share_prefixes,
             open_link=open_link,
             adapters=adapters,
+            graph_bytes=graph_bytes(model.device, settings.max_memory),
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UsageError(

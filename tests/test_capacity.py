@@ -99,3 +99,11 @@ def test_blocks_that_do_not_fit(source: ModelSource, monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match="2 blocks would fit: --serve 2"):
         require(0, 7)
     assert "6 blocks" in str(too_large(source, 0, 7, dtype=torch.float32, device="cpu", max_memory=100 * size)), "fewer than were too many"
+
+
+def test_graphs_take_of_what_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cpu": 16 << 30, "cuda:0": 80 << 30}
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: free[device])
+    assert capacity.graph_bytes("cpu", None) == 2 << 30
+    assert capacity.graph_bytes("cuda:0", None) == pytest.approx(2 << 30, rel=1e-6)
+    assert capacity.graph_bytes("cpu", 4 << 30) == 1 << 29

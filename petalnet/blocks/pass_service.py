@@ -83,7 +83,12 @@ class PassService:
         checked = self._checks.stateless(request, stream.protocol.limits.payload, graph)
         if isinstance(checked, Forward):
             return await self._forward(stream, checked)
-        done = await (self._backward_anew(stream, checked) if graph is None else self._backward_from(stream, checked, graph, self.graphs))
+        if graph is not None and self.graphs.take(graph):
+            done = await self._backward_from(stream, checked, graph, self.graphs)
+        else:
+            if graph is not None:  # dropped in this very moment, for the room of one that is being made
+                self._checks.stateless(request, stream.protocol.limits.payload)
+            done = await self._backward_anew(stream, checked)
         if done is None:
             return None
         found: BackwardAnswer = done.value
@@ -107,8 +112,7 @@ class PassService:
                 self.graphs.done(graph)
 
     async def _backward_from(self, stream: Stream, request: Backward, graph: Graph, graphs: GraphStore) -> Result[Any] | None:
-        """Use a graph up."""
-        graphs.take(graph)
+        """Use up a graph that was taken."""
         try:
             work = KeptBackwardWork(self._span, request, graph)
             return await self._compute(stream, request, work, cuts=work.cuts)
@@ -124,7 +128,7 @@ class PassService:
             try:
                 work = RecordingWork(self._span, request, adapters, rows_at_once=rows_at_once, graph=graph, graphs=self._recomputed)
                 recorded = await self._compute(stream, request, work)
-                if recorded is None or not self._recomputed.keep(graph, trio.current_time()):
+                if recorded is None:
                     return None
                 done = await self._backward_from(stream, request, graph, self._recomputed)
                 return done and Result(done.value, recorded.queue_s + done.queue_s, recorded.compute_s + done.compute_s)

@@ -242,7 +242,7 @@ class KeptBackwardWork:
         self.cuts = (*list(self._parts)[1:], done)
         self.width = graph.shape[1] * max(recorded.end_row - recorded.first_row for recorded in graph.parts)
         last = graph.parts[-1]
-        self._gradients = Gradients(request, span, prompts=last.prompts is not None, lora=bool(request.lora) or graph.has_lora)
+        self._gradients = Gradients(request, span, prompts=last.prompts is not None, lora=graph.has_lora)
 
     def part(self, start: int, end: int) -> None:
         """Take the gradients of units start … end - 1."""
