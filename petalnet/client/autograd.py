@@ -7,6 +7,7 @@ gradients are the same.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,8 @@ import torch
 
 from petalnet.client import passes
 from petalnet.client.inputs import Inputs
-from petalnet.client.passes import Gradients, Path, Wanted
+from petalnet.client.lora import Lora
+from petalnet.client.passes import Gradients, Passed, Path, Wanted
 from petalnet.client.requests import Target
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 
@@ -45,6 +47,24 @@ def apply(
     return output
 
 
+class _Held:
+    """A forward pass, as long as a backward pass may need it."""
+
+    def __init__(self, passed: Passed) -> None:
+        self._passed: Passed | None = passed
+        self._is_used = False
+
+    def use(self) -> Passed:
+        assert self._passed is not None  # what torch has saved is gone as well then, and asked for first
+        self._is_used = True
+        return self._passed
+
+    def release(self) -> None:
+        """Torch has let go of what it saved. Under `torch.utils.checkpoint` it does so before there was a backward pass, which comes yet."""
+        if self._is_used:
+            self._passed = None
+
+
 class _RemoteBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,9 +75,12 @@ class _RemoteBlocks(torch.autograd.Function):
         output = _output(passed.paths, hidden)
         for path in passed.paths:
             path.outputs.clear()
-        ctx.target, ctx.passed, ctx.numbers = target, passed, inputs.lora
-        # What was sent may be the memory of these tensors: saved, so that torch notices when somebody writes into it in between.
-        ctx.save_for_backward(hidden, prompts)
+        ctx.target, ctx.held, ctx.lora = target, _Held(passed), inputs.lora
+        # What was sent may be the memory of these tensors: saved, so that torch notices when somebody writes into it in between. The last
+        # one tells when torch lets go of what is saved, which is after the last backward pass, and maybe long before this context ends.
+        token = torch.empty(0)
+        weakref.finalize(token, ctx.held.release).atexit = False
+        ctx.save_for_backward(hidden, prompts, token)
         ctx.set_materialize_grads(False)
         return output
 
@@ -66,17 +89,17 @@ class _RemoteBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_output is None:  # nobody has used the output
             return None, None, None, None, None
-        hidden, prompts = ctx.saved_tensors
+        hidden, prompts, _ = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:3])
         gradient = encode_tensor(grad_output.to(hidden.dtype))
-        gradients = ctx.target.swarm.portal.run(passes.backward, ctx.target, ctx.passed, gradient, wanted)
+        gradients = ctx.target.swarm.portal.run(passes.backward, ctx.target, ctx.held.use(), gradient, wanted)
         grad_hidden = _joined([decode_tensor(own.hidden) for own in gradients], 0).to(hidden.device) if wanted.hidden else None
         grad_prompts = grad_lora = None
         if wanted.prompts:
             of_rows = [torch.cat([decode_tensor(part) for part in own.prompts]) for own in gradients]
             grad_prompts = _joined(of_rows, 1).to(prompts.device)
         if wanted.lora:
-            grad_lora = _grad_lora(ctx.numbers, gradients)
+            grad_lora = _grad_lora(ctx.lora, gradients)
         return grad_hidden, grad_prompts, grad_lora, None, None
 
 
@@ -95,7 +118,7 @@ def _joined(tensors: Sequence[torch.Tensor], dimension: int) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dimension)
 
 
-def _grad_lora(lora: Any, gradients: Sequence[Gradients]) -> torch.Tensor:
+def _grad_lora(lora: Lora, gradients: Sequence[Gradients]) -> torch.Tensor:
     """float32 [numbers]: the sum of what all micro-batches say."""
     total = torch.zeros_like(lora.weights)
     for own in gradients:
