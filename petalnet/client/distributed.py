@@ -109,6 +109,15 @@ class DistributedModel(DistributedGeneration):
             save(self, save_directory, state_dict)
         return None
 
+    @property
+    def _keys_to_ignore_on_save(self) -> Any:
+        """What `save_pretrained` leaves out: `Trainer`, which resumes from such a checkpoint, does not warn that it is missing there."""
+        if self.remote_blocks is None:
+            return self.__dict__.get("_keys_to_ignore_on_save")
+        from petalnet.client.saving import trained_parameters
+
+        return set(self.state_dict()) - set(trained_parameters(self))  # type: ignore[attr-defined]
+
     def close(self) -> None:
         """Leave the swarm. Copies of the model share the connection and cannot be used any more either."""
         blocks = self.remote_blocks

@@ -62,6 +62,9 @@ def test_prompts_head_and_embeddings(pair: Any, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, state_dict={})
         model.save_pretrained(tmp_path / "nothing", is_main_process=False)
         logits = model(pair.ids(2, 4)).logits
+        # As Trainer resumes.
+        lacking = model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).missing_keys
+        assert set(lacking) == set(model._keys_to_ignore_on_save)
     assert {path.name for path in tmp_path.iterdir()} == {*FILES, "handed"}
     assert not (tmp_path / "nothing").exists()
     with AutoDistributedModelForSequenceClassification.from_pretrained(tmp_path, initial_peers=pair.servers.peers) as again:
