@@ -10,6 +10,7 @@ The bare modules notice when something is put in a placeholder's place, so a mod
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -162,11 +163,12 @@ class Injected(NamedTuple):
     Attributes:
         block: the block's number among those that were asked for.
         path: in the block.
+        module: of whatever tuner.
     """
 
     block: int
     path: str
-    module: nn.Module
+    module: Any
 
 
 def injected(blocks: Iterable[nn.Module]) -> list[Injected]:
@@ -192,15 +194,14 @@ def collect(modules: Iterable[Injected], first: int) -> tuple[list[Adapted], flo
     Raises:
         UsageError: something else than plain LoRA is active there, or adapters of different dropout are.
     """
-    from peft.tuners.lora.layer import Linear as LoraLinear
-
+    lora_class = _lora_class()
     adapted: list[Adapted] = []
     dropouts: set[float] = set()
     for index, path, module in modules:
         if getattr(module, "disable_adapters", False):
             continue
         where = f"block {first + index}, {path}"
-        if type(module) is not LoraLinear or not isinstance(module.base_layer, _Remote):
+        if type(module) is not lora_class or not isinstance(module.base_layer, _Remote):
             raise UsageError(f"{where} is wrapped by {_name(module)}: in remote blocks only LoRA of linear modules is possible")
         if module._forward_pre_hooks or module._forward_hooks:
             raise UsageError(f"{where} has hooks, which would not run: remote modules take no adapter_names, and nobody sees what they do")
@@ -213,7 +214,7 @@ def collect(modules: Iterable[Injected], first: int) -> tuple[list[Adapted], flo
             if module.lora_bias[name]:
                 raise UsageError(f"adapter {name!r} of {where} has a bias (lora_bias=True), which remote blocks do not know")
             a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-            pairs.append(Pair(cast(torch.Tensor, a.weight), cast(torch.Tensor, b.weight), module.scaling[name]))
+            pairs.append(Pair(a.weight, b.weight, module.scaling[name]))
             dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
         if pairs:
             adapted.append(Adapted(first + index, path, tuple(pairs)))
@@ -227,20 +228,26 @@ def fingerprint(modules: Iterable[Injected]) -> tuple[Any, ...]:
 
     Not noticed is what is written into a parameter behind torch's back, through `parameter.data`.
     """
+    lora_class = _lora_class()
     marks: list[Any] = []
     for _, _, module in modules:
+        if type(module) is not lora_class:
+            marks += (id(module), getattr(module, "disable_adapters", False))
+            continue
         own = module.__dict__
-        active = own.get("_active_adapter")
-        marks += (
-            own.get("_disable_adapters"),
-            active if isinstance(active, str) else tuple(active or ()),
-            *own.get("scaling", {}).values(),
-        )
+        active = own["_active_adapter"]
+        marks += (own["_disable_adapters"], active if isinstance(active, str) else tuple(active), *own["scaling"].values())
         for name in ("lora_A", "lora_B"):
-            for linear in own["_modules"].get(name, {}).values():
+            for linear in own["_modules"][name].values():
                 weight = linear._parameters["weight"]
                 marks += (id(weight), weight.data_ptr(), weight._version)
     return tuple(marks)
+
+
+def _lora_class() -> Any:
+    """PEFT's layer around linear modules; None where PEFT is not in use. Not imported here: who has put such a layer somewhere has it."""
+    module = sys.modules.get("peft.tuners.lora.layer")
+    return None if module is None else module.Linear
 
 
 def _name(value: object) -> str:

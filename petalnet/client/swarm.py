@@ -65,6 +65,7 @@ OWN_WITHIN_S = 0.02
 """A server on this machine answers within this, unless it has no time at all."""
 OWN_ADDRESSES_FOR_S = 60.0
 PRESENT = ("joining", "online", "draining")
+"""States of servers whose adapters count when a name is looked for."""
 CUT_FOR_S = 60.0
 """How long two servers count as not reaching each other: they try again at each session, and with other clients."""
 
@@ -202,7 +203,8 @@ class Membership:
         looked = False
         while True:
             now = time.time()
-            label = "" if adapter is None else adapter_label(view.servers(model, now=now, states=PRESENT, include_failed=True), adapter)
+            present = [] if adapter is None else view.servers(model, now=now, states=PRESENT, allowed=allowed, include_failed=True)
+            label = "" if adapter is None else adapter_label(present, adapter)
             records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked), adapter, label)
             # Passes without a session spread over servers that are about as good, by what this client has asked each of them for already;
             # sessions take the best route.
@@ -219,7 +221,7 @@ class Membership:
                 if (looked and is_settled) if look else (looked or (is_settled and is_fresh)):
                     # Nobody else is to be found: rather a server that failed a moment ago than none.
                     if adapter is not None and not label:
-                        raise unknown_adapter(view.servers(model, now=now, states=PRESENT, include_failed=True), adapter) from None
+                        raise unknown_adapter(present, adapter) from None
                     records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked, last_resort=True), adapter, label)
                     with suppress(MissingBlocksError):
                         hops = find(records, client=self.outlook(records, direct=direct))
