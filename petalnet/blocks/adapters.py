@@ -176,27 +176,29 @@ class _Hook:
     path: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        inputs = args[0]
-        wide = inputs.to(torch.float32) if inputs.dtype != torch.float32 else inputs
+        inputs: torch.Tensor = args[0]
+        wide = inputs.to(torch.float32).reshape(-1, inputs.shape[-1])
+        sums = output.reshape(-1, output.shape[-1])
         for tokens, (a, b), dropout in self.added:
-            if tokens is None:
-                if dropout is not None:
-                    self._check(inputs)
-                    given = dropout.apply(wide, self.rows, self.block, self.path)
+            if tokens is not None or dropout is not None:
+                self._check(inputs)
+            given = wide if tokens is None else wide[tokens]
+            if dropout is not None:
+                given = dropout.apply(given, self.rows, self.block, self.path)
+            reduced = F.linear(given, a)
+            if tokens is not None and not isinstance(tokens, slice):
+                sums.index_add_(0, tokens, F.linear(reduced, b).to(sums.dtype))
+            elif sums.dtype != torch.float32:
+                more = F.linear(reduced, b)
+                if tokens is None:
+                    sums = (sums + more).to(sums.dtype)
                 else:
-                    given = wide
-                output = (output + F.linear(F.linear(given, a), b)).to(output.dtype)
-                continue
-            self._check(inputs)
-            flat = wide.reshape(-1, inputs.shape[-1])[tokens]
-            more = F.linear(F.linear(flat, a), b).to(output.dtype)
-            # Only packed passes have shares of tokens, which are for inference: what the layer put out is nobody else's.
-            sums = output.view(-1, output.shape[-1])
-            if isinstance(tokens, slice):
-                sums[tokens] += more
-            else:
-                sums.index_add_(0, tokens, more)
-        return output
+                    sums[tokens] += more.to(sums.dtype)
+            elif tokens is None and torch.is_grad_enabled():
+                sums = torch.addmm(sums, reduced, b.t())
+            else:  # what the layer has put out is nobody else's yet
+                (sums if tokens is None else sums[tokens]).addmm_(reduced, b.t())
+        return sums.view(output.shape)
 
     def _check(self, inputs: torch.Tensor) -> None:
         if inputs.numel() != self.rows * self.length * inputs.shape[-1]:
