@@ -60,7 +60,7 @@ class _Held:
         return self._passed
 
     def release(self) -> None:
-        """Torch has let go of what it saved. Under `torch.utils.checkpoint` it does so before there was a backward pass, which comes yet."""
+        """Torch has let go of what it saved: after the last backward pass, or under `torch.utils.checkpoint` before there was any."""
         if self._is_used:
             self._passed = None
 

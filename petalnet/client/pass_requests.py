@@ -58,6 +58,8 @@ async def ask_server(
         except PetalnetError as error:  # raised below, bare: leaving the nursery by it would wrap it into a group
             failure = error
         nursery.cancel_scope.cancel()
+    if isinstance(failure, GraphGone) and not (isinstance(request, Backward) and request.hidden is None):
+        raise ProtocolError(f"it misses a graph that it does not need: {failure}", hop.peer_id)
     if failure is not None:
         raise failure
     if answer is None:

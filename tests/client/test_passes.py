@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trio
 from trio.testing import MockClock
 
 from petalnet.client import pass_requests, passes
 from petalnet.client.inputs import Inputs
 from petalnet.client.kept_graphs import KeptGraphs
+from petalnet.client.lora import Adapted, Pair, fold
 from petalnet.client.lora_uploads import LoraUploads
 from petalnet.client.micro_batches import MicroBatch
 from petalnet.client.passes import Part, Passed, Path, Wanted
@@ -23,7 +26,7 @@ from petalnet.client.under_way import UnderWay
 from petalnet.errors import CallerError, MissingBlocksError, PeerLost, PeerUnreachable, PetalnetError
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.messages import Error
-from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
+from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone, LoraPut, PutLora
 from petalnet.routing.routes import Hop
 
 Answer = Callable[["Server", Forward | Backward], Awaitable[Message]]
@@ -69,6 +72,24 @@ async def dies(server: Server, request: Forward | Backward) -> Message:
     raise PeerLost("the stream broke", server.peer_id)
 
 
+async def keeps(server: Server, request: Forward | Backward) -> Message:
+    """Works; a gradient comes back as it is, from a kept graph only."""
+    if isinstance(request, Forward):
+        done = await works(server, request)
+        assert isinstance(done, ForwardDone)
+        server.graphs.add(request.graph)
+        return replace(done, kept=True)
+    if request.hidden is None and request.graph not in server.graphs:
+        return Error("graph_gone", "it is not here")
+    server.graphs.discard(request.graph)
+    return BackwardDone(grad_hidden=request.grad_output)
+
+
+async def is_busy_at_first(server: Server, request: Forward | Backward) -> Message:
+    server.times -= isinstance(request, Backward)
+    return Error("busy", "later") if isinstance(request, Backward) and server.times >= 0 else await keeps(server, request)
+
+
 async def answers_garbage(server: Server, request: Forward | Backward) -> Message:
     return ForwardDone(Blob("float32", (1, 1, 1), "raw", bytes(4)))
 
@@ -80,20 +101,31 @@ class Server:
         self.peer_id, self.first, self.end, self.answer, self.times = peer_id, first, end, answer, times
         self.answers_pings = True
         self.asked = 0
+        self.graphs: set[int] = set()
+        self.loras: list[str] = []
 
 
 class FakeStream:
     def __init__(self, server: Server) -> None:
         self.server, self.peer_id = server, server.peer_id
+        self.requests: list[Message] = []
 
     async def send(self, request: Message) -> None:
-        self.request: Any = request
+        self.requests.append(request)
 
     async def receive(self) -> Message:
+        self.request: Any = self.requests.pop(0)
+        if isinstance(self.request, PutLora):
+            self.server.loras.append(self.request.version)
+            return LoraPut(self.request.version)
         self.server.asked += 1
         if self.server.asked > self.server.times:
             return await works(self.server, self.request)
         return await self.server.answer(self.server, self.request)
+
+    async def answer_all(self) -> Message:
+        """As `receive`, of a server that never changes its ways."""
+        return await self.server.answer(self.server, self.requests.pop(0))  # type: ignore[arg-type]
 
     async def reset(self) -> None:
         pass
@@ -159,7 +191,7 @@ def swarm(monkeypatch: pytest.MonkeyPatch, *servers: Server, **settings: Any) ->
         return FakeStream(next(server for server in servers if server.peer_id == hop.peer_id))
 
     monkeypatch.setattr(pass_requests, "open_stream", open_stream)
-    swarm = SimpleNamespace(membership=membership, portal=None)
+    swarm = SimpleNamespace(membership=membership, portal=SimpleNamespace(call_soon=lambda function, *given: function(*given)))
     target = Target(swarm=swarm, model="m", first=0, end=8, settings=ClientSettings(**settings))  # type: ignore[arg-type]
     return target, membership
 
@@ -205,6 +237,8 @@ async def test_a_server_that_hangs_and_is_the_only_one_is_waited_for(monkeypatch
         (dies, [("lost", "b")]),
         (answers("server"), [("wrong", "b")]),
         (answers("unheard of"), [("wrong", "b")]),
+        (answers("graph_gone"), [("wrong", "b")]),
+        (answers("lora_gone"), [("wrong", "b")]),
         (answers_garbage, [("wrong", "b")]),
         (answers("busy"), []),
         (answers("moved"), []),
@@ -240,3 +274,39 @@ async def test_where_all_fail_each_answer_is_told(monkeypatch: pytest.MonkeyPatc
         await forward(target)
     assert isinstance(caught.value, MissingBlocksError) and caught.value.blocks == [4]
     assert caught.value.answers == {"b-server": "the stream broke", "c-server": "failed: as it was told to"}
+
+
+async def test_a_full_server_keeps_its_graph(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    server = Server("a", 0, 8, is_busy_at_first, times=2)
+    target, _ = swarm(monkeypatch, server)
+    monkeypatch.setattr(FakeStream, "receive", FakeStream.answer_all)
+    passed = await passes.forward(target, HIDDEN, Inputs(), for_gradients=True)
+    (gradients,) = await passes.backward(target, passed, HIDDEN, Wanted())
+    assert gradients.hidden == HIDDEN and trio.current_time() > 0 and not passed.graphs and not server.graphs
+
+
+async def test_a_client_that_has_joined_anew_has_no_graphs(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    server = Server("a", 0, 8, keeps)
+    target, membership = swarm(monkeypatch, server)
+    passed = await passes.forward(target, HIDDEN, Inputs(), for_gradients=True)
+    server.graphs.clear()  # they were another peer's
+    membership.kept_graphs = KeptGraphs(membership.tell)
+    (gradients,) = await passes.backward(target, passed, HIDDEN, Wanted())
+    assert gradients.hidden == HIDDEN and server.asked == 2
+
+
+async def test_lora_parameters_are_brought_once_and_once_more(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    adapted = [Adapted(block, "linear", (Pair(torch.ones(1, 2), torch.ones(3, 1), 2.0),)) for block in range(4)]
+    lora, _ = fold(adapted, "m", 0, 8)
+    first, second = Server("a", 0, 4), Server("b", 4, 8)
+    target, membership = swarm(monkeypatch, first, second)
+    for _ in range(2):
+        await passes.forward(target, HIDDEN, Inputs(lora=lora))
+    assert first.loras == [lora.version] and not second.loras, "the blocks of the second get nothing"
+
+    async def has_dropped_it(server: Server, request: Forward | Backward) -> Message:
+        return Error("lora_gone", "it is not here")
+
+    first.answer, first.times = has_dropped_it, first.asked + 1
+    await passes.forward(target, HIDDEN, Inputs(lora=lora))
+    assert first.loras == [lora.version] * 2 and not membership.marks
