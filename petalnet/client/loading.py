@@ -167,7 +167,7 @@ def open_base(name_or_path: Any, origin: dict[str, Any], trained: TrainedPart | 
         source = ModelSource.open(base, **origin)
     except ModelError as error:
         raise ModelError(f"{trained.folder} is the trained part of a model that is not there (give base_model=): {error}") from error
-    return base, source, type(source.config).from_dict({**source.config.to_dict(), **trained.config})
+    return base, source, trained.changed(source.config)
 
 
 def _head_parameters(model: Any) -> set[str]:

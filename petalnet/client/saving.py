@@ -110,7 +110,7 @@ class TrainedPart:
                 {name: value for name, value in said["settings"].items() if name in KEPT_SETTINGS},
                 _is(dict, said["configuration"]),
                 {name: bool(trainable) for name, trainable in said["parameters"].items()},
-                dict.fromkeys(said["adapters"], ""),
+                _places([_is(str, name) for name in _is(list, said["adapters"])]),
                 [name for name in said["active_adapters"] if name in said["adapters"]],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -119,8 +119,14 @@ class TrainedPart:
             raise ModelError(f"{folder / DESCRIPTION_FILE} is damaged: {type(error).__name__}: {error}") from error
         for name in part.adapters:
             _check_adapter_name(name)
-        part.adapters.update(_places(part.adapters))
         return part
+
+    def changed(self, config: Any) -> Any:
+        """A copy of the base model's configuration, with what was changed in it. Raises ModelError where it is none any more."""
+        try:
+            return type(config).from_dict({**config.to_dict(), **self.config})
+        except Exception as error:  # the library checks fields by classes of errors of its own
+            raise ModelError(f"{self.folder / DESCRIPTION_FILE} is damaged: {_one_line(error)}") from error
 
     def check_base(self, name: str, key: str) -> None:
         """Raises ModelError where the model of this name has another digest than the one that was trained."""
@@ -141,7 +147,7 @@ class TrainedPart:
         try:
             tensors = load_file(self.folder / WEIGHTS_FILE)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{self.folder / WEIGHTS_FILE} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{self.folder / WEIGHTS_FILE} cannot be read: {_one_line(error)}") from error
         lacking = self.parameters.keys() - tensors.keys()
         if lacking:
             raise ModelError(f"{self.folder / WEIGHTS_FILE} lacks {min(lacking)}")
@@ -162,10 +168,16 @@ class TrainedPart:
     def _inject_adapters(self, model: Any) -> None:
         if not self.adapters:
             return
-        from peft import PeftConfig, inject_adapter_in_model
+        try:
+            from peft import PeftConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise UsageError(f"{self.folder} holds a PEFT adapter, which needs the package peft: pip install 'petalnet[train]'") from error
 
         for name, place in self.adapters.items():
-            config = PeftConfig.from_pretrained(str(self.folder / place))
+            folder = self.folder / place
+            if not (folder / "adapter_config.json").is_file():
+                raise ModelError(f"{folder} lacks adapter_config.json")
+            config = PeftConfig.from_pretrained(str(folder))
             config.inference_mode = False
             inject_adapter_in_model(config, model, name)
         model._hf_peft_config_loaded = True
@@ -328,6 +340,10 @@ def _changes(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
 def _canonical(model: Any, name: str) -> str:
     """A parameter's name as it is in the backbone alone."""
     return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _is(kind: Any, value: Any) -> Any:

@@ -10,6 +10,7 @@ backbone's `forward` about tokens into one about KV entries; `without` takes the
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,6 @@ from petalnet.client.settings import DEEP_PTUNE
 
 if TYPE_CHECKING:
     from petalnet.client.session import InferenceSession
-
-_PER_TOKEN = frozenset({"token_type_ids"})
-"""Arguments of backbones' `forward` that say something of each token, which nobody can say of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +83,14 @@ def put_before(backbone: Any, call: dict[str, Any], session: InferenceSession | 
     Args:
         call: with `input_ids` or `inputs_embeds` of the new tokens, and an `attention_mask` of all tokens where there is one.
     Raises:
-        ValueError: an argument that has a value for each token, of which the prompts have none.
+        ValueError: token_type_ids, to a model that uses them: the prompts have none.
     """
     begins = session is None or session.position == 0
     length = prompt_length(backbone) if begins or session is None else session.prompt_entries
     if not length:
         return Prompted(call)
-    for name in _PER_TOKEN:
-        if call.get(name) is not None:
-            raise ValueError(f"{name} cannot be given to a model with trained prompts, of which it says nothing")
+    if call.get("token_type_ids") is not None and "token_type_ids" in inspect.signature(backbone.forward).parameters:
+        raise ValueError("token_type_ids cannot be given to a model with trained prompts, of which they say nothing")
     call = dict(call)
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     if mask is not None:
