@@ -83,7 +83,7 @@ async def _is_gone(target: Target, hop: Hop, tokens: int, token_s: float) -> Non
             try:
                 await find_hops(replace(target, first=hop.first, end=hop.end), frozenset({hop.peer_id}), "forward", tokens)
                 return
-            except (MissingBlocksError, ServerError) as nobody:
+            except (CallerError, MissingBlocksError, ServerError) as nobody:
                 logger.info("the pass is waited for: %s", nobody)
 
 

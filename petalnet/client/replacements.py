@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from petalnet.client.links import Link
 from petalnet.client.requests import Target
-from petalnet.errors import MissingBlocksError, ServerError
+from petalnet.errors import CallerError, MissingBlocksError, ServerError
 from petalnet.routing.routes import Hop
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ async def replacements(
         kv_tokens: that the session takes: rows × its greatest length.
         look: whether to ask the swarm where nobody is known.
     Raises:
+        CallerError: nobody announces the adapter any more.
         MissingBlocksError: there are none.
         ServerError: the swarm cannot be asked.
     """
@@ -62,6 +63,6 @@ async def has_stand_in(target: Target, link: Link) -> bool:
     hop, record = link.hop, own_record(link)
     try:
         await replacements(target, hop.first, hop.end, [] if record is None else [record], {hop.peer_id}, 0)
-    except (MissingBlocksError, ServerError):
+    except (CallerError, MissingBlocksError, ServerError):
         return False
     return True
