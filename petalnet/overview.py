@@ -98,6 +98,10 @@ def _render_model(model: dict[str, Any], width: int) -> Iterator[str]:
             )
         )
     yield from (line[:width] for line in _columns(rows))
+    for label in sorted({label for server in servers for label in server["adapters"]}):
+        spans = [server["span"] for server in servers if label in server["adapters"] and server["state"] == "online"]
+        without = [block for block in range(model["num_blocks"]) if not any(first <= block < end for first, end in spans)]
+        yield f"  adapter {label}: {describe_blocks(without) + ' missing' if without else 'complete'}"[:width]
 
 
 def span_bar(first: int, end: int, num_blocks: int, *, cells: int = 24) -> str:

@@ -51,6 +51,16 @@ def test_a_server_behind_a_relay_is_marked() -> None:
     assert render({"models": [model]}, width=200).count("online, relayed") == 1
 
 
+def test_for_which_blocks_an_adapter_is_there() -> None:
+    view = view_of(("A", 0, 4, "online"), ("B", 4, 8, "online"), ("C", 4, 6, "joining"))
+    for peer_id, adapters in {"A": ("poet@01", "lawyer@02"), "B": ("poet@01",), "C": ("lawyer@02",)}.items():
+        record = view.record(peer_id)
+        assert record is not None
+        view.add(dataclasses.replace(record, adapters=adapters, sequence=2), now=NOW)
+    lines = render(describe_swarm(view, now=NOW), width=200).splitlines()
+    assert lines[-2:] == ["  adapter lawyer@02: blocks 4-7 missing", "  adapter poet@01: complete"]
+
+
 def test_an_empty_swarm() -> None:
     assert render(describe_swarm(SwarmView(), now=NOW)) == "no servers"
 

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import trio.testing
 from petalnet import placing, serving
 from petalnet.config import Settings
 from petalnet.errors import UsageError
+from petalnet.models.checkpoint import DEMO_MODEL
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Error
 from petalnet.p2p.pass_messages import Forward, ForwardDone
@@ -24,6 +26,7 @@ from petalnet.p2p.tensors import encode_tensor
 from petalnet.peering import Peering, open_peering
 from petalnet.routing.records import ServerRecord
 from petalnet.serving import Model, Server, open_model
+from tests.peft_adapters import save_adapter
 
 HIDDEN = torch.zeros(1, 2, 160)
 
@@ -226,11 +229,32 @@ async def test_newcomers_at_the_same_moment_take_different_blocks(model: Model) 
 
 
 @pytest.mark.long
+async def test_adapters_are_announced_and_go_with_their_server_to_other_blocks(model: Model, tmp_path: Path) -> None:
+    folder = save_adapter(DEMO_MODEL, tmp_path / "poet", "bloom")
+    settings = Settings(serve=1, dtype="float32", device="cpu", adapters=(str(folder),))
+    async with swarm_of(open_model(settings, None)) as swarm:
+        await swarm.start((0, 6), throughput=1.0)
+        server = await swarm.start((0, 6), throughput=100.0)
+        for span in ((0, 6), (6, 12)):
+            await server.move(span)
+            (label,) = swarm.record(server).adapters
+            service = server._answering.service
+            assert label.startswith("poet@") and list(service.adapters) == [label]
+            assert list(service.adapters[label].blocks) == list(range(*span))
+
+
+def test_adapters_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    folders = [str(save_adapter(DEMO_MODEL, tmp_path / side / "poet", "bloom")) for side in ("a", "b")]
+    with pytest.raises(UsageError, match="--adapters: two are named poet: rename one of the folders"):
+        open_model(Settings(serve=1, dtype="float32", device="cpu", adapters=tuple(folders)), None)
+    with pytest.raises(UsageError, match="--adapters: 33 are more than the 32 that a server can announce"):
+        open_model(Settings(serve=1, dtype="float32", device="cpu", adapters=("x",) * 33), None)
+
+
 async def test_an_answer_goes_on_while_a_server_of_its_chain_goes_to_other_blocks(model: Model) -> None:
     from transformers import AutoModelForCausalLM
 
     from petalnet import AutoDistributedModelForCausalLM
-    from petalnet.models.checkpoint import DEMO_MODEL
 
     ids = torch.tensor([[40, 50, 60, 70]])
     options = {"max_new_tokens": 120, "min_new_tokens": 120, "do_sample": False}
