@@ -38,8 +38,9 @@ def step(session: str, units: int = 1, *, width: int = 1, key: object = "key", p
     return Task(peer or f"peer of {session}", session, key, units, width, "step", max_units, None)
 
 
-def a_pass(rows: int, length: int, peer: str = "trainer") -> Task:
-    return Task(peer, None, None, rows, length, "pass", MANY, None)
+def a_pass(blocks: int, tokens: int, peer: str = "trainer", *, weight: float = 1.0, cuts: tuple[int, ...] = ()) -> Task:
+    """So many tokens through so many blocks, each of which takes so many times as long as a pass through the whole span."""
+    return Task(peer, None, None, blocks, tokens, "pass", MANY, None, weight=weight, cuts=cuts)
 
 
 def started(scheduler: Scheduler, now: float) -> list[Part]:
@@ -51,7 +52,7 @@ def started(scheduler: Scheduler, now: float) -> list[Part]:
 def run_round(scheduler: Scheduler, now: float) -> tuple[list[Part], float]:
     """Run the next round; its parts and the time when it ended."""
     parts = started(scheduler, now)
-    took = seconds(sum(part.tokens for part in parts))
+    took = parts[0].weight * seconds(sum(part.tokens for part in parts))
     scheduler.finished(parts, took, now + took)
     return parts, now + took
 
@@ -282,16 +283,32 @@ def test_passes_run_beneath_steps_and_are_not_starved(scheduler: Scheduler) -> N
     assert 0.1 < passes_s / 30.0 < 0.3
 
 
-def test_a_pass_is_cut_by_rows(scheduler: Scheduler) -> None:
-    task = a_pass(10, 16)
-    scheduler.add(task, 0.0)
-    parts, now = [], 0.0
-    while len(scheduler):
+def way(scheduler: Scheduler, task: Task, now: float = 0.0) -> list[Part]:
+    """The rounds of a pass, alone."""
+    scheduler.add(task, now)
+    parts = []
+    while task.done < task.units:
         (part,), now = run_round(scheduler, now)
         parts.append(part)
-    assert len(parts) > 1
     assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])]
-    assert all(seconds(part.tokens) <= 0.31 for part in parts)
+    return parts
+
+
+def test_a_pass_goes_through_some_blocks_a_round(scheduler: Scheduler) -> None:
+    parts = way(scheduler, a_pass(24, 200, weight=1 / 24))  # 0.74 s in all
+    assert len(parts) == 3
+    assert all(part.weight * seconds(part.tokens) <= 2 * 0.15 for part in parts), "alone, a round may take twice its budget"
+    scheduler.add(step("s", 1), 10.0)
+    _, now = run_round(scheduler, 10.0)  # now a session is there, and will be back
+    parts = way(scheduler, a_pass(24, 200, weight=1 / 24), now)
+    assert all(part.weight * seconds(part.tokens) <= 0.15 for part in parts)
+    assert [part.end - part.start for part in way(scheduler, a_pass(3, 200), 20.0)] == [1, 1, 1], "one block at the least"
+
+
+def test_a_pass_ends_its_rounds_only_at_its_cuts(scheduler: Scheduler) -> None:
+    cuts = (5, 7, 20, 22, 24)
+    ends = [part.end for part in way(scheduler, a_pass(24, 200, weight=1 / 24, cuts=cuts))]
+    assert ends == [7, 20, 24], "as many as fit, and at least up to the next"
 
 
 def test_weights_count(scheduler: Scheduler) -> None:
@@ -447,7 +464,7 @@ def test_a_chunk_lets_those_in_who_come_in_a_moment(scheduler: Scheduler) -> Non
 # Whatever comes
 
 tasks = st.builds(
-    lambda peer, network, session, key, units, width, kind, most: Task(
+    lambda peer, network, session, key, units, width, kind, most, cuts: Task(
         f"p{peer}",
         None if kind == "pass" else session,
         None if kind == "pass" else key,
@@ -457,6 +474,7 @@ tasks = st.builds(
         most,
         None,
         network=network,
+        cuts=tuple(sorted({cut for cut in cuts if cut < units} | {max(units, 1)})) if kind == "pass" and cuts else (),
     ),
     peer=st.integers(0, 3),
     network=st.sampled_from(["", "network"]),
@@ -466,6 +484,7 @@ tasks = st.builds(
     width=st.one_of(st.just(1), st.integers(1, 40)),
     kind=st.sampled_from(["step", "step", "pass"]),
     most=st.integers(1, 100),
+    cuts=st.lists(st.integers(1, 300), max_size=20),
 )
 
 
@@ -501,7 +520,8 @@ def test_everything_is_computed_once_and_in_order(arrivals: list[tuple[float, Ta
         for part in decision:
             assert part.task not in dropped
             assert part.start == done[part.task] and part.end <= part.task.units
-            assert part.end - part.start <= part.task.max_units
+            cuts = part.task.cuts
+            assert part.end in cuts if cuts else part.end - part.start <= part.task.max_units
             assert part.end > part.start or part.task.units == 0
             done[part.task] = part.end
         now += seconds(tokens)
@@ -574,7 +594,7 @@ def test_what_was_done_tells_how_fast_it_was() -> None:
             if not isinstance(parts, list):
                 now = parts
                 continue
-            took = parts[0].task.weight * slower * seconds(sum(part.tokens for part in parts))
+            took = parts[0].weight * slower * seconds(sum(part.tokens for part in parts))
             now += took
             left -= len(scheduler.finished(parts, took, now))
 
@@ -586,10 +606,10 @@ def test_what_was_done_tells_how_fast_it_was() -> None:
         work([step(session) for session in "abcd"], 1.0)  # side by side: no slower for that
     assert rates() == {"decode": pytest.approx(10.0)}
     work([step("a", 512)], 1.0)
-    work([dataclasses.replace(a_pass(2, 64), weight=0.5)], 1.0)
+    work([a_pass(2, 64, weight=0.5)], 1.0)
     assert rates() == {"decode": pytest.approx(10.0), "prefill": pytest.approx(160.0), "forward": pytest.approx(160.0)}
     for _ in range(10):
-        work([dataclasses.replace(a_pass(1, 1), weight=0.5)], 1.0)
+        work([a_pass(1, 1, weight=0.5)], 1.0)
     assert rates()["forward"] == pytest.approx(160.0), "whoever sends single tokens makes nobody look slow"
     before = scheduler.done()["decode"]
     for _ in range(10):
