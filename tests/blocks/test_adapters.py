@@ -98,11 +98,13 @@ def test_a_pass_has_the_hidden_states_that_peft_computes(case: Case) -> None:
     assert not torch.allclose(case.states(0)[4], plain[4], atol=0.1)
 
 
-def test_sessions_of_one_pass_have_an_adapter_each_or_none(case: Case) -> None:
-    span = case.span
+@pytest.mark.parametrize("packs", [True, False])
+def test_sessions_of_one_pass_have_an_adapter_each_or_none(case: Case, packs: bool) -> None:
+    span = Span.load(ModelSource.open(case.model), 0, 4, may_pack=packs)
     store = KVStore(span.kv_shapes, pages=64, page_tokens=span.backend.page_tokens, dtype=torch.float32, device=span.device)
     pool = PagePool(64, span.backend.page_tokens)
     span.attach(store)
+    assert span.packs == packs
     own = Adapter({2: {path: LoraWeights(a * 2, b) for path, (a, b) in case.adapters[1].blocks[2].items()}})
     sets: list[tuple[Adapter, ...]] = [(case.adapters[0],), (), (case.adapters[1],), (case.adapters[0],), (case.adapters[2], own)]
     hidden = case.states(None)[0]
@@ -121,7 +123,6 @@ def test_sessions_of_one_pass_have_an_adapter_each_or_none(case: Case) -> None:
         for rows, (output,), whole in zip(sessions, outputs, expected, strict=True):
             torch.testing.assert_close(output, whole[:, start:end], **CLOSE)
             rows.advance(end - start)
-    span.attach(None)
 
 
 def test_gradients_of_parameters_and_inputs_are_those_that_peft_computes(case: Case) -> None:
