@@ -11,7 +11,7 @@ server was given once need not go there again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -71,10 +71,10 @@ class Lora:
     model: str
     version: str
     modules: tuple[str, ...]
-    ranks: npt.NDArray[np.int32]
+    ranks: npt.NDArray[np.int32] = field(repr=False)
     first: int
     end: int
-    weights: torch.Tensor
+    weights: torch.Tensor = field(repr=False)
     bounds: tuple[int, ...]
     dropout: float = 0.0
 

@@ -90,6 +90,7 @@ def test_several_adapters(pair: Any) -> None:
     assert not torch.allclose(results[0], results[1], atol=1e-2) and not torch.allclose(results[0], results[2], atol=1e-2)
 
 
+@pytest.mark.long
 def test_training_steps(pair: Any) -> None:
     local, remote = adapted(pair)
     ids = pair.ids(3, 8)
@@ -213,6 +214,7 @@ def test_servers_that_have_dropped_it_get_it_again(pair: Any) -> None:
     assert torch.equal(remote.generate(ids, max_new_tokens=4), local.generate(ids, max_new_tokens=4))
 
 
+@pytest.mark.long
 def test_beginnings_of_prompts_are_of_one_version(pair: Any) -> None:
     """Servers keep what they have computed of a long prompt, for the same parameters only."""
     local, remote = adapted(pair)
@@ -225,6 +227,7 @@ def test_beginnings_of_prompts_are_of_one_version(pair: Any) -> None:
         assert torch.equal(remote.generate(ids, max_new_tokens=3), local.generate(ids, max_new_tokens=3))
 
 
+@pytest.mark.long
 def test_a_server_is_lost_in_mid_answer(bloom_path: Path, serving: Any, connect: Any) -> None:
     """Whoever takes its place runs with the same parameters."""
     ids = torch.randint(4, 256, (2, 6), generator=torch.Generator().manual_seed(7))
