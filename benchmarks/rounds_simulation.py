@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from petalnet.blocks.costs import Costs
+from petalnet.blocks.passes import CHUNK_TOKENS
 from petalnet.blocks.scheduler import Part, Scheduler, Task
 
+BLOCKS = 24
 CPU_MS = {1: 90, 2: 92, 3: 98, 4: 145, 8: 160, 16: 175, 32: 220, 64: 310, 128: 510, 2048: 7500}
 """Milliseconds of a pass by its tokens: 24 blocks of 1024 features, float32, one thread of a server's CPU."""
 SLOW_CPU_MS = {1: 90, 2: 92, 3: 98, 4: 170, 8: 220, 16: 240, 32: 270, 64: 340, 128: 540, 2048: 7700}
@@ -76,7 +78,7 @@ class Client:
     """(when, after how many seconds) for each token."""
     prompts: list[float] = field(default_factory=list)
     """Seconds to the answer of each prompt."""
-    rows_done: int = 0
+    rows_done: float = 0.0
 
 
 class Simulation:
@@ -110,7 +112,9 @@ class Simulation:
     def _ask(self, client: Client, prompt: bool) -> None:
         peer = client.peer or client.name
         if client.passes is not None:
-            task = Task(peer, None, None, client.passes[0], client.passes[1], "pass", 1 << 30, None)
+            rows, length = client.passes
+            chunks = -(-rows * length // CHUNK_TOKENS)
+            task = Task(peer, None, None, chunks * BLOCKS, rows * length // chunks, "pass", 1 << 30, None, weight=1 / BLOCKS)
         else:
             task = Task(peer, client, client.key, client.prompt if prompt else 1, client.rows, "step", 1 << 30, None)
         self._asked[task] = (client, self.now)
@@ -132,15 +136,16 @@ class Simulation:
         elif decision:
             self._computing = True
             tokens = sum(part.tokens for part in decision)
-            seconds = self._cost(tokens) * decision[0].task.weight if tokens else 0.0001
+            seconds = self._cost(tokens) * decision[0].weight if tokens else 0.0001
             self.rounds.append((self.now, seconds, decision))
             self._at(self.now + seconds, lambda: self._finish(decision, seconds))
 
     def _finish(self, parts: list[Part], seconds: float) -> None:
         self._computing = False
         for part in parts:
-            if part.task.kind == "pass":
-                self._asked[part.task][0].rows_done += part.end - part.start
+            asker = self._asked[part.task][0]
+            if asker.passes is not None:
+                asker.rows_done += asker.passes[0] * (part.end - part.start) / part.task.units
         for task in self.scheduler.finished(parts, seconds, self.now):
             client, asked = self._asked.pop(task)
             prompt = task.units > 1
