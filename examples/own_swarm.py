@@ -11,6 +11,8 @@ import atexit
 import contextlib
 import functools
 import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 
@@ -56,4 +58,5 @@ def serve(initial_peers: Sequence[str] = (), adapters: Sequence[str | os.PathLik
 def _swarm() -> LocalSwarm:
     ending = contextlib.ExitStack()
     atexit.register(ending.close)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # otherwise it would leave the servers behind
     return ending.enter_context(local_swarm())

@@ -17,7 +17,7 @@ from petalnet.models.checkpoint import DEMO_MODEL
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md", "docs/nodes.md", "docs/reachability.md", "docs/using-the-swarm.md", "docs/your-own-swarm.md", "docs/surviving.md",
-    "docs/incentives.md",
+    "docs/incentives.md", "docs/fine-tuning.md",
 )  # fmt: skip
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*PAGES, "Makefile")}
 COMMANDS = [line for name in PAGES for line in re.findall(r"^    (petalnet [^#\n]+)", TEXTS[name], re.MULTILINE)]
@@ -74,3 +74,19 @@ def test_the_programs_of_the_pages_run(nodes) -> None:
     assert "A cat sat" in said["README.md"] and "torch.Size([1, 8, 160])" in said["README.md"]
     assert "0 recoveries in this session" in said["docs/surviving.md"] and "A cat sat" in said["docs/your-own-swarm.md"]
     assert "20 tokens in " in said["docs/using-the-swarm.md"] and "most of it: " in said["docs/using-the-swarm.md"]
+
+
+@pytest.mark.long
+def test_the_program_of_fine_tuning_runs(nodes, tmp_path: Path) -> None:
+    """Its parts one after the other, as somebody would try them who reads the page."""
+    server = nodes.start("--serve", "0:12", "--new-swarm", "--throughput", "50")
+    program = "".join(re.findall(r"```python\n(.*?)```", TEXTS["docs/fine-tuning.md"], re.DOTALL))
+    program = program.replace('"org/model or folder"', repr(str(DEMO_MODEL)))
+    program = re.sub(r'\["/ip4/[^]]*\]', repr(server.addrs), program)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=nodes.environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\d+ entries, 16 of them prompts$", done.stdout, re.MULTILINE)
+    assert "torch.Size([160, 160]) torch.Size([2048, 160])" in done.stdout and "torch.Size([1, " in done.stdout
+    assert {path.name for path in (tmp_path / "my-prompts").iterdir()} == {"model.safetensors", "petalnet.json"}
+    assert (tmp_path / "my-adapter/adapter_model.safetensors").exists()
