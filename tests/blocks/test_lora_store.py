@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from petalnet.blocks.adapters import Adapter, LoraWeights
+from petalnet.blocks.adapters import Adapter, Dropout, LoraWeights
 from petalnet.blocks.lora_store import KEPT_S, LEAST_BYTES, LEAST_PEER_BYTES, MOST_VERSIONS, LoraStore, check_parameters
 from petalnet.blocks.span import Span
 from petalnet.errors import BusyError, CallerError, LoraGone, MovedError, PetalnetError, TooLargeError
 from petalnet.models.checkpoint import ModelSource
-from petalnet.p2p.pass_messages import Forward, ForwardDone, LoraPut, PutLora
+from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone, LoraPut, PutLora
 from petalnet.p2p.protocols import FORWARD, INFERENCE
 from petalnet.p2p.session_messages import Attach, Attached, OpenSession, SessionOpened
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
@@ -192,6 +192,30 @@ async def test_passes_and_sessions_with_what_a_peer_has_put(saved: Callable[...,
             torch.testing.assert_close(await run_step(plain, X, 0), whole(served.span, X)[0], atol=1e-5, rtol=1e-4)
             assert served.service.describe()["loras"]["bytes"] == (MOST_VERSIONS + 1) * own.nbytes
         await served.closed()
+
+
+async def test_gradients_of_what_a_peer_has_put_beside_an_adapter_of_the_host(saved: Callable[..., Path]) -> None:
+    direction = torch.randn(X.shape, generator=torch.Generator().manual_seed(4))
+    _, hosted = lora_of(Span.load(ModelSource.open(saved("llama")), FIRST, END), 3, "h")
+    async with serving(saved("llama"), adapters={"poet@0123": hosted}) as served:
+        request, own = lora_of(served.span, 1, "one")
+        applied, leaves = own.leaves(FIRST, END)
+        hidden = X.clone().requires_grad_()
+        (output,) = served.span.forward(hidden, adapters=[hosted, applied], dropout=Dropout(0.3, seed=5, row=2))
+        *expected, of_hidden = torch.autograd.grad(output, [*leaves, hidden], direction)
+        named = {"adapter": "poet@0123", "lora": "one", "dropout": 0.3, "seed": 5, "row": 2}
+        asked = Backward(model=MODEL, first=FIRST, end=END, grad_output=encode_tensor(direction), lora_gradient=True, graph=1)
+        async with await served.stream(FORWARD) as passes:
+            await ask(passes, request)
+            done = await ask(passes, Forward(MODEL, FIRST, END, encode_tensor(X), graph=1, **named))
+            assert isinstance(done, ForwardDone) and done.kept
+            torch.testing.assert_close(decode_tensor(done.output), output.detach(), atol=1e-5, rtol=1e-4)
+            for backward in (asked, replace(asked, graph=0, hidden=encode_tensor(X), **named)):
+                found = await ask(passes, backward)
+                assert isinstance(found, BackwardDone) and found.grad_hidden is not None and found.grad_lora is not None
+                flat = torch.cat([gradient.reshape(-1) for gradient in expected])
+                torch.testing.assert_close(decode_tensor(found.grad_lora), flat, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(decode_tensor(found.grad_hidden), of_hidden, atol=1e-4, rtol=1e-4)
 
 
 async def test_an_adapter_that_is_not_there_and_parameters_that_make_no_sense(served: Served) -> None:
