@@ -230,7 +230,9 @@ class Checks:
             size, longest = self._span.hidden_size, min(longest, self._limits.prompt_tokens)
             given = prompts.shape[0] if prompts.shape else 0
             least, most = least or blocks, most or blocks
-            expected = (rows, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
+            # In a pass, all rows may have the same.
+            those = 1 if not isinstance(request, Step) and len(prompts.shape) == 4 and prompts.shape[1] == 1 else rows
+            expected = (those, prompts.shape[2] if len(prompts.shape) == 4 else 0, size)
             if prompts.dtype not in FLOATS or not least <= given <= most or prompts.shape[1:] != expected:
                 allowed = blocks if most == blocks else f"over {blocks}" if least > blocks else f"at least {blocks}"
                 raise CallerError(f"prompts must be floats [{allowed}, {rows}, length, {size}], not {_describe(prompts)}")

@@ -55,10 +55,11 @@ class Gradients:
             return
         found = list(torch.autograd.grad(recorded.output, inputs, gradient.to(recorded.output.dtype), materialize_grads=True))
         if prompts is not None:
-            if self._prompts is None:
-                shape = (self._end - self._first, len(self._output), *prompts.shape[2:])
-                self._prompts = prompts.new_empty(shape)
-            self._prompts[recorded.begin - self._first : recorded.stop - self._first, rows] = found.pop()
+            if self._prompts is None:  # of each row, or the sum where all have the same
+                count = len(self._output) if prompts.ndim == 4 else 1
+                self._prompts = prompts.new_zeros((self._end - self._first, count, *prompts.shape[-2:]))
+            blocks = slice(recorded.begin - self._first, recorded.stop - self._first)
+            self._prompts[blocks, rows if prompts.ndim == 4 else 0] += found.pop()
         for number, one in enumerate(found[len(found) - len(lora) :], recorded.lora_first):
             self._lora[number] = self._lora[number] + one if number in self._lora else one
         if inputs[0] is recorded.hidden:

@@ -103,8 +103,12 @@ class Pass:
         return Recorded(chunk.start, chunk.end, begin, stop, output, hidden, prompts, leaves, lora_first)
 
     def _prompts(self, chunk: Chunk, begin: int, stop: int) -> torch.Tensor | None:
+        """[blocks, rows, prompt length, hidden] of a chunk's rows, or without their dimension where all rows of the pass have the same."""
         prompts, first = self._arrays.prompts, self._request.first
-        return None if prompts is None else prompts[begin - first : stop - first, chunk.start : chunk.end]
+        if prompts is None:
+            return None
+        own = prompts[begin - first : stop - first]
+        return own[:, chunk.start : chunk.end] if own.shape[1] == len(self._arrays.hidden) else own[:, 0]
 
     def _run(
         self,
@@ -122,7 +126,7 @@ class Pass:
             hidden,
             attention_mask=arrays.mask,
             position_ids=arrays.position_ids,
-            prompts=prompts,
+            prompts=prompts[:, None] if prompts is not None and prompts.ndim == 3 else prompts,
             first=begin,
             end=stop,
             all_hidden=all_hidden,

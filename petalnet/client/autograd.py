@@ -28,7 +28,7 @@ SEEDS = 2**53
 
 def run(target: Target, hidden: torch.Tensor, prompts: torch.Tensor | None, inputs: Inputs) -> list[torch.Tensor]:
     """A forward pass without gradients: the output, or with `inputs.all_hidden` the outputs of all blocks."""
-    passed = target.swarm.portal.run(passes.forward, target, encode_tensor(hidden), _complete(inputs, prompts))
+    passed = target.swarm.portal.run(passes.forward, target, encode_tensor(hidden), _complete(inputs, _once(prompts)))
     if not inputs.all_hidden:
         return [_output(passed.paths, hidden)]
     outputs = [[boundary for output in path.outputs for boundary in decode_tensor(output)] for path in passed.paths]
@@ -43,7 +43,7 @@ def apply(
     Args:
         lora: the numbers of `inputs.lora`, float32 [numbers], as they follow from the parameters.
     """
-    output: torch.Tensor = _RemoteBlocks.apply(hidden, prompts, lora, target, inputs)
+    output: torch.Tensor = _RemoteBlocks.apply(hidden, _once(prompts), lora, target, replace(inputs, all_hidden=False))
     return output
 
 
@@ -97,10 +97,16 @@ class _RemoteBlocks(torch.autograd.Function):
         grad_prompts = grad_lora = None
         if wanted.prompts:
             of_rows = [torch.cat([decode_tensor(part) for part in own.prompts]) for own in gradients]
-            grad_prompts = _joined(of_rows, 1).to(prompts.device)
+            shared = prompts.shape[1] != hidden.shape[0]
+            grad_prompts = (sum(of_rows[1:], of_rows[0]) if shared else _joined(of_rows, 1)).to(prompts.device)
         if wanted.lora:
             grad_lora = _grad_lora(ctx.lora, gradients)
         return grad_hidden, grad_prompts, grad_lora, None, None
+
+
+def _once(prompts: torch.Tensor | None) -> torch.Tensor | None:
+    """Prompts that are the same memory for all rows, as those that `expand` makes of one row's: they travel once, and so do gradients."""
+    return prompts[:, :1] if prompts is not None and prompts.stride(1) == 0 else prompts
 
 
 def _complete(inputs: Inputs, prompts: torch.Tensor | None) -> Inputs:

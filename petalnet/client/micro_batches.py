@@ -22,8 +22,8 @@ from petalnet.routing.observed import of_single
 MOST_ROWS = 1024
 MOST_TOKENS = 32768
 """Rows, and rows × length, that a server takes of one pass."""
-MOST_BYTES = 256 * 1024 * 1024
-"""Of the arrays of one message, which may hold twice as much (see `protocols.FORWARD`)."""
+MOST_BYTES = 128 * 1024 * 1024
+"""Of what goes into a server, a quarter of what a message may hold (see `protocols.FORWARD`): a backward pass brings gradients as well."""
 MOST_TRIED = 32
 """Micro-batches: with more, what each costs in messages outweighs what the last of them could gain."""
 LEAST_GAIN = 0.05
@@ -127,7 +127,8 @@ def most_rows(hidden: Blob, inputs: Inputs, blocks: int) -> int:
     """Rows that go into one message, and whose answer does; at least 1."""
     rows, length, _ = hidden.shape
     row_bytes = len(hidden.data) // rows
-    prompt_bytes = 0 if inputs.prompts is None else len(inputs.prompts.data) // rows
+    prompts = inputs.prompts
+    prompt_bytes = 0 if prompts is None or prompts.shape[1] != rows else len(prompts.data) // rows
     bytes_each = max(row_bytes + prompt_bytes, row_bytes * (blocks if inputs.all_hidden else 1))
     return max(min(MOST_ROWS, MOST_TOKENS // max(length, 1), MOST_BYTES // max(bytes_each, 1)), 1)
 
@@ -144,17 +145,18 @@ def cut(hidden: Blob, inputs: Inputs, count: int) -> list[MicroBatch]:
     inputs = replace(inputs, reach=inputs.reach or reach_of(0, length, inputs))
     bounds = [rows * number // count for number in range(count + 1)]
     return [
-        MicroBatch(start, stop, part_of(hidden, start, stop), _rows_of(inputs, start, stop))
+        MicroBatch(start, stop, part_of(hidden, start, stop), _rows_of(inputs, rows, start, stop))
         for start, stop in zip(bounds, bounds[1:], strict=False)
     ]
 
 
-def _rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
+def _rows_of(inputs: Inputs, rows: int, start: int, stop: int) -> Inputs:
+    """Of what goes with so many rows that of some of them; prompts that all rows share go with each."""
     mask, position_ids, prompts = inputs.mask, inputs.position_ids, inputs.prompts
     return replace(
         inputs,
         mask=None if mask is None else part_of(mask, start, stop),
         position_ids=None if position_ids is None else part_of(position_ids, start, stop),
-        prompts=None if prompts is None else columns(prompts, start, stop),
+        prompts=prompts if prompts is None or prompts.shape[1] != rows else columns(prompts, start, stop),
         row=inputs.row + start,
     )

@@ -287,7 +287,9 @@ class RemoteSequential(nn.Module):
         length = prompts.shape[2] if prompts.ndim == 4 else 0
         if tuple(prompts.shape) != (blocks, rows, length, self.hidden_size) or length > new:
             raise ValueError(f"prompts must have the shape [{blocks}, {rows}, up to {new}, {self.hidden_size}]; got {list(prompts.shape)}")
-        return prompts.to(hidden_states.dtype)
+        if prompts.dtype == hidden_states.dtype or prompts.stride(1):
+            return prompts.to(hidden_states.dtype)
+        return prompts[:, :1].to(hidden_states.dtype).expand_as(prompts)  # all rows stay the same memory
 
     @contextmanager
     def as_one_layer(self, run: Callable[[torch.Tensor], list[torch.Tensor]]) -> Iterator[Pass]:

@@ -26,7 +26,8 @@ class Forward(Message):
         hidden: [rows, length, hidden], a float dtype.
         mask: bool [rows, length], False where a token is padding; absent when nothing is.
         position_ids: int32 [rows, length]; absent when they are 0 … length - 1 in every row.
-        prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions.
+        prompts: [blocks, rows, prompt length, hidden], added to each block's input at its first positions; [blocks, 1, …] where all rows
+            have the same.
         all_hidden: answer with the outputs of every block instead of the last one's.
         codec: what the output may be rounded to on its way; "raw": nothing may be lost.
         reach: where the rows are only some of what belongs together, one past the last position of the whole; 0 where they are all.
@@ -114,7 +115,7 @@ class BackwardDone(Message):
 
     Attributes:
         grad_hidden: [rows, length, hidden].
-        grad_prompts: [blocks, rows, prompt length, hidden].
+        grad_prompts: [blocks, rows, prompt length, hidden], or their sum, [blocks, 1, …], where the prompts are of that shape.
         grad_lora: float32 [numbers], of the parameters in `lora` that lie in the blocks of the request, in the order of `PutLora.weights`.
         compute_s, queue_s: seconds of computation, and in the queue.
     """

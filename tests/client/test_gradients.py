@@ -15,6 +15,7 @@ import torch
 import trio
 from torch.utils.checkpoint import checkpoint
 
+from petalnet.blocks import passes as blocks_passes
 from petalnet.client import autograd, micro_batches
 from petalnet.client import passes as passes_module
 from petalnet.client.inputs import Inputs
@@ -359,3 +360,21 @@ def test_an_interrupt_ends_a_pass_at_once(pair: Any, monkeypatch: pytest.MonkeyP
     (pair.blocks(inputs) * numbers(1, 4, seed=1)).sum().backward()
     assert_close(inputs.grad, expected_gradient(pair, inputs, numbers(1, 4, seed=1)))
     assert not pair.blocks.target.swarm.membership.under_way.work
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_that_rows_share_travel_once(pair: Any, passes: Passes, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    inputs, weights = numbers(4, 5).to(dtype), numbers(4, 5, seed=1)
+    prompts = (numbers(6, 1, 2, seed=2) * 0.3).requires_grad_()
+    gradients = []
+    for most, at_once, rows in ((10**6, 512, None), (10**6, 512, 1), (10, 5, 1)):
+        monkeypatch.setattr(micro_batches, "MOST_TOKENS", most)
+        monkeypatch.setattr(blocks_passes, "CHUNK_TOKENS", at_once)
+        prompts.grad = None
+        passes.sent.clear()
+        given = prompts.expand(-1, 4, -1, -1) if rows else prompts.repeat(1, 4, 1, 1)
+        (pair.blocks(inputs, given) * weights).sum().backward()
+        gradients.append(prompts.grad)
+        assert not rows or {message.prompts.shape[1] for message in passes.of(Forward)} == {rows}
+    for answer in gradients[1:]:
+        assert torch.allclose(answer, gradients[0], atol=(1e-3 if dtype == torch.float32 else 3e-2) * float(gradients[0].abs().max()))
