@@ -67,12 +67,19 @@ class BareModule(nn.Module):
         raise _refusal()
 
 
+_HARMLESS = frozenset(("__get__", "requires_grad", "size", "dim", "numel", "is_floating_point", "is_complex", "__repr__"))
+"""What may be done with weights that are elsewhere."""
+
+
 class _Elsewhere(torch.Tensor):
     """In place of the weights of a remote module: where and what they are may be asked, not their values."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim", "numel", "is_floating_point", "is_complex", "__repr__"):
+        name = getattr(func, "__name__", "")
+        if name == "__set__" and func.__self__.__name__ == "requires_grad":  # asked and set by who freezes a model
+            name = "requires_grad"
+        if name in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise _refusal()
 
@@ -92,8 +99,7 @@ class _Remote:
     @property
     def weight(self) -> torch.Tensor:
         """NaN that takes no memory, of the remote module's shape."""
-        expanded = self._like.expand(self._shape).as_subclass(_Elsewhere)
-        return expanded
+        return self._like.expand(self._shape).as_subclass(_Elsewhere)
 
     @weight.setter
     def weight(self, value: Any) -> None:

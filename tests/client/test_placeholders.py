@@ -95,7 +95,11 @@ def test_what_is_not_here_takes_no_part() -> None:
     assert (linear.in_features, linear.out_features, linear.weight.shape, linear.weight.device.type) == (32, 96, (96, 32), "cpu")
     model.half()
     assert linear.weight.dtype == torch.float16
-    for use in (lambda: linear(torch.zeros(1, 32)), lambda: linear.weight + 1, lambda: linear.weight.data.add_(1)):
+    uses: list[Callable[[], object]] = [
+        lambda: linear(torch.zeros(1, 32)), lambda: linear.weight + 1, lambda: linear.weight.data.add_(1),
+        lambda: setattr(linear.weight, "data", torch.zeros(96, 32)), lambda: setattr(linear, "weight", torch.zeros(96, 32)),
+    ]  # fmt: skip
+    for use in uses:
         with pytest.raises(ValueError, match="are on servers"):
             use()
 
