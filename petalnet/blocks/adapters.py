@@ -54,22 +54,22 @@ class Adapter:
 
     @classmethod
     def of(cls, request: PutLora, shapes: Mapping[int, Mapping[str, tuple[int, int]]], device: torch.device) -> Adapter:
-        """The parameters in a request, which was checked (`checks.Checks.put_lora`).
+        """The parameters in a request, which was checked (`lora_store.check_parameters`).
 
         Args:
             shapes: (in, out) of the modules of each block, see `Span.linear_shapes`.
         """
-        weights = decode_tensor(request.weights).to(device, torch.float32, copy=True)  # what stays must not hold the message's memory
+        rest = decode_tensor(request.weights)
         blocks: dict[int, dict[str, LoraWeights]] = {}
-        start = 0
         for block, ranks in zip(range(request.first, request.end), decode_tensor(request.ranks).tolist(), strict=True):
             modules = blocks[block] = {}
             for path, rank in zip(request.modules, ranks, strict=True):
                 if rank:
                     inputs, outputs = shapes[block][path]
-                    middle, stop = start + rank * inputs, start + rank * (inputs + outputs)
-                    modules[path] = LoraWeights(weights[start:middle].view(rank, inputs), weights[middle:stop].view(outputs, rank))
-                    start = stop
+                    a, b, rest = rest.split((rank * inputs, outputs * rank, len(rest) - rank * (inputs + outputs)))
+                    # Copies, each by itself: what stays of this must hold neither the message's memory nor that of other parts of it.
+                    a, b = (part.to(device, torch.float32, copy=True) for part in (a, b))
+                    modules[path] = LoraWeights(a.view(rank, inputs), b.view(outputs, rank))
         return cls(blocks)
 
     def leaves(self, first: int, end: int) -> tuple[Adapter, list[torch.Tensor]]:

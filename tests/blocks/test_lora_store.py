@@ -41,6 +41,7 @@ def test_parameters_become_matrices() -> None:
     _, leaves = adapter.leaves(1, 3)
     assert torch.equal(torch.cat([leaf.detach().reshape(-1) for leaf in leaves]), numbers)
     assert adapter.nbytes == numbers.nbytes
+    assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in leaves), "what is dropped is held by what is not"
 
 
 @pytest.mark.parametrize(

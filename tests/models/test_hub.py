@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.peft_adapters import save_adapter
+
 COMMIT = "a" * 40
 
 
@@ -113,3 +115,18 @@ except ModelError as error:
 """
     done = run(hub, tmp_path / "home", code)
     assert done.stdout.strip() == "there is no folder org/other and no such hub repository (or it is private: pass a token)", done.stderr
+
+
+@pytest.mark.long
+def test_an_adapter_from_the_hub(hub: Hub, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    save_adapter(saved("llama"), hub.folder, "llama")
+    code = f"""
+import sys
+from petalnet.models.adapters import AdapterSource
+from petalnet.models.checkpoint import ModelSource
+adapter = AdapterSource.open("org/tiny", ModelSource.open({str(saved("llama"))!r}))
+print(adapter.label.partition("@")[0], len(adapter.load(1, 2)[1]), "peft" in sys.modules)
+"""
+    done = run(hub, tmp_path / "home", code)
+    assert done.stdout.split() == ["org/tiny", "4", "False"], done.stderr
+    assert hub.fetched == ["adapter_config.json", "adapter_model.safetensors"]
