@@ -140,7 +140,7 @@ async def _forward(target: Target, batch: MicroBatch, graphs: Graphs | None) -> 
         path.parts.append(part)
         path.outputs.append(output)
         hidden = last_of(output) if inputs.all_hidden else output
-        rest = replace(rest, first=part.hop.end)
+        rest = replace(_of_same_adapter(rest, part.hop), first=part.hop.end)
     if target.settings.show_route is True:
         logger.info("route of a pass: %s", describe_route([part.hop for part in path.parts]))
     return path
@@ -226,7 +226,7 @@ async def _backward(target: Target, path: Path, graphs: Graphs, gradient: Blob, 
         upstream = wanted.hidden or _trains(batch.inputs, target.first, hop.first, wanted)
         if not (trains or upstream):
             break
-        own = replace(target, first=hop.first, end=hop.end)
+        own = replace(_of_same_adapter(target, hop), first=hop.first, end=hop.end)
         inputs = replace(batch.inputs, prompts=prompts_of(batch.inputs.prompts, target, hop))
         answer = await _backward_part(own, part, graphs, gradient, inputs, replace(wanted, hidden=upstream))
         if isinstance(answer, Hop):  # others have the blocks from this one's first one on; what goes into it is computed anew
@@ -313,6 +313,12 @@ async def _backward_part(target: Target, part: Part, graphs: Graphs, gradient: B
         return await ask(hops[0], request)
 
     return await retrying(target, attempt, at_stake=True)
+
+
+def _of_same_adapter(target: Target, hop: Hop) -> Target:
+    """The target with the very adapter that a hop's server has applied, whatever others of its name turn up."""
+    settings = target.settings
+    return target if settings.active_adapter is None else replace(target, settings=replace(settings, active_adapter=hop.adapter))
 
 
 def _trains(inputs: Inputs, first: int, end: int, wanted: Wanted) -> bool:

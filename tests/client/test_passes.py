@@ -140,6 +140,7 @@ class Membership:
         self.servers = servers
         self.marks: list[tuple[str, str]] = []
         self.worked: list[str] = []
+        self.adapters: list[str | None] = []
         self.failed: set[str] = set()
         self.late: set[str] = set()
         self.idle_streams = IdleStreams()
@@ -157,15 +158,17 @@ class Membership:
         await trio.sleep(timeout_s)
         raise PeerUnreachable("no answer", peer_id)
 
-    async def route(self, model: str, first: int, end: int, *, blocked: frozenset[str], **_: Any) -> list[Hop]:
+    async def route(self, model: str, first: int, end: int, *, blocked: frozenset[str], adapter: str | None, **_: Any) -> list[Hop]:
         hops: list[Hop] = []
+        self.adapters.append(adapter)
+        label = "" if adapter is None else f"{adapter.split('@')[0]}@1"
         usable = [server for server in self.servers if server.peer_id not in blocked | self.failed]
         while first < end:
             fit = [server for server in usable if server.first <= first < server.end]
             if not fit:
                 raise MissingBlocksError([first])
             server = min(fit, key=lambda server: server.peer_id in self.late)
-            hops.append(Hop(server.peer_id, (), first, min(server.end, end)))
+            hops.append(Hop(server.peer_id, (), first, min(server.end, end), adapter=label))
             first = hops[-1].end
         return hops
 
@@ -310,3 +313,10 @@ async def test_lora_parameters_are_brought_once_and_once_more(monkeypatch: pytes
     first.answer, first.times = has_dropped_it, first.asked + 1
     await passes.forward(target, HIDDEN, Inputs(lora=lora))
     assert first.loras == [lora.version] * 2 and not membership.marks
+
+
+async def test_a_pass_keeps_to_the_adapter_that_it_began_with(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    target, membership = swarm(monkeypatch, Server("a", 0, 4), Server("b", 4, 8), active_adapter="mine")
+    passed = await passes.forward(target, HIDDEN, Inputs(), for_gradients=True)
+    await passes.backward(target, passed, HIDDEN, Wanted())
+    assert membership.adapters == ["mine", "mine@1", "mine@1", "mine@1"]
