@@ -3,10 +3,12 @@
     python scripts/faults.py                          # schedules 0 to 99
     python scripts/faults.py --seed 4711 --count 1    # that one again
     python scripts/faults.py --kinds kill,stop        # of `tests/swarm/faults.py`
+    python scripts/faults.py --training               # training steps in place of answers
 
 Each schedule is a way of writing (greedy, sampled, beams, guesses, steps by hand) and up to four things that happen to servers meanwhile;
-what comes out is compared with what the model writes on this machine alone. Everything follows from the seed, except how quick the machine
-is. Prints one line a schedule; ends with status 1 and the seed at the first that is wrong or hangs.
+what comes out is compared with what the model writes on this machine alone. With `--training` it is three training steps, of whose
+gradients (of prompts, LoRA parameters and embeddings) the same holds. Everything follows from the seed, except how quick the machine is.
+Prints one line a schedule; ends with status 1 and the seed at the first that is wrong or hangs.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +30,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 def main() -> int:
     from tests.swarm.faults import KINDS, faulty_swarm, random_case
-    from tests.swarm.models import SPANS, load_local, save_model
+    from tests.swarm.models import SPANS, connected, load_local, save_model
+    from tests.swarm.training import PROJECTIONS, load_sides
+    from tests.swarm.training_faults import TUNING, random_training
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
@@ -35,6 +40,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="what may happen  [default: %(default)s]")
     parser.add_argument("--family", default="llama", choices=sorted(SPANS))
     parser.add_argument("--replicas", type=int, default=2, help="servers of each span")
+    parser.add_argument("--training", action="store_true", help="training steps in place of answers")
     parser.add_argument("--verbose", action="store_true", help="the log of the client")
     parser.add_argument("--keep-going", action="store_true", help="after one that went wrong, too")
     options = parser.parse_args()
@@ -47,18 +53,24 @@ def main() -> int:
     failed: list[int] = []
     with tempfile.TemporaryDirectory(prefix="petalnet-faults-") as folder:
         path = save_model(options.family, Path(folder) / "model")
-        local = load_local(path)
         began = time.monotonic()
-        with faulty_swarm(Path(folder), path, SPANS[options.family], options.replicas) as swarm:
+        with ExitStack() as open_now:
+            swarm = open_now.enter_context(faulty_swarm(Path(folder), path, SPANS[options.family], options.replicas))
+            if options.training:
+                remote = open_now.enter_context(connected(path, swarm.peers, **TUNING))
+                sides = load_sides(path, remote, prompts=True, deep=True, lora=PROJECTIONS[options.family], embeddings=True)
+            else:
+                local = load_local(path)
             for seed in range(options.seed, options.seed + options.count):
-                case = random_case(swarm, seed, kinds)
+                case = random_training(swarm, seed, kinds) if options.training else random_case(swarm, seed, kinds)
                 try:
-                    outcome = case.run(local)
-                    print(f"seed {seed}: {outcome.seconds:5.2f} s, {outcome.recoveries} recoveries; {case}", flush=True)
+                    case.run(sides if options.training else local)
+                    print(f"seed {seed}: {case}; {case.outcome}", flush=True)
                 except Exception:  # whatever it is, the line below says how to see it again
                     traceback.print_exc()
                     print(f"seed {seed}: FAILED; {case}; {case.outcome}", flush=True)
                     kept = "" if options.kinds == ",".join(KINDS) else f" --kinds {options.kinds}"
+                    kept += " --training" if options.training else ""
                     print(f"again: python scripts/faults.py --family {options.family} --seed {seed} --count 1{kept}", flush=True)
                     failed.append(seed)
                     if not options.keep_going:

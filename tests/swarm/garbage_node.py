@@ -1,7 +1,7 @@
 """A real `petalnet node` that can be told to answer garbage: `python garbage_node.py node …`.
 
 On SIGUSR1 it reads from the file that the environment variable GARBAGE_FILE names what sort of garbage, one of `KINDS`; from then on all
-outputs that leave it, to clients and to other servers, are of that sort. Until then it is like any other.
+outputs that leave it, to clients and to other servers, and all gradients, are of that sort. Until then it is like any other.
 """
 
 from __future__ import annotations
@@ -18,35 +18,41 @@ from petalnet.cli import main
 from petalnet.errors import ServerError
 from petalnet.p2p.fields import Blob, Message
 from petalnet.p2p.messages import Error, encode_message
+from petalnet.p2p.pass_messages import BackwardDone, ForwardDone
 from petalnet.p2p.session_messages import Step, StepDone
 from petalnet.p2p.streams import Stream
 
 KINDS = ("nan", "shape", "number", "frames", "error")
 """Numbers that are none; hidden states of another size; steps that nobody asked for; half a message; an error in place of every output."""
+PASS_KINDS = ("shape", "frames", "error")
+"""Of the answers of passes that belong to no session: of numbers that are none, a client cannot tell whose fault they are."""
+Answer = Step | StepDone | ForwardDone | BackwardDone
 
 _kind = ""
 
 
-def garbage_of(message: Step | StepDone, kind: str) -> Message:
+def garbage_of(message: Answer, kind: str) -> Message:
     """What leaves in place of an output."""
-    name = "hidden" if isinstance(message, Step) else "output"
-    blob: Blob = getattr(message, name)
+    name = {Step: "hidden", BackwardDone: "grad_hidden"}.get(type(message), "output")
+    blob: Blob | None = getattr(message, name)
+    if kind == "error" and not isinstance(message, Step):
+        return Error.of(ServerError("this server is made to fail"), getattr(message, "step", 0))
+    if blob is None:
+        return message  # a gradient that was not wanted
     if kind == "nan":
         data = np.full(blob.shape, np.nan, dtype=np.float32).tobytes()
         return replace(message, **{name: Blob("float32", blob.shape, "raw", data)})
     if kind == "shape":
         shape = (*blob.shape[:-1], blob.shape[-1] - 1)
         return replace(message, **{name: Blob("float32", shape, "raw", np.zeros(shape, dtype=np.float32).tobytes())})
-    if kind == "number":
+    if kind == "number" and isinstance(message, Step | StepDone):
         return replace(message, step=message.step + 1000)
-    if isinstance(message, Step):
-        return message  # an error is for the client: a link has no way back for it
-    return Error.of(ServerError("this server is made to fail"), message.step)
+    return message  # an error is for the client: a link has no way back for it
 
 
 async def send(stream: Stream, message: Message) -> None:
     """`Stream.send` of such a server."""
-    if not _kind or not isinstance(message, Step | StepDone):
+    if not _kind or not isinstance(message, Answer):
         await _send(stream, message)
     elif _kind == "frames":
         whole = b"".join(bytes(part) for part in encode_message(message))

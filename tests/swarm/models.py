@@ -99,7 +99,7 @@ def load_local(path: Path) -> torch.nn.Module:
 def connected(path: Path, peers: list[str], **options: object) -> Iterator[torch.nn.Module]:
     """The model over the swarm of these bootstrap peers."""
     with petalnet.AutoDistributedModelForCausalLM.from_pretrained(
-        str(path), initial_peers=peers, dtype=torch.float32, show_route=False, **options
+        str(path), initial_peers=peers, dtype=torch.float32, **{"show_route": False, **options}
     ) as model:
         yield model
 
