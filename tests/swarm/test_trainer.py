@@ -129,6 +129,34 @@ def test_accelerate_with_accumulated_gradients(families: Families, distributed: 
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("tuned", ["lora", "deep_ptune"])
+def test_a_state_that_accelerate_saved(families: Families, distributed: Callable[[str], Any], tuned: str, tmp_path: Path) -> None:
+    """`load_state` brings model and optimizer back; the model that `accelerate` hands out is saved and goes on elsewhere."""
+    accelerator = Accelerator(cpu=True)
+    model = distributed(tuned)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02))
+    (batch,) = torch.utils.data.DataLoader(data(4, seed=1), batch_size=4)  # type: ignore[arg-type]
+
+    def step() -> float:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    first = step()
+    accelerator.save_state(str(tmp_path / "state"))
+    losses = [step(), step()]
+    accelerator.load_state(str(tmp_path / "state"))
+    assert [step(), step()] == pytest.approx(losses, rel=1e-4) and losses[1] < first
+    accelerator.load_state(str(tmp_path / "state"))
+    state = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "trained", save_function=accelerator.save, state_dict=state)
+    with models.connected(tmp_path / "trained", families.peers) as again:
+        assert float(again(**batch).loss) == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
