@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +89,7 @@ class Tuned:
         return answer
 
 
-@pytest.fixture(scope="module", params=["ptune", "deep_ptune"])
+@pytest.fixture(scope="module", params=["deep_ptune", pytest.param("ptune", marks=pytest.mark.long)])
 def tuned(pair: Any, request: pytest.FixtureRequest, connect: Any) -> Iterator[Tuned]:
     with connect(pair.path, pair.servers.peers, tuning_mode=request.param, pre_seq_len=LENGTH) as remote:
         yield Tuned(pair, remote, pair.local)
@@ -220,6 +219,18 @@ def check_outputs(ours: Any, theirs: Any, mask: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_gradients(tuned: Tuned, side: str) -> None:
+    check_gradients(tuned, side)
+
+
+def test_prompts_before_the_tokens_alone(pair: Any, connect: Any) -> None:
+    with connect(pair.path, pair.servers.peers, tuning_mode="ptune", pre_seq_len=LENGTH) as remote:
+        tuned = Tuned(pair, remote, pair.local)
+        assert tuned.deep is None
+        tuned.same(*pair.padded("left"), max_new_tokens=4, **GREEDY)
+        check_gradients(tuned, "right")
+
+
+def check_gradients(tuned: Tuned, side: str) -> None:
     """Of prompts, embeddings and head, in training, whatever the call says of a cache."""
     ids, mask = tuned.pair.padded(side)
     labels = ids.masked_fill(mask == 0, -100)
@@ -368,8 +379,3 @@ def test_servers_lost_in_mid_answer(bloom_path: Path, serving: Any, connect: Any
                 assert bool(session.recoveries) == lost and session.position == 70 + 5 + 6 + 2
                 answers.append(torch.cat(pieces, dim=1))
         assert torch.equal(*answers)
-
-
-def test_sessions_are_closed(pair: Any) -> None:
-    gc.collect()
-    pair.servers.wait_until(lambda: pair.servers.open_sessions() == 0)
