@@ -85,6 +85,7 @@ class DistributedConfig:
     speculation: Any = None
     direct_chains: Any = None
     wire_precision: Any = None
+    kept_graphs: Any = None
     active_adapter: Any = None
     tuning_mode: Any = None
     pre_seq_len: Any = None

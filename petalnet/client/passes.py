@@ -154,7 +154,7 @@ async def _forward_hop(target: Target, hop: Hop, hidden: Blob, inputs: Inputs, g
         inputs: with prompts for these.
     """
     membership, settings = target.swarm.membership, target.settings
-    graph = 0 if graphs is None else membership.kept_graphs.new_number()
+    graph = membership.kept_graphs.new_number() if graphs is not None and settings.kept_graphs else 0
     request = Forward(
         model=target.model,
         first=hop.first,
@@ -174,7 +174,7 @@ async def _forward_hop(target: Target, hop: Hop, hidden: Blob, inputs: Inputs, g
     )
     bytes_s = membership.host.bytes_s(hop.peer_id) if settings.wire_precision == "auto" and graphs is None else None
     request = pass_on_the_wire(request, settings.wire_precision, hop.dtype, bytes_s, hop.prefill_s)
-    if graphs is not None:
+    if graphs is not None and graph:
         graphs.add((hop.peer_id, graph))  # from here on it may be kept, whatever becomes of the answer
     async with blaming(target, hop):
         answer = await ask_server(target, hop, request, ForwardDone, hop.prefill_s, inputs.lora)

@@ -36,6 +36,8 @@ class ClientSettings:
             everything goes through this client.
         wire_precision: what hidden states of prompts and of passes without a session may be rounded to on their way: "exact", "bfloat16",
             "float16", "int8", or "auto", by the speed of the link (docs/wire-precision.md).
+        kept_graphs: whether servers may keep what a pass leaves for its backward pass, as far as they have memory; otherwise each backward
+            pass computes the forward pass again.
         active_adapter: the name of a LoRA adapter that servers have and are to apply, or its whole label ("name@digest", as they announce
             it) where there are several of the name; None for none.
         tuning_mode: "ptune" for trainable prompts before the tokens, "deep_ptune" for such in front of every block as well, None for none.
@@ -54,6 +56,7 @@ class ClientSettings:
     speculation: bool = True
     direct_chains: bool = True
     wire_precision: str = "exact"
+    kept_graphs: bool = True
     active_adapter: str | None = None
     tuning_mode: str | None = None
     pre_seq_len: int = 0
@@ -75,6 +78,8 @@ class ClientSettings:
             raise UsageError(f"speculation needs True or False; got {self.speculation!r}")
         if not isinstance(self.direct_chains, bool):
             raise UsageError(f"direct_chains needs True or False; got {self.direct_chains!r}")
+        if not isinstance(self.kept_graphs, bool):
+            raise UsageError(f"kept_graphs needs True or False; got {self.kept_graphs!r}")
         if self.wire_precision not in PRECISIONS:
             raise UsageError(f"wire_precision needs one of {', '.join(PRECISIONS)}; got {self.wire_precision!r}")
         if self.swarm_key not in (None, "none"):  # read now: from here on nothing shows a key that was given as text
