@@ -62,7 +62,7 @@ def close(found: Any, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("scores", [Limits.scores, 100])
 async def test_gradients_from_a_kept_graph_and_anew(saved: Callable[..., Path], scores: int) -> None:
-    """With room for the scores of a single row, the pass is run a row a round, and its graph has three parts."""
+    """With room for the scores of a single row, the rows go through the blocks one after another, and the graph has a part for each."""
     async with serving(saved("llama"), limits=Limits(scores=scores)) as served, await served.stream(FORWARD) as stream:
         output, hidden, prompts = expected(served)
         done = await forward(stream, 1)
@@ -225,3 +225,13 @@ async def test_old_graphs_expire_with_time(served: Served) -> None:
         await forward(stream, 1)
         served.service.passes.graphs.expire(trio.current_time() + GRAPH_AGE_S + 1)
         await refused(stream, FROM_GRAPH, "graph_gone", "not kept here")
+
+
+async def test_a_graph_that_goes_while_it_is_looked_at(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compute thread may drop it, for the room of another, between two looks of the network thread."""
+    _, hidden, _ = expected(served)
+    async with await served.stream(FORWARD) as stream:
+        await forward(stream, 1)
+        monkeypatch.setattr(served.service.passes.graphs, "take", lambda graph: False)
+        await refused(stream, FROM_GRAPH, "graph_gone", "not kept here")
+        close((await backward(stream, replace(ANEW, graph=1))).grad_hidden, hidden)
