@@ -240,22 +240,19 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     wanted = call.get("output_hidden_states")
     wanted = config.output_hidden_states if wanted is None else wanted
     all_hidden = wanted is not False and wanted is not None
-    kept = 0 if all_hidden else _kept.get()
-    if 0 < kept < new and _is_watched(model):
-        kept = 0
     drafted: list[int] = []
     if drafting is not None and (session is not drafting.session or ids is None or rows != 1 or new != 1 or all_hidden):
         drafting = None
     if drafting is not None:
         drafted, call = _with_draft(drafting, model, call, start)
-        kept = 0 if drafted else kept
         drafting.step_begins()
     cache = None if session is None else call.get("past_key_values") or session.cache
     prompted = put_before(model, {**call, "past_key_values": cache}, session)
     call, added = prompted.call, prompted.added
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
-    if added and not all_hidden and not kept and not _is_watched(model):
-        kept = new  # nobody asks for what comes of the prompts
+    kept = 0 if all_hidden or drafted else _kept.get() or (new if added else 0)  # nobody asks for what comes of the prompts
+    if 0 < kept < added + new and _is_watched(model):
+        kept = 0
 
     def run(hidden: torch.Tensor) -> list[torch.Tensor]:
         if session is not None:
