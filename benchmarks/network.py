@@ -129,7 +129,7 @@ class Messages:
     @staticmethod
     def _message(data: bytes, step: int = ECHO) -> Any:
         from petalnet.p2p.fields import Blob
-        from petalnet.p2p.messages import StepDone
+        from petalnet.p2p.session_messages import StepDone
 
         return StepDone(step=step, position=0, output=Blob("uint8", (len(data),), "raw", data))
 
