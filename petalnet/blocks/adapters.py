@@ -50,7 +50,14 @@ class Adapter:
     @cached_property
     def nbytes(self) -> int:
         """Memory that the weights take."""
-        return sum(weights.a.nbytes + weights.b.nbytes for modules in self.blocks.values() for weights in modules.values())
+        return self._nbytes_of(self.blocks)
+
+    def nbytes_in(self, first: int, end: int) -> int:
+        """The same of the weights for blocks [first, end)."""
+        return self._nbytes_of(range(first, end))
+
+    def _nbytes_of(self, blocks: Iterable[int]) -> int:
+        return sum(weights.a.nbytes + weights.b.nbytes for block in blocks for weights in self.blocks.get(block, {}).values())
 
     @classmethod
     def of(cls, request: PutLora, shapes: Mapping[int, Mapping[str, tuple[int, int]]], device: torch.device) -> Adapter:

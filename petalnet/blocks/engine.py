@@ -357,14 +357,23 @@ def _shutting_down() -> ServerError:
 
 
 def _hearable(result: outcome.Outcome[Any]) -> outcome.Outcome[Any]:
-    """A result as its asker may hear of it: errors of other kinds than ours are logged, and told without their details."""
-    if not isinstance(result, outcome.Error) or isinstance(result.error, PetalnetError):
+    """A result as its asker may hear of it: errors of other kinds than ours are logged, and told without their details.
+
+    Errors lose their tracebacks. The compute thread's frames in them refer to the outcome, so to the error again, and to the task with all
+    of its arrays: cycles that stay until the collector looks at them, which does not know how large they are.
+    """
+    if not isinstance(result, outcome.Error):
         return result
     error = result.error
+    if isinstance(error, PetalnetError):
+        error.__traceback__ = None
+        return result
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't allocate" in str(error):
+        error.__traceback__ = None
         log.warning("a task did not fit into memory")
         return outcome.Error(BusyError("the server ran out of memory for this request"))
     log.error("a task of the compute thread failed", exc_info=error)
+    error.__traceback__ = None
     failure = ServerError(f"computation failed: {type(error).__name__}")
     failure.__cause__ = error
     return outcome.Error(failure)

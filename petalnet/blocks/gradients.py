@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,11 +38,16 @@ class Gradients:
         self.prompts_wanted = prompts and request.prompt_gradient
         self.lora_wanted = lora and request.lora_gradient
         self._first, self._end = request.first, request.end
-        self._output = decode_tensor(request.grad_output).to(span.device, span.dtype)
-        self._entering = self._output  # what the next blocks to come put out has this gradient
+        self._request, self._span = request, span
+        self._entering = torch.empty(0)  # what the next blocks to come put out has this gradient
         self._hidden: torch.Tensor | None = None
         self._prompts: torch.Tensor | None = None
         self._lora: dict[int, torch.Tensor] = {}
+
+    @cached_property
+    def _output(self) -> torch.Tensor:
+        # Not before the compute thread needs it: to convert a long one takes a while, and the network thread has others to serve.
+        return decode_tensor(self._request.grad_output).to(self._span.device, self._span.dtype)
 
     def take(self, recorded: Recorded) -> None:
         """Go back through some rows' pass through some blocks: the last ones, or those before the ones that were taken last."""
@@ -57,7 +63,9 @@ class Gradients:
         if prompts is not None:
             if self._prompts is None:  # of each row, or the sum where all have the same
                 count = len(self._output) if prompts.ndim == 4 else 1
-                self._prompts = prompts.new_zeros((self._end - self._first, count, *prompts.shape[-2:]))
+                shape = (self._end - self._first, count, *prompts.shape[-2:])
+                # Chunk after chunk is added to the sum, which is not to be rounded each time.
+                self._prompts = prompts.new_zeros(shape, dtype=prompts.dtype if prompts.ndim == 4 else torch.float32)
             blocks = slice(recorded.begin - self._first, recorded.stop - self._first)
             self._prompts[blocks, rows if prompts.ndim == 4 else 0] += found.pop()
         for number, one in enumerate(found[len(found) - len(lora) :], recorded.lora_first):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,6 +70,7 @@ class Graph:
         dtype: of its input, by its name on the wire.
         prompts_dtype: of its prompts; None where it had none.
         has_lora: whether the client's LoRA was applied.
+        kind: what else than its shape and its blocks decides how much it takes.
         parts: what was recorded, in order; the compute thread's.
         bytes: what it takes.
         counted: the addresses of the memory that was counted, while it is made.
@@ -84,6 +85,7 @@ class Graph:
     dtype: str
     prompts_dtype: str | None = None
     has_lora: bool = False
+    kind: Hashable = None
     parts: list[Recorded] = field(default_factory=list)
     bytes: int = 0
     counted: set[int] = field(default_factory=set)
@@ -115,7 +117,9 @@ class GraphStore:
         self._bytes = 0
         self._bytes_of: dict[str, int] = {}
         self._dropped: list[Graph] = []  # while the lock is held
-        self._too_large: dict[int, int] = {}  # by a pass's length: rows × blocks whose graph had no room though it was the only one
+        # By a pass's length and kind: rows × blocks whose graph had no room though it was the only one. Without the kind, a peer with LoRA
+        # of the highest rank would have others' passes taken for too large.
+        self._too_large: dict[tuple[int, Hashable], int] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -132,7 +136,7 @@ class GraphStore:
         rows, length, _ = graph.shape
         with self._changing(self._free):
             self._drop(self._named.get((graph.peer_id, graph.number)))
-            least = self._too_large.get(length)
+            least = self._too_large.get((length, graph.kind))
             if least is not None and rows * (graph.end - graph.first) >= least:
                 return None
             self._graphs[graph] = None
@@ -237,7 +241,8 @@ class GraphStore:
             rows, length, _ = graph.shape
             if graph.bytes + size > self._most_of_peer:
                 amount = rows * (graph.end - graph.first)
-                self._too_large[length] = min(amount, self._too_large.get(length, amount))
+                key = (length, graph.kind)
+                self._too_large[key] = min(amount, self._too_large.get(key, amount))
             waiting = [other for other in self._graphs if other.state == "kept"]
             own = [other for other in waiting if other.peer_id == peer_id]
             if of_peer - _sum(own) > self._most_of_peer or of_all - _sum(waiting) > self._most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -17,8 +17,8 @@ from petalnet.blocks.lora_store import LoraStore, adapters_of
 from petalnet.blocks.passes import ForwardWork, FrugalBackwardWork, KeptBackwardWork, PassWork, RecordingWork
 from petalnet.blocks.scheduler import Task
 from petalnet.blocks.span import Span
-from petalnet.errors import GraphGone, PetalnetError
-from petalnet.p2p.fields import Message
+from petalnet.errors import CallerError, GraphGone, PetalnetError
+from petalnet.p2p.fields import Message, size_of
 from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
 
 if TYPE_CHECKING:
@@ -92,13 +92,18 @@ class PassService:
         if done is None:
             return None
         found: BackwardAnswer = done.value
-        return BackwardDone(found.hidden, found.prompts, found.lora, done.compute_s, done.queue_s)
+        answer = BackwardDone(found.hidden, found.prompts, found.lora, done.compute_s, done.queue_s)
+        # Gradients are never rounded on the wire, whereas what they are of may have been, or came in several messages (LoRA).
+        size, most = size_of(answer), stream.protocol.limits.payload
+        if size > most:
+            raise CallerError(f"the gradients take {size} bytes, one message holds {most}: ask for those of fewer rows or blocks at a time")
+        return answer
 
     async def _forward(self, stream: Stream, request: Forward) -> ForwardDone | None:
         adapters = adapters_of(request, stream.peer_id, self._adapters, self._loras)
         graph: Graph | None = None
         if request.graph and not request.all_hidden:
-            graph = self.graphs.begin(_graph(stream.peer_id, request, request.graph))
+            graph = self.graphs.begin(_graph(stream.peer_id, request, request.graph, adapters))
         kept = False
         try:
             work = ForwardWork(self._span, request, adapters, rows_at_once=self._rows(request), graph=graph, graphs=self.graphs)
@@ -123,7 +128,7 @@ class PassService:
         """Compute the forward pass again, with all of its graph where there is room for it."""
         adapters = adapters_of(request, stream.peer_id, self._adapters, self._loras)
         rows_at_once = self._rows(request)
-        graph = self._recomputed.begin(_graph(stream.peer_id, request, 0))
+        graph = self._recomputed.begin(_graph(stream.peer_id, request, 0, adapters))
         if graph is not None:
             try:
                 work = RecordingWork(self._span, request, adapters, rows_at_once=rows_at_once, graph=graph, graphs=self._recomputed)
@@ -176,7 +181,10 @@ class PassService:
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # whose traceback refers to this frame, and the frame to the work: a cycle that only the collector ends
         return result
 
 
@@ -185,7 +193,7 @@ async def _cancel_at_end(stream: Stream, scope: trio.CancelScope) -> None:
         scope.cancel()
 
 
-def _graph(peer_id: str, request: Forward | Backward, number: int) -> Graph:
+def _graph(peer_id: str, request: Forward | Backward, number: int, adapters: Sequence[Adapter]) -> Graph:
     """A graph of this request, of which nothing is made yet."""
     hidden, prompts = request.hidden, request.prompts
     assert hidden is not None
@@ -198,4 +206,5 @@ def _graph(peer_id: str, request: Forward | Backward, number: int) -> Graph:
         dtype=hidden.dtype,
         prompts_dtype=None if prompts is None else prompts.dtype,
         has_lora=bool(request.lora),
+        kind=(sum(adapter.nbytes_in(request.first, request.end) for adapter in adapters).bit_length(), request.dropout > 0),
     )

@@ -316,17 +316,25 @@ class BlockService:
         return hop
 
     async def _serve_passes(self, stream: Stream) -> None:
-        while (request := await self._receive(stream)) is not None:
-            if isinstance(request, DropGraphs):
-                self.passes.graphs.drop(stream.peer_id, request.graphs)
-                continue
-            try:
-                answer = await self._run_pass(stream, request)
-            except PetalnetError as error:
-                answer = Error.of(error)
-            if answer is None:
-                return
+        while await self._serve_pass(stream):
+            pass
+
+    async def _serve_pass(self, stream: Stream) -> bool:
+        """Serve one request; whether another may come. Requests and answers are hundreds of megabytes at times, and a stream may be idle
+        for long before the next one: nothing here refers to them then."""
+        request = await self._receive(stream)
+        if request is None:
+            return False
+        if isinstance(request, DropGraphs):
+            self.passes.graphs.drop(stream.peer_id, request.graphs)
+            return True
+        try:
+            answer = await self._run_pass(stream, request)
+        except PetalnetError as error:
+            answer = Error.of(error)
+        if answer is not None:
             await stream.send(answer)
+        return answer is not None
 
     async def _receive(self, stream: Stream) -> Message | None:
         """The next message; None at the end of the stream, or when none came for so long that the stream is to be closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import torch
@@ -103,6 +104,15 @@ def test_what_is_too_large_by_itself_is_not_tried_again() -> None:
     assert made is not None and not store.grow(made, MOST // 2)
     assert store.begin(graph("b", 1, rows=3)) is None and store.begin(graph("b", 1, rows=4)) is None
     assert store.begin(graph("b", 1, rows=2)) is not None and store.begin(graph("b", 2, rows=3, length=4)) is not None
+
+
+def test_what_is_too_large_for_its_kind_tells_nothing_of_others() -> None:
+    """Else a peer with LoRA of the highest rank could have graphs of others' passes refused for as long as the server runs."""
+    store = new_store()
+    wide = replace(graph("a", 1), kind="LoRA")
+    assert store.begin(wide) is not None and not store.grow(wide, MOST // 2)
+    assert store.begin(replace(graph("a", 2), kind="LoRA")) is None
+    assert store.begin(graph("b", 1)) is not None
 
 
 def test_a_graph_that_is_made_may_be_dropped_meanwhile() -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import trio
 
+from petalnet.blocks import pass_service
 from petalnet.blocks.checks import Limits
 from petalnet.blocks.graphs import GRAPH_AGE_S
+from petalnet.blocks.passes import RecordingWork
+from petalnet.errors import CallerError, GraphGone
+from petalnet.p2p.fields import Message
+from petalnet.p2p.frames import FrameLimits
 from petalnet.p2p.host import Stream, open_host
 from petalnet.p2p.identity import Identity
 from petalnet.p2p.messages import Error
@@ -235,3 +243,63 @@ async def test_a_graph_that_goes_while_it_is_looked_at(served: Served, monkeypat
         monkeypatch.setattr(served.service.passes.graphs, "take", lambda graph: False)
         await refused(stream, FROM_GRAPH, "graph_gone", "not kept here")
         close((await backward(stream, replace(ANEW, graph=1))).grad_hidden, hidden)
+
+
+async def test_an_idle_stream_holds_no_messages(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be of hundreds of megabytes, which a peer with many streams could have a server keep beside all budgets."""
+    seen: list[weakref.ref[Message]] = []
+    answer_of = served.service.passes.answer
+
+    async def answer(stream: Stream, request: Message) -> Message | None:
+        done = await answer_of(stream, request)
+        seen.extend(weakref.ref(message) for message in (request, done) if message is not None)
+        return done
+
+    monkeypatch.setattr(served.service.passes, "answer", answer)
+    async with await served.stream(FORWARD) as stream:
+        await forward(stream, 1)
+        await backward(stream, FROM_GRAPH)
+        assert len(seen) == 4
+        await eventually(lambda: all(message() is None for message in seen))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_gradients_that_no_message_holds_are_the_callers_fault(served: Served, kept: bool) -> None:
+    """What they are of may have come in fewer bytes, being rounded or in parts."""
+    protocol = replace(FORWARD, limits=FrameLimits(header=1024, payload=X.nbytes + 100))
+    stream: Any = SimpleNamespace(peer_id="a", network="", protocol=protocol)
+    passes = served.service.passes
+    small = {"hidden": encode_tensor(X, "int8"), "prompts": encode_tensor(PROMPTS, "int8")}
+    if kept:
+        done = await passes.answer(stream, replace(FORWARD_PASS, graph=1, **small))
+        assert isinstance(done, ForwardDone) and done.kept
+    with pytest.raises(CallerError, match="the gradients take .* bytes, one message holds"):
+        await passes.answer(stream, FROM_GRAPH if kept else replace(ANEW, **small))
+    assert not len(passes.graphs)
+    done = await passes.answer(stream, replace(ANEW, **small, prompt_gradient=False))
+    assert isinstance(done, BackwardDone)
+
+
+async def test_what_failed_is_freed_without_the_collector(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[RecordingWork]] = []
+
+    class Watched(RecordingWork):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(weakref.ref(self))
+
+        def part(self, start: int, end: int) -> None:
+            raise GraphGone("there is no room for this graph")
+
+    monkeypatch.setattr(pass_service, "RecordingWork", Watched)
+    monkeypatch.setattr(pass_service, "WATCHED_TOKENS", 0)  # as if it were a long one
+    _, hidden, _ = expected(served)
+    async with await served.stream(FORWARD) as stream:
+        gc.collect()
+        gc.disable()
+        try:
+            close((await backward(stream, ANEW)).grad_hidden, hidden)
+            assert len(made) == 1
+            await eventually(lambda: made[0]() is None)
+        finally:
+            gc.enable()
