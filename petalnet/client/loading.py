@@ -110,8 +110,10 @@ def _load(
     if settings.tuning_mode is not None and longest is not None and settings.pre_seq_len >= longest:
         raise UsageError(f"pre_seq_len={settings.pre_seq_len} leaves no room for tokens: {source.name} was made for {longest} positions")
     num_blocks, key = text_config(plain).num_hidden_layers, model_key(source)
+    vocabulary, base_vocabulary = text_config(plain).vocab_size, text_config(source.config).vocab_size
     if trained is not None:
         trained.check_base(source.name, key)
+        text_config(plain).vocab_size = base_vocabulary
     blocks = RemoteSequential(make_target(swarm, key, num_blocks, settings), text_config(plain).hidden_size)
     built = build(
         library_class,
@@ -126,6 +128,8 @@ def _load(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in built.missing or name in heads)
     distribute(model)
+    if text_config(plain).vocab_size != vocabulary:  # as `resize_token_embeddings` left it before what was trained was saved
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     backbone, new = backbone_of(model), set(built.missing)
     if settings.tuning_mode is not None:
         add_prompts(backbone, settings.tuning_mode, settings.pre_seq_len, num_blocks, blocks.hidden_size)
@@ -138,7 +142,7 @@ def _load(
         logger.warning("newly initialised, since %s does not have them: %s", source.name, ", ".join(sorted(new)))
     name = str(source.folder or source.name)
     always = trained_names(model, () if trained is None else trained.parameters)
-    backbone.origin = Origin(name, origin.get("revision"), key, as_fields(source.config), always)
+    backbone.origin = Origin(name, origin.get("revision"), key, base_vocabulary, as_fields(source.config), always)
     if model.can_generate():
         model.generation_config = _generation_config(source, origin, model.generation_config)
     carry(plain, settings, name_or_path)

@@ -246,7 +246,11 @@ def fingerprint(modules: Iterable[Injected]) -> tuple[Any, ...]:
         for name in ("lora_A", "lora_B"):
             for linear in own["_modules"][name].values():
                 weight = linear._parameters["weight"]
-                marks += (id(weight), weight.data_ptr(), weight._version)
+                try:
+                    version = weight._version
+                except RuntimeError:  # made under `torch.inference_mode`: nobody counts its changes
+                    version = 0
+                marks += (id(weight), weight.data_ptr(), version)
     return tuple(marks)
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from petalnet.client.tuning import backbone_of
 from petalnet.errors import ModelError, UsageError
+from petalnet.models.anatomy import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ class Origin:
         name: of the base model: a hub id, or a whole path.
         revision: of the repository; None where none was asked for.
         key: the base model's key (`identity.model_key`), which serves as its digest.
+        vocabulary: size of the base model's vocabulary.
         config: the base model's configuration, as a dictionary.
         trained: names of parameters that are trained ones whether they require gradients or not, without the backbone's own name in front.
     """
@@ -56,6 +58,7 @@ class Origin:
     name: str
     revision: str | None
     key: str
+    vocabulary: int
     config: Mapping[str, Any] = field(repr=False)
     trained: frozenset[str] = frozenset()
 
@@ -193,14 +196,14 @@ def trained_names(model: PreTrainedModel, before: Iterable[str]) -> frozenset[st
 
 
 def trained_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a distributed model that are saved: all that require gradients, those of PEFT adapters, and those that were trained
-    before."""
+    """The parameters of a distributed model that are saved: all that require gradients, those of PEFT adapters, those that were trained
+    before, and those of another size than the base model's."""
     known = backbone_of(model).origin.trained
-    adapters = _adapter_parameters(model)
+    adapters, resized = _adapter_parameters(model), _resized_parameters(model)
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or name in adapters or _canonical(model, name) in known
+        if parameter.requires_grad or name in adapters or id(parameter) in resized or _canonical(model, name) in known
     }
 
 
@@ -314,6 +317,14 @@ def _adapter_parameters(model: Any) -> set[str]:
         for name, _ in module.named_parameters()
         if not name.startswith(("base_layer.", "original_module."))
     }
+
+
+def _resized_parameters(model: Any) -> set[int]:
+    """Ids of the embeddings' and the head's parameters where tokens were added to the vocabulary, or taken from it."""
+    if text_config(model.config).vocab_size == backbone_of(model).origin.vocabulary:
+        return set()
+    modules = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 def _check_adapter_name(name: str) -> None:

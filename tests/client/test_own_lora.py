@@ -57,6 +57,15 @@ def test_generate(pair: Any) -> None:
     assert not torch.equal(plain, expected)
 
 
+def test_made_in_inference_mode(pair: Any) -> None:
+    """Such parameters do not say whether they were changed."""
+    with torch.inference_mode():
+        local, remote = adapted(pair)
+        ids = pair.ids(2, 5)
+        expected = local.generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(remote.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_forward_and_gradients(pair: Any, side: str) -> None:
     local, remote = adapted(pair)

@@ -24,6 +24,7 @@ from petalnet import (
 from petalnet.errors import UsageError
 
 FILES = {"model.safetensors", "petalnet.json"}
+VOCABULARY = 256  # of the small models
 NOBODY = ["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"]
 TUNED = {"tuning_mode": "deep_ptune", "pre_seq_len": 4}
 
@@ -91,6 +92,21 @@ def test_another_kind_of_model_takes_what_it_knows(pair: Any, tmp_path: Path, co
         backbone.save_pretrained(tmp_path / "backbone")
     with AutoDistributedModelForCausalLM.from_pretrained(tmp_path / "backbone", initial_peers=pair.servers.peers) as again:
         assert_same(again, {f"{again.base_model_prefix}.{name}": value for name, value in expected.items()})
+
+
+def test_a_vocabulary_with_further_tokens(pair: Any, tmp_path: Path, connect: Any) -> None:
+    ids = torch.cat([pair.ids(2, 4), torch.full((2, 1), VOCABULARY + 2)], dim=1)
+    with connect(pair.path, pair.servers.peers) as model:
+        model.resize_token_embeddings(VOCABULARY + 3)
+        model.get_input_embeddings().weight.requires_grad = True
+        change(model)
+        logits = model(ids).logits
+        model.save_pretrained(tmp_path)
+    with AutoDistributedModelForCausalLM.from_pretrained(tmp_path, initial_peers=pair.servers.peers) as again:
+        assert again.config.vocab_size == VOCABULARY + 3 and len(trained_of(again)) == 1
+        assert torch.equal(again(ids).logits, logits)  # the head's further rows as well, which were not trained
+        again.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
 def test_adapters_are_peft_s_own(pair: Any, tmp_path: Path, connect: Any) -> None:
