@@ -35,6 +35,8 @@ KEPT_S = 1800.0
 RETRY_S = 5.0
 LEAST_PEER_BYTES, MOST_PEER_BYTES = 64 * 2**20, 2**30
 LEAST_BYTES, MOST_BYTES = 256 * 2**20, 4 * 2**30
+NETWORK_SHARE = 0.75
+"""Of the memory for all, what the peers of one public network may take: peer ids cost nothing, and what sessions hold is not dropped."""
 NAMED_MODULES = 8
 """Modules that an error names."""
 
@@ -63,6 +65,7 @@ class LoraStore:
     clock: Callable[[], float] = time.monotonic
     _entries: OrderedDict[tuple[str, str], _Entry] = field(default_factory=OrderedDict)  # the one named longest ago first
     _alive: dict[str, WeakSet[Adapter]] = field(default_factory=dict)
+    _networks: dict[str, str] = field(default_factory=dict)  # from which each of these peers came last
     _turn: trio.Lock = field(default_factory=trio.Lock)
 
     @classmethod
@@ -82,11 +85,12 @@ class LoraStore:
         """Memory that all of them take, with what only sessions and passes still refer to."""
         return sum(map(self._bytes_of, self._alive))
 
-    async def take(self, peer_id: str, request: PutLora, shapes: Shapes, device: torch.device) -> LoraPut:
+    async def take(self, peer_id: str, request: PutLora, shapes: Shapes, device: torch.device, *, network: str = "") -> LoraPut:
         """Check, convert and keep what a peer brings.
 
         Args:
             shapes: of the layers of the blocks that are served.
+            network: from which the peer is connected, by which it counts as well; "" where that is not known.
         Raises:
             CallerError, MovedError, TooLargeError, BusyError: it cannot be kept.
         """
@@ -96,10 +100,10 @@ class LoraStore:
                 adapter = await in_thread(_converted, request, shapes, device)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise BusyError("there is no memory for LoRA parameters", RETRY_S) from error
-            self.put(peer_id, request.version, adapter)
+            self.put(peer_id, request.version, adapter, network)
         return LoraPut(request.version)
 
-    def put(self, peer_id: str, version: str, adapter: Adapter) -> None:
+    def put(self, peer_id: str, version: str, adapter: Adapter, network: str = "") -> None:
         """Keep parameters; they are joined with those for other blocks that came under the same version.
 
         Raises:
@@ -119,12 +123,18 @@ class LoraStore:
         own = [key for key in self._entries if key[0] == peer_id]
         while own and (len(own) >= MOST_VERSIONS or self._bytes_of(peer_id) + size > self.peer_bytes):
             del self._entries[own.pop(0)]
+        near = [key for key in self._entries if self._networks.get(key[0]) == network] if network else []
+        while near and self._of_network(network) + size > NETWORK_SHARE * self.all_bytes:
+            del self._entries[near.pop(0)]
         while self._entries and (len(self._entries) >= MOST_ENTRIES or self.nbytes + size > self.all_bytes):
             self._entries.popitem(last=False)
-        if self._bytes_of(peer_id) + size > self.peer_bytes or self.nbytes + size > self.all_bytes:
+        full = network and self._of_network(network) + size > NETWORK_SHARE * self.all_bytes
+        if full or self._bytes_of(peer_id) + size > self.peer_bytes or self.nbytes + size > self.all_bytes:
             raise BusyError("open sessions take up the memory for LoRA parameters", RETRY_S)
         for peer in [peer for peer, alive in self._alive.items() if not alive]:
             del self._alive[peer]
+            self._networks.pop(peer, None)
+        self._networks[peer_id] = network
         self._alive.setdefault(peer_id, WeakSet()).add(adapter)
         self._entries[peer_id, version] = _Entry(adapter, now)
 
@@ -140,6 +150,9 @@ class LoraStore:
         entry.named_at = self.clock()
         self._entries.move_to_end((peer_id, version))
         return entry.adapter
+
+    def _of_network(self, network: str) -> int:
+        return sum(self._bytes_of(peer_id) for peer_id in self._alive if self._networks.get(peer_id) == network)
 
     def _bytes_of(self, peer_id: str) -> int:
         return sum(adapter.nbytes for adapter in self._alive.get(peer_id, ()))

@@ -346,7 +346,8 @@ class BlockService:
     async def _run_pass(self, stream: Stream, request: Message) -> Message | None:
         if isinstance(request, PutLora):
             self._check_model(request.model)
-            return await self.loras.take(stream.peer_id, request, self.span.linear_shapes, self.span.device)
+            shapes, device = self.span.linear_shapes, self.span.device
+            return await self.loras.take(stream.peer_id, request, shapes, device, network=stream.network)
         if isinstance(request, (Forward, Backward)):
             self._check_model(request.model, has_begun=self.passes.graph_of(stream.peer_id, request) is not None)
         return await self.passes.answer(stream, request)

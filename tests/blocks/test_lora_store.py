@@ -134,6 +134,24 @@ def test_what_sessions_hold_counts_until_they_end() -> None:
         store.put("a", "3", adapter_of(26))
 
 
+def test_the_peers_of_a_network_leave_room_for_others() -> None:
+    """However many they are, and though their sessions hold what they have put."""
+    store = LoraStore(peer_bytes=100, all_bytes=200)
+    store.put("a", "1", adapter_of(20), "near")
+    store.put("b", "1", adapter_of(15), "near")
+    held = [store.get("b", "1", 0, 1)]
+    store.put("c", "1", adapter_of(15), "near")  # for which a's goes, named longer ago
+    assert store.nbytes == 120
+    held.append(store.get("c", "1", 0, 1))
+    with pytest.raises(BusyError, match="open sessions take up the memory"):
+        store.put("d", "1", adapter_of(10), "near")
+    store.put("e", "1", adapter_of(10), "far")
+    store.put("f", "1", adapter_of(10))
+    assert store.nbytes == 200
+    held.clear()
+    store.put("d", "1", adapter_of(10), "near")
+
+
 def test_what_nobody_names_is_dropped_in_the_end() -> None:
     now = 0.0
     store = LoraStore(clock=lambda: now)
