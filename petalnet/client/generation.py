@@ -102,7 +102,7 @@ class DistributedGeneration:
                     f"{session.tokens}; to give only new ones, pass session="
                 )
             return self._generate_in(session, plan, generation_config, args, kwargs, has_all=has_all)
-        entries = self.prompt_length + max(plan.total_length(0) - 1, 1)
+        entries = self.prompt_length + _virtual_tokens(self) + max(plan.total_length(0) - 1, 1)
         session = InferenceSession(blocks, entries, promise_rows=plan.rows * plan.copies)
         try:
             return self._generate_in(session, plan, generation_config, args, kwargs)
@@ -326,6 +326,12 @@ class _TailStreamer:
 
     def end(self) -> None:
         self._streamer.end()
+
+
+def _virtual_tokens(model: Any) -> int:
+    """KV entries that prompts of PEFT take, which it puts before the tokens by a method of its own in the place of the model's."""
+    owner = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    return getattr(getattr(owner, "active_peft_config", None), "num_virtual_tokens", None) or 0
 
 
 def _take_back(session: InferenceSession, copies: int, entries: int, before: torch.Tensor | None) -> None:

@@ -356,6 +356,23 @@ def test_prompts_longer_than_the_model(pair: Any) -> None:
         AutoDistributedModelForCausalLM.from_pretrained(pair.path, initial_peers=pair.servers.peers, tuning_mode="ptune", pre_seq_len=256)
 
 
+def test_prompts_of_peft(pair: Any) -> None:
+    """PEFT puts them before the tokens in the midst of `generate`, which is not told how many they are."""
+    peft = pytest.importorskip("peft")
+    configuration = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+    local, remote = (peft.get_peft_model(copy.deepcopy(model), configuration) for model in (pair.local, pair.remote))
+    remote.prompt_encoder.load_state_dict(local.prompt_encoder.state_dict())
+    ids, mask = pair.padded("left")
+    for options in ({}, {"num_beams": 2}):
+        expected = local.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, **GREEDY, **options)
+        assert torch.equal(remote.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, **GREEDY, **options), expected)
+    weights = []
+    for model in (local, remote):
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        weights.append(model.prompt_encoder["default"].embedding.weight)
+    assert torch.allclose(weights[1].grad, weights[0].grad, rtol=1e-3, atol=1e-6)
+
+
 def test_servers_lost_in_mid_answer(bloom_path: Path, serving: Any, connect: Any) -> None:
     """What takes their place computes the prompts anew, for rows that beams have mixed as well."""
     ids = torch.randint(4, 256, (2, 5), generator=torch.Generator().manual_seed(1))
