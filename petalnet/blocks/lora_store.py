@@ -57,11 +57,14 @@ class LoraStore:
     Attributes:
         peer_bytes: memory for the parameters of one peer.
         all_bytes: memory for those of all peers together.
+        free_bytes: memory of the device that is free at the moment; what comes in takes half of it at most. Beside the blocks and the KV
+            memory an accelerator may have less than the bounds above, and the passes of all sessions need some.
         clock: the present time in seconds.
     """
 
     peer_bytes: int = LEAST_PEER_BYTES
     all_bytes: int = LEAST_BYTES
+    free_bytes: Callable[[], float] = lambda: math.inf
     clock: Callable[[], float] = time.monotonic
     _entries: OrderedDict[tuple[str, str], _Entry] = field(default_factory=OrderedDict)  # the one named longest ago first
     _alive: dict[str, WeakSet[Adapter]] = field(default_factory=dict)
@@ -69,12 +72,13 @@ class LoraStore:
     _turn: trio.Lock = field(default_factory=trio.Lock)
 
     @classmethod
-    def beside(cls, weight_bytes: int) -> LoraStore:
+    def beside(cls, weight_bytes: int, device: torch.device | None = None) -> LoraStore:
         """One for blocks of that size. With rank 64 in every layer of a block of width 1024, parameters in float32 take a sixth of what the
         block's weights take in bfloat16, and less in wider ones: there is room for a few versions of a peer's, and for a few such peers."""
         return cls(
             min(max(weight_bytes // 2, LEAST_PEER_BYTES), MOST_PEER_BYTES),
             min(max(weight_bytes, LEAST_BYTES), MOST_BYTES),
+            lambda: _free_memory(device),
         )
 
     def __len__(self) -> int:
@@ -96,6 +100,7 @@ class LoraStore:
         """
         check_parameters(request, shapes)
         async with self._turn:  # what is being converted takes memory as well
+            self._make_room_on_device(4 * math.prod(request.weights.shape))
             try:
                 adapter = await in_thread(_converted, request, shapes, device)
             except (MemoryError, torch.OutOfMemoryError) as error:
@@ -150,6 +155,16 @@ class LoraStore:
         entry.named_at = self.clock()
         self._entries.move_to_end((peer_id, version))
         return entry.adapter
+
+    def _make_room_on_device(self, size: int) -> None:
+        """Drop what was named longest ago, until so many bytes take no more than half of what is free. Raises BusyError where they would
+        even so, and then nothing is dropped."""
+        if self.free_bytes() + sum(entry.adapter.nbytes for entry in self._entries.values()) < 2 * size:
+            raise BusyError("there is no memory for LoRA parameters", RETRY_S)
+        while self._entries and self.free_bytes() < 2 * size:
+            self._entries.popitem(last=False)
+        if self.free_bytes() < 2 * size:
+            raise BusyError("open sessions take up the memory for LoRA parameters", RETRY_S)
 
     def _of_network(self, network: str) -> int:
         return sum(self._bytes_of(peer_id) for peer_id in self._alive if self._networks.get(peer_id) == network)
@@ -217,6 +232,15 @@ def check_parameters(request: PutLora, shapes: Shapes) -> None:
             needed += rank * sum(shapes[block][path]) if rank else 0
     if weights.dtype not in FLOATS or math.prod(weights.shape) != needed or len(weights.shape) != 1:
         raise CallerError(f"ranks and layers need [{needed}] parameters, not {weights.dtype} {list(weights.shape)}")
+
+
+def _free_memory(device: torch.device | None) -> float:
+    """Bytes of an accelerator that nobody uses, or that only torch's allocator holds; no bound for other devices, whose servers leave half
+    of the machine's memory free."""
+    if device is None or device.type != "cuda":
+        return math.inf
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _converted(request: PutLora, shapes: Shapes, device: torch.device) -> Adapter:

@@ -129,7 +129,7 @@ class BlockService:
         self.checks = Checks(span, self.limits)
         self.dtype = str(span.dtype).removeprefix("torch.")
         self.adapters = adapters
-        self.loras = LoraStore.beside(span.weight_bytes)
+        self.loras = LoraStore.beside(span.weight_bytes, span.device)
         frozen = [
             weight for adapter in adapters.values() for modules in adapter.blocks.values() for pair in modules.values() for weight in pair
         ]

@@ -134,6 +134,29 @@ def test_what_sessions_hold_counts_until_they_end() -> None:
         store.put("a", "3", adapter_of(26))
 
 
+async def test_memory_of_a_device_is_not_filled() -> None:
+    """Whatever the bounds are: what is left there is what everybody's passes run in."""
+    store = LoraStore(free_bytes=lambda: 1000 - store.nbytes)
+
+    async def take(peer_id: str, version: str, rank: int = 10) -> None:
+        await store.take(peer_id, put([[rank, 0], [0, 0]], version=version), SHAPES, torch.device("cpu"))
+
+    await take("a", "1")
+    await take("b", "1")
+    assert store.nbytes == 640
+    await take("b", "2")
+    assert store.nbytes == 640
+    with pytest.raises(LoraGone):
+        store.get("a", "1", 1, 3)
+    with pytest.raises(BusyError, match="there is no memory for LoRA parameters"):
+        await take("a", "1", rank=17)
+    held = [store.get("b", version, 1, 3) for version in ("1", "2")]
+    with pytest.raises(BusyError, match="open sessions take up the memory"):
+        await take("a", "1", rank=12)
+    held.clear()
+    await take("a", "1", rank=12)
+
+
 def test_the_peers_of_a_network_leave_room_for_others() -> None:
     """However many they are, and though their sessions hold what they have put."""
     store = LoraStore(peer_bytes=100, all_bytes=200)
