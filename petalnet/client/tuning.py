@@ -83,7 +83,7 @@ def put_before(backbone: Any, call: dict[str, Any], session: InferenceSession | 
     Args:
         call: with `input_ids` or `inputs_embeds` of the new tokens, and an `attention_mask` of all tokens where there is one.
     Raises:
-        ValueError: token_type_ids, to a model that uses them: the prompts have none.
+        ValueError: token_type_ids, to a model that uses them: the prompts have none; a mask that is not of the tokens.
     """
     begins = session is None or session.position == 0
     length = prompt_length(backbone) if begins or session is None else session.prompt_entries
@@ -94,6 +94,10 @@ def put_before(backbone: Any, call: dict[str, Any], session: InferenceSession | 
     call = dict(call)
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     if mask is not None:
+        given = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        tokens = given.shape[1] + (0 if session is None else session.tokens)
+        if mask.shape[1] != tokens:  # said here, where tokens are what is counted
+            raise ValueError(f"attention_mask has {mask.shape[1]} columns for {tokens} tokens; trained prompts have none in it")
         call["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=1)
     if positions is not None:
         call["position_ids"] = positions + length

@@ -349,6 +349,14 @@ def test_inputs_that_need_gradients_run_without_a_session(tuned: Tuned) -> None:
         assert embeds.grad is not None and session.position == 0
 
 
+def test_masks_are_of_the_tokens(tuned: Tuned) -> None:
+    ids = tuned.pair.ids(2, 4)
+    with pytest.raises(ValueError, match="7 columns for 4 tokens"):
+        tuned.remote(ids, attention_mask=torch.ones(2, 4 + LENGTH))
+    with torch.no_grad(), tuned.remote.inference_session(max_length=32), pytest.raises(ValueError, match="3 columns for 4 tokens"):
+        tuned.remote(ids, attention_mask=torch.ones(2, 3))
+
+
 def test_prompts_longer_than_the_model(pair: Any) -> None:
     if pair.family != "llama":
         pytest.skip("BLOOM has no longest length")
