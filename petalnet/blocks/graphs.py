@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -112,10 +113,12 @@ class GraphStore:
         self._most_of_peer = int(most_bytes * PEER_SHARE)
         self._free = free
         self._lock = threading.Lock()
-        self._graphs: dict[Graph, None] = {}  # all that take memory, the oldest first
+        self._graphs: OrderedDict[Graph, None] = OrderedDict()  # all that take memory, the oldest first
         self._named: dict[tuple[str, int], Graph] = {}  # those that a backward pass may name, and those that are made
         self._bytes = 0
         self._bytes_of: dict[str, int] = {}
+        self._waiting_of: Counter[str] = Counter()  # of these, what can be dropped; summed up here, since there may be thousands of graphs
+        self._waiting = 0
         self._dropped: list[Graph] = []  # while the lock is held
         # By a pass's length and kind: rows × blocks whose graph had no room though it was the only one. Without the kind, a peer with LoRA
         # of the highest rank would have others' passes taken for too large.
@@ -151,8 +154,8 @@ class GraphStore:
                 return False
             graph.state, graph.kept_since = "kept", now
             graph.counted.clear()
-            del self._graphs[graph]
-            self._graphs[graph] = None  # in the order of being kept
+            self._graphs.move_to_end(graph)  # in the order of being kept
+            self._count_waiting(graph, graph.bytes)
             return True
 
     def find(self, peer_id: str, number: int) -> Graph | None:
@@ -167,6 +170,7 @@ class GraphStore:
             if graph.state != "kept":
                 return False
             graph.state = "taken"
+            self._count_waiting(graph, -graph.bytes)
             self._named.pop((graph.peer_id, graph.number), None)
             return True
 
@@ -243,30 +247,41 @@ class GraphStore:
                 amount = rows * (graph.end - graph.first)
                 key = (length, graph.kind)
                 self._too_large[key] = min(amount, self._too_large.get(key, amount))
-            waiting = [other for other in self._graphs if other.state == "kept"]
-            own = [other for other in waiting if other.peer_id == peer_id]
-            if of_peer - _sum(own) > self._most_of_peer or of_all - _sum(waiting) > self._most:
+            if of_peer - self._waiting_of[peer_id] > self._most_of_peer or of_all - self._waiting > self._most:
                 self._drop(graph)
                 return False
-            self._make_room(own, of_peer - self._most_of_peer)
-            self._make_room(waiting, self._bytes + size - self._most)
+            self._make_room(of_peer - self._most_of_peer, peer_id)
+            self._make_room(self._bytes + size - self._most)
         graph.bytes += size
         self._bytes += size
         self._bytes_of[peer_id] = self._bytes_of.get(peer_id, 0) + size
         return True
 
-    def _make_room(self, graphs: Iterable[Graph], lacking: int) -> None:
-        """Drop as many of these as have to go for so many bytes, in their order."""
-        for graph in graphs:
-            if lacking <= 0:
-                return
-            if graph.state != "gone":
+    def _make_room(self, lacking: int, peer_id: str | None = None) -> None:
+        """Drop as many graphs that wait, of all peers or of one, as have to go for so many bytes, the oldest first."""
+        if lacking <= 0:
+            return
+        going = []
+        for graph in self._graphs:
+            if graph.state == "kept" and peer_id in (None, graph.peer_id):
+                going.append(graph)
                 lacking -= graph.bytes
-                self._drop(graph)
+                if lacking <= 0:
+                    break
+        for graph in going:
+            self._drop(graph)
+
+    def _count_waiting(self, graph: Graph, size: int) -> None:
+        self._waiting += size
+        self._waiting_of[graph.peer_id] += size
+        if not self._waiting_of[graph.peer_id]:
+            del self._waiting_of[graph.peer_id]
 
     def _drop(self, graph: Graph | None) -> None:
         if graph is None or graph.state == "gone":
             return
+        if graph.state == "kept":
+            self._count_waiting(graph, -graph.bytes)
         graph.state = "gone"
         del self._graphs[graph]
         if self._named.get((graph.peer_id, graph.number)) is graph:
@@ -276,10 +291,6 @@ class GraphStore:
         if left:
             self._bytes_of[graph.peer_id] = left
         self._dropped.append(graph)
-
-
-def _sum(graphs: Iterable[Graph]) -> int:
-    return sum(graph.bytes for graph in graphs)
 
 
 def _unpacked(tensor: Any) -> Any:

@@ -211,6 +211,9 @@ class Stores(RuleBasedStateMachine):
         assert self.store.bytes == sum(one.bytes for one in there) <= MOST
         for peer in PEERS:
             assert sum(one.bytes for one in there if one.peer_id == peer) <= MOST * PEER_SHARE
+            waiting = sum(one.bytes for one in there if one.peer_id == peer and one.state == "kept")
+            assert self.store._waiting_of[peer] == waiting
+        assert self.store._waiting == sum(self.store._waiting_of.values())
         assert not any(one.parts for one in every if one.state == "gone")
         assert all(one.state != "gone" or one.bytes >= 0 for one in self.taken)
 
