@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,6 +163,7 @@ def open_base(name_or_path: Any, origin: dict[str, Any], trained: TrainedPart | 
     if trained is None:
         if base_model is not None:
             raise UsageError(f"base_model is for folders with a trained part, which {name_or_path} is not")
+        _refuse_adapter(name_or_path)
         source = ModelSource.open(name_or_path, **origin)
         return name_or_path, source, deepcopy(source.config)
     if base_model is None:
@@ -172,6 +174,16 @@ def open_base(name_or_path: Any, origin: dict[str, Any], trained: TrainedPart | 
     except ModelError as error:
         raise ModelError(f"{trained.folder} is the trained part of a model that is not there (give base_model=): {error}") from error
     return base, source, trained.changed(source.config)
+
+
+def _refuse_adapter(name_or_path: Any) -> None:
+    """Raises ModelError where a folder is an adapter as a `PeftModel` saves it, which does not say of which bytes its base model is."""
+    folder = Path(name_or_path).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name_or_path} is an adapter alone, as a PeftModel saves it: load its base model, "
+            f"and then put it on that with PeftModel.from_pretrained(model, {str(folder)!r})"
+        )
 
 
 def _head_parameters(model: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from petalnet import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from petalnet.errors import UsageError
+from petalnet.errors import ModelError, UsageError
 
 FILES = {"model.safetensors", "petalnet.json"}
 VOCABULARY = 256  # of the small models
@@ -132,6 +133,16 @@ def test_adapters_are_peft_s_own(pair: Any, tmp_path: Path, connect: Any) -> Non
         again.set_adapter("default")
         assert torch.allclose(again(ids).logits, logits, atol=1e-5)
     assert (tmp_path / "both" / "other" / "adapter_model.safetensors").is_file()
+
+
+def test_what_a_peft_model_saves_is_an_adapter_alone(pair: Any, tmp_path: Path, connect: Any) -> None:
+    ids = pair.ids(1, 5)
+    with connect(pair.path, pair.servers.peers) as model:
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+        adapted.save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match=r"an adapter alone.* PeftModel\.from_pretrained\(model, "):
+            connect(tmp_path, pair.servers.peers)
+        assert torch.allclose(PeftModel.from_pretrained(model, tmp_path)(ids).logits, adapted(ids).logits, atol=1e-5)
 
 
 def test_a_full_disk_leaves_what_was_there(pair: Any, tmp_path: Path, connect: Any) -> None:
