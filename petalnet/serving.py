@@ -24,7 +24,7 @@ from petalnet.loaded import Loaded, load, release_memory
 from petalnet.peering import Peering
 from petalnet.placing import SECOND_LOOKS, Placing
 from petalnet.routing.placement import Move
-from petalnet.routing.records import MAX_ADAPTERS, MAX_ADDRS, ServerRecord
+from petalnet.routing.records import MAX_ADAPTERS, MAX_ADAPTERS_BYTES, MAX_ADDRS, ServerRecord
 from petalnet.threads import in_thread
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ def _open_adapters(settings: Settings, source: ModelSource) -> tuple[AdapterSour
             raise UsageError(f"--adapters: two are named {adapter.name}: rename one of the folders")
         adapters[adapter.name] = adapter
         logger.info("adapter %s changes %d of the %d blocks", adapter.label, len(adapter.layers), adapter.num_blocks)
+    size = sum(len(adapter.label.encode()) for adapter in adapters.values())
+    if size > MAX_ADAPTERS_BYTES:
+        raise UsageError(f"--adapters: their names and digests take {size} bytes, a server can announce {MAX_ADAPTERS_BYTES}: name fewer")
     return tuple(adapters.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 import weakref
@@ -250,6 +251,15 @@ def test_adapters_that_cannot_be_told_apart(tmp_path: Path) -> None:
         open_model(Settings(serve=1, dtype="float32", device="cpu", adapters=tuple(folders)), None)
     with pytest.raises(UsageError, match="--adapters: 33 are more than the 32 that a server can announce"):
         open_model(Settings(serve=1, dtype="float32", device="cpu", adapters=("x",) * 33), None)
+
+
+def test_adapters_whose_names_no_record_holds(tmp_path: Path) -> None:
+    """A server that could not announce itself would serve nobody."""
+    one = save_adapter(DEMO_MODEL, tmp_path / "poet", "bloom")
+    folders = [str(shutil.copytree(one, tmp_path / f"{number:0100}")) for number in range(14)]
+    with pytest.raises(UsageError, match="--adapters: their names and digests take 1638 bytes, a server can announce 1536: name fewer"):
+        open_model(Settings(serve=1, dtype="float32", device="cpu", adapters=tuple(folders)), None)
+    assert len(open_model(Settings(serve=1, dtype="float32", device="cpu", adapters=tuple(folders[:13])), None).adapters) == 13
 
 
 async def test_an_answer_goes_on_while_a_server_of_its_chain_goes_to_other_blocks(model: Model) -> None:

@@ -28,6 +28,8 @@ DIGEST_CHARS = 32
 MAX_BLOCKS = 4096
 MAX_ADDRS = 16
 MAX_ADAPTERS = 32
+MAX_ADAPTERS_BYTES = 1536
+"""Of the labels of a server's adapters together: a record has room for them beside addresses, even where it has none for digests."""
 MAX_ROUND_TRIPS = 16
 SLOWEST_BLOCK_S = 3600.0
 """Counted at most for a token and block: a rate next to zero would make times infinite."""
