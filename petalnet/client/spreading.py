@@ -59,7 +59,7 @@ async def next_hop(target: Target, full: frozenset[str], tokens: int) -> AsyncIt
     """
     under_way = target.swarm.membership.under_way
     with ExitStack() as counted:
-        async with under_way.choosing:
+        async with under_way.choosing(target.model, target.first, target.end):
             hop = (await find_hops(target, full, "forward", tokens))[0]
             counted.enter_context(under_way.at(hop, tokens))
         yield hop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -15,13 +16,21 @@ class UnderWay:
 
     Attributes:
         work: of each server that has some: tokens × blocks, by what they take in a forward pass.
-        choosing: held by whoever chooses a server, until its request counts: of two that choose at once the second sees the first.
     """
 
     def __init__(self) -> None:
         self.work: dict[str, float] = {}
-        self.choosing = trio.Lock()
         self._requests: dict[str, int] = {}
+        self._choosing: WeakValueDictionary[tuple[str, int, int], trio.Lock] = WeakValueDictionary()
+
+    def choosing(self, model: str, first: int, end: int) -> trio.Lock:
+        """To be held by whoever chooses a server for blocks [first, end), until its request counts: of two that choose at once the second
+        sees the first. Who chooses for other blocks does not wait: a search for missing ones takes seconds."""
+        key = model, first, end
+        lock = self._choosing.get(key)
+        if lock is None:
+            lock = self._choosing[key] = trio.Lock()
+        return lock
 
     @contextmanager
     def at(self, hop: Hop, tokens: int, weight: float = 1.0) -> Iterator[None]:

@@ -282,7 +282,8 @@ async def test_the_first_error_ends_all(swarm: Any, autojump_clock: MockClock, m
     monkeypatch.setattr(Server, "answer", answer)
     with pytest.raises(ValueError, match="no good"):
         await passes.forward(target, hidden(8), Inputs())
-    assert not target.swarm.membership.under_way.work and not target.swarm.membership.under_way.choosing.locked()
+    under_way = target.swarm.membership.under_way
+    assert not under_way.work and not under_way.choosing(target.model, target.first, target.end).locked()
 
 
 def workers(*spans: tuple[int, int], fixed_s: float = 0.01, token_s: float = 0.001, way_s: float = 0.002) -> list[Worker]:
@@ -312,3 +313,20 @@ def test_what_costs_more_than_it_gains_is_not_cut() -> None:
     assert best_count(8, 4, [], first=0, end=8, least=3) == 3
     assert best_count(8, 64, workers((0, 4)), first=0, end=8, least=2) == 2
     assert spreading.best_count is best_count
+
+
+async def test_who_looks_for_missing_blocks_keeps_nobody_else_waiting(autojump_clock: MockClock) -> None:
+    under_way, began = UnderWay(), trio.current_time()
+    async with trio.open_nursery() as nursery:
+
+        async def choose(first: int, end: int) -> None:
+            async with under_way.choosing("m", first, end):
+                await trio.sleep(5)
+
+        nursery.start_soon(choose, 4, 8)
+        nursery.start_soon(choose, 0, 4)
+    assert trio.current_time() - began == 5
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(choose, 0, 8)
+        nursery.start_soon(choose, 0, 8)
+    assert trio.current_time() - began == 15  # for the same blocks one after another
