@@ -8,6 +8,7 @@ computed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ def checkpoint_dtype(source: ModelSource) -> torch.dtype:
     return next((stored[kind] for kind in kinds if kind in stored), torch.float32)
 
 
+_LIBRARY_PATCHED = threading.Lock()
+"""While a model is constructed, the library's classes have no `tie_weights`; of two threads that do it at once, one would put back what the
+other one took away."""
+
+
 def construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
     """A model on the meta device: all of its modules, no weights, nothing initialised, nothing tied yet."""
     try:
@@ -109,7 +115,7 @@ def construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.d
 
 
 def _construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype, mode: AbstractContextManager[Any]) -> Model:
-    with ExitStack() as stack:
+    with _LIBRARY_PATCHED, ExitStack() as stack:
         for context in (*model_class.get_init_context(dtype, False, False, None), mode):
             stack.enter_context(context)
         return model_class(config)
@@ -152,7 +158,8 @@ def build(
     missing = load_tensors(model, source.read(wanted), dtype=dtype, device=device)
     state = model.state_dict(keep_vars=True)
     loaded = frozenset(name for name in state if name not in missing)
-    model.tie_weights(missing_keys=set(missing))
+    with _LIBRARY_PATCHED:
+        model.tie_weights(missing_keys=set(missing))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     finish(model, device=device, others=others)

@@ -58,9 +58,9 @@ def routes() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def doomed(families: Families, module_nodes: Nodes) -> NodeProcess:
-    """A second server of the last blocks of a model."""
+    """A second server of the last blocks of a model, which says that it is quicker than the first: so it is asked."""
     first, end = LLAMA[-1]
-    served = (families.paths["llama"], "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "100")
+    served = (families.paths["llama"], "--serve", f"{first}:{end}", "--dtype", "float32", "--throughput", "10000")
     return module_nodes.start(*served, "--initial-peers", *families.peers)
 
 

@@ -200,10 +200,10 @@ def test_training_is_exact_unless_rounding_was_asked_for(swarm: Swarm, wire_prec
     error = float((gradient - wanted).abs().max() / wanted.std())
     if wire_precision == "auto":
         assert error < 1e-3
-        assert sent.bytes >= 9 * EXACT_BYTES  # each server: inputs, then the same inputs and a gradient
+        assert 6 * EXACT_BYTES <= sent.bytes < 6.5 * EXACT_BYTES  # each server: inputs, then a gradient of what its graph is kept of
     else:
         assert 1e-3 < error < 1
-        assert 3.5 * EXACT_BYTES < sent.bytes < 5 * EXACT_BYTES  # inputs rounded, twice, and exact gradients
+        assert 3.5 * EXACT_BYTES < sent.bytes < 5 * EXACT_BYTES  # inputs rounded, and exact gradients
 
 
 def test_exact_sends_to_a_server_what_it_computes_in(mixed: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
