@@ -48,12 +48,17 @@ def routes() -> Iterator[list[str]]:
             found.append(record.getMessage())
 
     found: list[str] = []
-    handler = Collect()
-    logging.getLogger(passes.__name__).addHandler(handler)
+    handler, logger = Collect(), logging.getLogger(passes.__name__)
+    level, disabled = logger.level, logger.disabled
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)  # whatever an earlier test has set further up
+    logger.disabled = False
     try:
         yield found
     finally:
-        logging.getLogger(passes.__name__).removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 @pytest.fixture(scope="module")
