@@ -246,7 +246,7 @@ def check_gradients(tuned: Tuned, side: str) -> None:
         out.loss.backward()
         local_words, local_head = tuned.local.get_input_embeddings().weight, tuned.local.get_output_embeddings().weight
         for parameter in (local_words, local_head):
-            parameter.requires_grad = True  # others use this model as well, and may have frozen it
+            parameter.requires_grad, parameter.grad = True, None  # others use this model as well, and may have frozen it
         # What comes of the prompts is no logit, so the first token is predicted by nothing.
         theirs = torch.nn.functional.pad(labels[:, 1:], (LENGTH + 1, 0), value=-100)
         tuned.locally(ids, mask, labels=theirs).loss.backward()
