@@ -55,6 +55,7 @@ def new_key(machine: Machine, path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_a_private_swarm(nodes, machine: Machine, tmp_path: Path) -> None:
     key, other = new_key(machine, tmp_path / "swarm.key"), new_key(machine, tmp_path / "other.key")
     server = nodes.start("--serve", "0:6", "--new-swarm", "--throughput", "50", "--swarm-key", key)

@@ -52,6 +52,7 @@ def test_a_killed_server_leaves_the_routes_at_once(nodes) -> None:
         model.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [0, 1])
 def test_an_answer_goes_on_when_a_server_is_killed(nodes, place: int) -> None:
     """Whichever part of the chain it held: another server takes over, and the text is the same."""
@@ -121,6 +122,7 @@ def test_a_server_drains_on_sigterm_and_exits_0(nodes) -> None:
     assert not server.ready_file.exists()
 
 
+@pytest.mark.long
 def test_serve_a_number_takes_what_the_swarm_lacks(nodes) -> None:
     servers = nodes.serve(MODEL, [(0, 5), (9, 12)])
     third = nodes.start(MODEL, "--serve", "4", "--dtype", "float32", "--throughput", "100", "--initial-peers", *servers[0].addrs)
