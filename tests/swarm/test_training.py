@@ -112,7 +112,8 @@ def curves(place: Place, tuning_mode: str | None, **options: bool) -> None:
         batches.append(Batch(tokens, mask, tokens.masked_fill(mask == 0, IGNORED)))
     with place.sides(tuning_mode, **options) as sides:
         local, remote = sides.curves(batches, learning_rate=1e-2)
-    assert local[-1] < 0.9 * local[0]
+    # Each batch once at the beginning and once at the end; prompts alone move a frozen BLOOM the least, by 6 %.
+    assert sum(local[-3:]) < 0.97 * sum(local[:3])
     assert max(abs(one - other) / other for one, other in zip(remote, local, strict=True)) < WITHIN, (local, remote)
 
 
