@@ -9,7 +9,6 @@ know these before they meet. Digests of tensors are remembered for each file by 
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,8 @@ VOLATILE_FIELDS = frozenset(
     )
 )
 """Fields of a configuration that do not change what a model computes: versions, paths, how it is run, labels of a task."""
+READ_BYTES = 2**22
+"""Bytes of a file that are read at a time."""
 
 
 def config_hash(config: PreTrainedConfig) -> str:
@@ -106,12 +107,20 @@ def _digests_in_file(file: Path, infos: dict[str, TensorInfo]) -> dict[str, str]
     known: dict[str, Any] = load_facts("tensor-digests", key)
     lacking = [name for name in infos if not isinstance(known.get(name), str)]
     if lacking:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+        # Read, not mapped: what is mapped counts as memory of this process while it is looked at.
+        with file.open("rb", buffering=0) as stream:
+            buffer = memoryview(bytearray(READ_BYTES))
             for name in lacking:
                 info = infos[name]
                 digest = blake3(f"{info.dtype}\0{list(info.shape)}\0".encode(), max_threads=blake3.AUTO)
-                with view[info.start : info.end] as data:
-                    digest.update(data)
+                stream.seek(info.start)
+                left = info.end - info.start
+                while left:
+                    read = stream.readinto(buffer[: min(left, READ_BYTES)])
+                    if not read:
+                        raise OSError(f"{file} has become shorter")
+                    digest.update(buffer[:read])
+                    left -= read
                 known[name] = digest.hexdigest()
         store_facts("tensor-digests", key, known)
     return {name: known[name] for name in infos}
