@@ -5,6 +5,8 @@
 BIN := .venv/bin
 # Tests start many small processes beside one another: more than one compute thread each would only fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Files of tests beside one another: they wait for processes and networks much of the time.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 help:
 	@echo "make demo        a whole swarm on this machine: starts three servers and generates text through them"
@@ -21,10 +23,10 @@ demo: venv
 	@$(BIN)/petalnet demo
 
 test: venv
-	$(TEST_ENV) $(BIN)/python -m pytest --durations=25 -m "not long"
+	$(PYTEST) --durations=25 -m "not long"
 
 test-long: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -m long
+	$(PYTEST) --durations=25 -m long
 
 lint: venv
 	$(BIN)/ruff check .
