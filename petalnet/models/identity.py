@@ -47,12 +47,17 @@ def model_key(source: ModelSource) -> str:
     Raises:
         ModelError: the model cannot be split, or its files cannot be read.
     """
-    return blake3(f"{config_hash(source.config)}:{client_digest(source)}".encode()).hexdigest()
+    return key_of(config_hash(source.config), client_digest(source))
+
+
+def key_of(config: str, client: str) -> str:
+    """The key of a model, of its configuration's hash and its client part's digest."""
+    return blake3(f"{config}:{client}".encode()).hexdigest()
 
 
 def client_digest(source: ModelSource) -> str:
     """The digest of what belongs to no layer: embeddings, final norm, head (where it is not the embeddings again)."""
-    model = _empty_model(source)
+    model = empty_model(source)
     parts = partition(model, source.tensor_names())
     prefix = model.base_model_prefix + "."
     tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
@@ -69,7 +74,7 @@ def block_digests(source: ModelSource, parts: Partition, first: int, end: int) -
     return digests
 
 
-def _empty_model(source: ModelSource) -> PreTrainedModel:
+def empty_model(source: ModelSource) -> PreTrainedModel:
     """The model with its head, on meta."""
     from copy import deepcopy
 

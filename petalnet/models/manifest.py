@@ -1,0 +1,301 @@
+"""What a model is made of, in one file: its configuration, the digest of the client's part, and each block's digest and tensors.
+
+A manifest fixes the bytes of every block before any of them is there. `petalnet convert` writes one beside a model's files, and a server
+that has a whole model makes one for those that have none of it.
+
+A block's *payload* is the bytes of its tensors one after the other, in order of their canonical names (`models.identity`), cut into chunks
+of `CHUNK_BYTES` of which the last may be shorter. Chunks are what peers send each other, so each has a digest of its own.
+
+Manifests come from strangers too: reading one checks every field, and its sizes are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from petalnet.errors import ModelError
+from petalnet.models.identity import block_digests, client_digest, config_hash, empty_model, key_of
+from petalnet.models.payload import Payload
+
+if TYPE_CHECKING:
+    from petalnet.models.anatomy import Partition
+    from petalnet.models.checkpoint import ModelSource
+
+MANIFEST_FILE = "petalnet_manifest.json"
+CHUNK_BYTES = 4 * 1024 * 1024
+"""Small enough that a wrong chunk costs little and that several peers share even a small block; a block of a 70B model has 400 of them."""
+
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+"""A mixture of 60 blocks with 256 experts each takes 7 MB."""
+MAX_BLOCKS = 4096
+MAX_TENSORS = 1 << 15
+"""Of one block."""
+MAX_BLOCK_BYTES = 1 << 40
+MAX_DIMENSIONS = 8
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""The dtypes of the safetensors format that take whole bytes, by its names."""
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
+_PREFIX = re.compile(r"[\w.\-]{0,256}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """One block of a model. Making one checks that its parts fit together, whoever makes it.
+
+    Attributes:
+        digest: BLAKE3 over its tensors (`models.identity`), in hex.
+        tensors: (canonical name, dtype as safetensors writes it, shape) of each, sorted by name.
+        nbytes: of its payload.
+        chunks: BLAKE3 of each chunk of the payload, in hex; empty where they are not known.
+        prefix: what the names of its tensors begin with in the files of the model ("model.layers.3."); not part of what the block is.
+
+    Raises:
+        ModelError: it makes no sense.
+    """
+
+    digest: str
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    nbytes: int
+    chunks: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _, _ in self.tensors]
+        if not names or any(left >= right for left, right in pairwise(names)):
+            raise ModelError("the tensors of a block are not sorted by name, one of them is there twice, or there are none")
+        if self.nbytes != sum(size for _, size in self._sizes()) or not 0 < self.nbytes <= MAX_BLOCK_BYTES:
+            raise ModelError("the size of a block is not that of its tensors, or is out of range")
+        if self.chunks and len(self.chunks) != self.num_chunks:
+            raise ModelError(f"a block of {self.nbytes} bytes has {self.num_chunks} chunks, {len(self.chunks)} are listed")
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.nbytes // CHUNK_BYTES)
+
+    def chunk_range(self, index: int) -> tuple[int, int]:
+        """Bytes [start, end) of the payload that make a chunk."""
+        return index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, self.nbytes)
+
+    def _sizes(self) -> list[tuple[str, int]]:
+        sizes = []
+        for name, dtype, shape in self.tensors:
+            size = DTYPE_BITS[dtype] // 8
+            for dimension in shape:
+                size *= dimension
+            sizes.append((name, size))
+        return sizes
+
+    @cached_property
+    def ranges(self) -> Mapping[str, tuple[int, int]]:
+        """Bytes [start, end) of the payload that each tensor takes, by its canonical name."""
+        ranges, start = {}, 0
+        for name, size in self._sizes():
+            ranges[name] = (start, start + size)
+            start += size
+        return ranges
+
+    @cached_property
+    def header(self) -> bytes:
+        """What stands before the payload in a safetensors file of canonical names: 8 bytes of length, then JSON, padded to 8 bytes."""
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, dtype, shape in self.tensors:
+            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": list(self.ranges[name])}
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def encode(self) -> bytes:
+        """The entry as bytes, without its prefix: the same bytes for the same block, whoever has it in which files."""
+        return _dump(self._fields())
+
+    @cached_property
+    def list_digest(self) -> str:
+        """BLAKE3 of `encode()`, in hex: by this, two peers that have the same list of chunks for a block know it."""
+        return blake3(self.encode()).hexdigest()
+
+    @classmethod
+    def decode(cls, data: bytes) -> BlockEntry:
+        """The inverse of `encode`. Raises ModelError."""
+        return cls._of(_load(data))
+
+    def _fields(self) -> dict[str, Any]:
+        tensors = [[name, dtype, list(shape)] for name, dtype, shape in self.tensors]
+        return {"digest": self.digest, "nbytes": self.nbytes, "tensors": tensors, "chunks": list(self.chunks)}
+
+    @classmethod
+    def _of(cls, fields: Any) -> BlockEntry:
+        fields = _table(fields, "a block")
+        tensors = tuple(_tensor(entry) for entry in _list(fields.get("tensors"), MAX_TENSORS, "tensors"))
+        chunks = tuple(_hex(chunk) for chunk in _list(fields.get("chunks", []), MAX_BLOCK_BYTES // CHUNK_BYTES, "chunks"))
+        prefix = fields.get("prefix", "")
+        if type(prefix) is not str or not _PREFIX.fullmatch(prefix):
+            raise ModelError("the prefix of a block's names is none")
+        return cls(_hex(fields.get("digest")), tensors, _integer(fields.get("nbytes"), MAX_BLOCK_BYTES), chunks, prefix)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole model.
+
+    Attributes:
+        name: what it is called; a label.
+        config: the content of its config.json.
+        client_digest: of the client's part (`models.identity`), in hex.
+        blocks: all of them, in order.
+
+    Raises:
+        ModelError: it has no blocks, or too many.
+    """
+
+    name: str
+    config: dict[str, Any]
+    client_digest: str
+    blocks: tuple[BlockEntry, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.blocks) <= MAX_BLOCKS:
+            raise ModelError(f"a manifest lists {len(self.blocks)} blocks; 1 to {MAX_BLOCKS} are possible")
+
+    @property
+    def model_key(self) -> str:
+        """The key under which the model's servers are found.
+
+        Raises:
+            ModelError: the configuration is of no family that the library knows.
+        """
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        try:
+            config = CONFIG_MAPPING[self.config["model_type"]].from_dict(dict(self.config))
+        except Exception as error:  # whatever a stranger's configuration makes the library's classes raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the configuration in the manifest of {self.name} cannot be used: {reason}") from error
+        return key_of(config_hash(config), self.client_digest)
+
+    def without_chunks(self) -> Manifest:
+        """The same model without the digests of chunks, which are a hundredth of a per mille of it but most of a manifest."""
+        return replace(self, blocks=tuple(replace(block, chunks=()) for block in self.blocks))
+
+    def to_json(self) -> bytes:
+        """The manifest as the content of `MANIFEST_FILE`."""
+        blocks = [{**block._fields(), "prefix": block.prefix} for block in self.blocks]
+        return _dump({"name": self.name, "config": self.config, "client_digest": self.client_digest, "blocks": blocks})
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """The inverse of `to_json`; fields that this version does not know are left out.
+
+        Raises:
+            ModelError: it is too long, no JSON, or a field is missing, of the wrong type or out of range.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ModelError(f"a manifest of {len(data)} bytes is too long; {MAX_MANIFEST_BYTES} are allowed")
+        fields = _table(_load(data), "a manifest")
+        name = fields.get("name")
+        if type(name) is not str or len(name) > 128 or not name.isprintable():
+            raise ModelError("a manifest needs a name: printable text of at most 128 characters")
+        blocks = tuple(BlockEntry._of(block) for block in _list(fields.get("blocks"), MAX_BLOCKS, "blocks"))
+        return cls(name, _table(fields.get("config"), "the configuration in a manifest"), _hex(fields.get("client_digest")), blocks)
+
+
+def make_manifest(source: ModelSource, *, progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """The manifest of a model whose files are here, digests of chunks included. Reads all of its blocks.
+
+    Args:
+        progress: called after each block with how many are done, and of how many.
+
+    Raises:
+        ModelError: the model cannot be split, or its files cannot be read.
+    """
+    from petalnet.models.anatomy import partition
+
+    parts = partition(empty_model(source), source.tensor_names())
+    config_file = source.file("config.json")
+    if config_file is None:
+        raise ModelError(f"{source.name} has no config.json: not a model in Hugging Face format")
+    blocks = []
+    for index in range(len(parts.blocks)):
+        entry, payload = describe_block(source, parts, index)
+        blocks.append(replace(entry, chunks=payload.chunks(CHUNK_BYTES)))
+        if progress is not None:
+            progress(index + 1, len(parts.blocks))
+    config = _table(_load(config_file.read_bytes()), "config.json")
+    return Manifest(source.name, config, client_digest(source), tuple(blocks))
+
+
+def describe_block(source: ModelSource, parts: Partition, index: int) -> tuple[BlockEntry, Payload]:
+    """One block of a model whose files are here, without the digests of its chunks, and where its payload lies.
+
+    Raises:
+        ModelError: its files cannot be read, or a tensor has a dtype that does not take whole bytes.
+    """
+    prefix = parts.prefixes[index]
+    by_canonical = {name.removeprefix(prefix): name for name in parts.blocks[index]}
+    found = source.local(tuple(by_canonical.values()))
+    tensors = []
+    for canonical, name in sorted(by_canonical.items()):
+        tensor = found[name]
+        if tensor.dtype not in DTYPE_BITS:
+            raise ModelError(f"the tensor {name} of {source.name} is of the dtype {tensor.dtype}, which is not supported here")
+        tensors.append((canonical, tensor.dtype, tuple(tensor.shape)))
+    payload = Payload([found[by_canonical[canonical]] for canonical, _, _ in tensors])
+    digest = block_digests(source, parts, index, index + 1)[0]
+    return BlockEntry(digest, tuple(tensors), payload.size, prefix=prefix), payload
+
+
+def _dump(fields: Any) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _load(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"a manifest is damaged: {error}") from error
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ModelError(f"{what} is not a table of fields")
+    return value
+
+
+def _list(value: Any, most: int, what: str) -> list[Any]:
+    if type(value) is not list or len(value) > most:
+        raise ModelError(f"the {what} in a manifest are not a list of at most {most}")
+    return value
+
+
+def _integer(value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ModelError(f"a size in a manifest is not a whole number up to {most}")
+    return value
+
+
+def _hex(value: Any) -> str:
+    if type(value) is not str or not _HEX.fullmatch(value):
+        raise ModelError("a digest in a manifest is not 64 hex digits")
+    return value
+
+
+def _tensor(value: Any) -> tuple[str, str, tuple[int, ...]]:
+    name, dtype, shape = _list(value, 3, "tensors") if type(value) is list and len(value) == 3 else ("", "", [])
+    if type(name) is not str or not _NAME.fullmatch(name) or type(dtype) is not str or dtype not in DTYPE_BITS:
+        raise ModelError("a tensor in a manifest is not a name, a dtype and a shape")
+    return name, dtype, tuple(_integer(dimension, MAX_BLOCK_BYTES) for dimension in _list(shape, MAX_DIMENSIONS, "dimensions"))
