@@ -1,5 +1,5 @@
 # Every target makes its own virtual environment in .venv first (scripts/setup_venv.sh); the second time that takes no time.
-.PHONY: help venv demo test test-long lint format clean
+.PHONY: help venv demo test test-long lint format reference clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -13,6 +13,7 @@ help:
 	@echo "make test        the tests (minutes)"
 	@echo "make test-long   the long tests"
 	@echo "make lint        ruff and mypy"
+	@echo "make reference   docs/api.md, from the docstrings and the table of settings"
 	@echo "make venv        only the virtual environment, .venv"
 	@echo "make clean       remove .venv and caches"
 
@@ -35,6 +36,9 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: venv
+	$(BIN)/python scripts/make_api_reference.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
