@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import platformdirs
@@ -149,15 +150,25 @@ def _setting(
     default: Any = None,
     metavar: str | None = None,
     aliases: Sequence[str] = (),
+    switches: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     many: bool = False,
     only_typed: bool = False,
 ) -> Any:
     """One row of the table.
 
-    `aliases` are further flags for the same setting, `many` makes it a list, and with `only_typed` it has no meaning in the environment
-    or the file (it belongs to one invocation).
+    `aliases` are further flags for the same setting, `switches` flags that stand for one value alone or before "true", and for another
+    before "false"; `many` makes it a list, and with `only_typed` it has no meaning in the environment or the file (it belongs to one
+    invocation).
     """
-    metadata = {"help": help_text, "parse": parse, "metavar": metavar, "aliases": aliases, "many": many, "only_typed": only_typed}
+    metadata = {
+        "help": help_text,
+        "parse": parse,
+        "metavar": metavar,
+        "aliases": (*aliases, *switches),
+        "switches": switches,
+        "many": many,
+        "only_typed": only_typed,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -197,6 +208,11 @@ class Settings:
     dtype: str = _setting(
         "auto, float32, bfloat16 or float16; auto: the checkpoint's, float32 where a CPU has no fast bfloat16  [auto]",
         _choice("auto", "float32", "bfloat16", "float16"), default="auto", metavar="DTYPE", aliases=("--torch-dtype",),
+    )  # fmt: skip
+    quantization: str = _setting(
+        "none, int8 or nf4: what the weights of linear layers are rounded to as they are loaded  [none]",
+        _choice("none", "int8", "nf4"), default="none", metavar="KIND",
+        aliases=("--quant-type",), switches={"--load-in-8bit": ("int8", "none")},
     )  # fmt: skip
     device: str | None = _setting("cpu, cuda, cuda:N or mps  [the best there is]", _device, metavar="DEVICE")
     throughput: float | None = _setting("auto (measured, then cached), or tokens/s to announce  [auto]", _rate, metavar="auto|RATE")

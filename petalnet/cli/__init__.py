@@ -26,7 +26,7 @@ VERBS = {
     "version": "the versions of petalnet and of what it stands on",
 }
 
-NOT_YET = ("--quantization", "--load-in-8bit", "--quant-type", "--max-disk-space")
+NOT_YET = ("--max-disk-space",)
 """Flags that people know from Petals or from petalnet's description, and that are still to come."""
 
 

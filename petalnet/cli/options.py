@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -22,7 +22,8 @@ class SettingsCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         flags_of_lists = {flag for param in self.params if param.multiple for flag in param.opts}
-        return super().parse_args(ctx, list(_expand(args, flags_of_lists)))
+        switches = {flag: values for name in self.rows for flag, values in TABLE[name].metadata["switches"].items()}
+        return super().parse_args(ctx, list(_expand(_switch(args, switches), flags_of_lists)))
 
     def invoke(self, ctx: click.Context) -> Any:
         typed = {name: ctx.params.pop(name) for name in self.rows}
@@ -53,6 +54,21 @@ def _parameters(rows: Iterable[str]) -> Iterator[click.Parameter]:
             yield click.Option([name, *flags[:1]], metavar=row["metavar"], help=row["help"])
             for number, alias in enumerate(flags[1:]):
                 yield click.Option([f"alias_{number}__{name}", alias], hidden=True)
+
+
+def _switch(args: Sequence[str], switches: Mapping[str, tuple[str, str]]) -> list[str]:
+    """`--a` and `--a true` as `--a=x`, `--a false` as `--a=y`, where `--a` stands for x or y."""
+    expanded: list[str] = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        name = name.replace("_", "-")
+        if name in switches and (not equals or value.lower() in ("true", "false")):
+            expanded.append(f"{name}={switches[name][value.lower() == 'false']}")
+        elif arg.lower() in ("true", "false") and expanded and (before := expanded[-1].partition("=")[0]) in switches:
+            expanded[-1] = f"{before}={switches[before][arg.lower() == 'false']}"
+        else:
+            expanded.append(arg)
+    return expanded
 
 
 def _expand(args: Sequence[str], flags_of_lists: set[str]) -> Iterator[str]:

@@ -40,9 +40,29 @@ def test_commands_copied_from_petals() -> None:
     assert parse("--cache_dir", "/with_underscore").cache_dir.name == "with_underscore"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "quantization"),
+    [
+        ("", "none"),
+        ("--quantization nf4", "nf4"),
+        ("--quant_type int8 model", "int8"),
+        ("--load_in_8bit model", "int8"),
+        ("--load-in-8bit True model", "int8"),
+        ("--load_in_8bit=false model", "none"),
+        ("model --load_in_8bit", "int8"),
+    ],
+)
+def test_quantization_as_petals_spells_it(arguments: str, quantization: str) -> None:
+    settings = parse(*arguments.split())
+    assert settings.quantization == quantization
+    assert settings.model == ("model" if "model" in arguments else None)
+
+
 def test_the_same_thing_said_twice() -> None:
     with pytest.raises(click.UsageError, match="serve is given twice"):
         parse("--num-blocks", "8", "--serve", "0:8")
+    with pytest.raises(click.UsageError, match="quantization is given twice"):
+        parse("--load-in-8bit", "--quant-type", "nf4")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +70,7 @@ def test_the_same_thing_said_twice() -> None:
     [
         (["bogus"], "bogus"),
         (["nod"], "did you mean node?"),
-        (["node", "--serve", "0:3", "--load_in_8bit"], "does not have --load-in-8bit yet"),
+        (["node", "--serve", "0:3", "--quantization", "int3"], "needs one of none, int8, nf4"),
         (["node"], "--serve A:B, --client or --bootstrap"),
         (["node", "--serve", "0:3", "--client"], "--serve and --client"),
         (["node", "--serve", "3:0"], "--serve needs"),
