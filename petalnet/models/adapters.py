@@ -21,7 +21,8 @@ from blake3 import blake3
 
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import find_layers, linear_shapes
-from petalnet.models.checkpoint import ModelSource, open_files, read_header
+from petalnet.models.checkpoint import ModelSource, open_files
+from petalnet.models.files import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -84,16 +85,16 @@ class AdapterSource:
         Raises:
             ModelError: there is none, or servers cannot apply it; the message is one line.
         """
-        name, _, fetch = open_files(name_or_path, token=token, cache_dir=cache_dir)
+        name, files = open_files(name_or_path, token=token, cache_dir=cache_dir)
         if not name.isprintable() or not name.strip() or len(name) > MOST_NAME:
             raise ModelError(f"an adapter's name has 1 to {MOST_NAME} printable characters, not {name!r}: rename the folder")
-        config_file, file = fetch(CONFIG_FILE), fetch(WEIGHTS_FILE)
+        config_file, file = files.file(CONFIG_FILE), files.file(WEIGHTS_FILE)
         if config_file is None:
             raise ModelError(f"{name} has no {CONFIG_FILE}: not an adapter in PEFT's format")
         config = _read_config(name, config_file)
         if file is None:
             only_pickle = f"has only {PICKLE_FILE}, which is a pickle and can run code: save it with safetensors"
-            raise ModelError(f"adapter {name} {only_pickle if fetch(PICKLE_FILE) else f'has no {WEIGHTS_FILE}'}")
+            raise ModelError(f"adapter {name} {only_pickle if files.file(PICKLE_FILE) else f'has no {WEIGHTS_FILE}'}")
         try:
             header = read_header(file)
             shapes = {key: info.shape for key, info in header.items()}

@@ -9,7 +9,7 @@ know these before they meet. Digests of tensors are remembered for each file by 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ from blake3 import blake3
 
 from petalnet.models.anatomy import Partition, partition
 from petalnet.models.cachedir import load_facts, store_facts
+from petalnet.models.files import file_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from petalnet.models.checkpoint import ModelSource, TensorInfo
+    from petalnet.models.checkpoint import ModelSource
+    from petalnet.models.files import LocalTensor
 
 VOLATILE_FIELDS = frozenset(
     (
@@ -95,31 +97,29 @@ def _digest_of_set(source: ModelSource, names: dict[str, str]) -> str:
     return whole.hexdigest()
 
 
-def _tensor_digests(source: ModelSource, names: Iterable[str]) -> dict[str, str]:
-    by_file: dict[Path, dict[str, TensorInfo]] = {}
-    for name in names:
-        info = source.info(name)
-        by_file.setdefault(info.file, {})[name] = info
+def _tensor_digests(source: ModelSource, names: Collection[str]) -> dict[str, str]:
+    by_file: dict[Path, dict[str, LocalTensor]] = {}
+    for name, tensor in source.local(names).items():
+        by_file.setdefault(tensor.path, {})[name] = tensor
     digests: dict[str, str] = {}
-    for file, infos in by_file.items():
-        digests.update(_digests_in_file(file, infos))
+    for file, tensors in by_file.items():
+        digests.update(_digests_in_file(file, tensors))
     return digests
 
 
-def _digests_in_file(file: Path, infos: dict[str, TensorInfo]) -> dict[str, str]:
-    status = file.stat()
-    key = blake3(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
+def _digests_in_file(file: Path, tensors: dict[str, LocalTensor]) -> dict[str, str]:
+    key = blake3(file_fingerprint(file).encode()).hexdigest()
     known: dict[str, Any] = load_facts("tensor-digests", key)
-    lacking = [name for name in infos if not isinstance(known.get(name), str)]
+    lacking = [name for name in tensors if not isinstance(known.get(name), str)]
     if lacking:
         # Read, not mapped: what is mapped counts as memory of this process while it is looked at.
         with file.open("rb", buffering=0) as stream:
             buffer = memoryview(bytearray(READ_BYTES))
             for name in lacking:
-                info = infos[name]
-                digest = blake3(f"{info.dtype}\0{list(info.shape)}\0".encode(), max_threads=blake3.AUTO)
-                stream.seek(info.start)
-                left = info.end - info.start
+                tensor = tensors[name]
+                digest = blake3(f"{tensor.dtype}\0{list(tensor.shape)}\0".encode(), max_threads=blake3.AUTO)
+                stream.seek(tensor.start)
+                left = tensor.end - tensor.start
                 while left:
                     read = stream.readinto(buffer[: min(left, READ_BYTES)])
                     if not read:
@@ -128,4 +128,4 @@ def _digests_in_file(file: Path, infos: dict[str, TensorInfo]) -> dict[str, str]
                     left -= read
                 known[name] = digest.hexdigest()
         store_facts("tensor-digests", key, known)
-    return {name: known[name] for name in infos}
+    return {name: known[name] for name in tensors}

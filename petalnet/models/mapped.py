@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,11 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
     }
 
 
+RUN_BYTES = 64 * 1024 * 1024
+"""Tensors that lie side by side are mapped together up to this size: each mapping takes a file descriptor, and the memory of one is given
+back when none of its tensors is there any more."""
+
+
 def map_tensors(tensors: Mapping[str, LocalTensor]) -> dict[str, torch.Tensor]:
     """CPU tensors of these bytes. What is written to them stays in memory and never reaches the files.
 
@@ -49,16 +54,33 @@ def map_tensors(tensors: Mapping[str, LocalTensor]) -> dict[str, torch.Tensor]:
         FileNotFoundError: a file is gone, as those of a cache may be.
         ModelError: a file is shorter than it should be, or a dtype is not one that PyTorch has.
     """
-    files: dict[Path, mmap.mmap] = {}
-    for tensor in tensors.values():
-        if tensor.path not in files and tensor.end > tensor.start:
-            with tensor.path.open("rb") as stream:
-                # A private mapping: PyTorch wants memory that could be written to, and pages stay shared until somebody does.
-                files[tensor.path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    return {name: _tensor(name, tensor, files) for name, tensor in tensors.items()}
+    mapped: dict[str, torch.Tensor] = {}
+    for path, run in _runs(tensors):
+        start = run[0][1].start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        end = max(tensor.end for _, tensor in run)
+        with path.open("rb") as stream:
+            if end > stream.seek(0, 2):
+                raise ModelError(f"{path.name} is too short to hold the tensor {run[-1][0]}: was it downloaded whole?")
+            # A private mapping: PyTorch wants memory that could be written to, and pages stay the file's until somebody does. Of no more
+            # than what is wanted: the kernel refuses private mappings that are larger than its memory.
+            memory = mmap.mmap(stream.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start) if end > start else b""
+        mapped.update({name: _tensor(name, tensor, memory, tensor.start - start) for name, tensor in run})
+    return {name: mapped[name] for name in tensors}
 
 
-def _tensor(name: str, tensor: LocalTensor, files: Mapping[Path, mmap.mmap]) -> torch.Tensor:
+def _runs(tensors: Mapping[str, LocalTensor]) -> Iterator[tuple[Path, list[tuple[str, LocalTensor]]]]:
+    """Tensors by file, in order of their places there, those together that are mapped together."""
+    run: list[tuple[str, LocalTensor]] = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start)):
+        if run and (run[0][1].path != tensor.path or tensor.end - run[0][1].start > RUN_BYTES):
+            yield run[0][1].path, run
+            run = []
+        run.append((name, tensor))
+    if run:
+        yield run[0][1].path, run
+
+
+def _tensor(name: str, tensor: LocalTensor, memory: mmap.mmap | bytes, offset: int) -> torch.Tensor:
     import torch
 
     dtype = torch_dtypes().get(tensor.dtype)
@@ -66,8 +88,5 @@ def _tensor(name: str, tensor: LocalTensor, files: Mapping[Path, mmap.mmap]) -> 
         raise ModelError(f"{tensor.path.name} has the tensor {name} of dtype {tensor.dtype}, which cannot be computed with")
     if tensor.start == tensor.end:
         return torch.empty(tensor.shape, dtype=dtype)
-    mapped = files[tensor.path]
-    if tensor.end > len(mapped):
-        raise ModelError(f"{tensor.path.name} is too short to hold the tensor {name}: was it downloaded whole?")
-    flat = torch.frombuffer(mapped, dtype=dtype, count=(tensor.end - tensor.start) // dtype.itemsize, offset=tensor.start)
+    flat = torch.frombuffer(memory, dtype=dtype, count=(tensor.end - tensor.start) // dtype.itemsize, offset=offset)
     return flat.view(tensor.shape)
