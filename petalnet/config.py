@@ -233,6 +233,12 @@ class Settings:
     revision: str | None = _setting("of the model on the hub  [main]", metavar="REV")
     token: str | None = _setting("for the hub  [the stored login]", metavar="TOKEN")
     cache_dir: Path | None = _setting("where hub files are kept  [the hub's own cache]", _path, metavar="DIR")
+    share_weights: str = _setting(
+        "give other servers the weights that this one has: yes, no, or auto, which leaves out local folders and gated models  [auto]",
+        _choice("yes", "no", "auto"), default="auto", metavar="yes|no|auto",
+    )  # fmt: skip
+    max_upload_rate: int | None = _setting("bytes a second for weights that others get, such as 5MB  [no bound]", _size, metavar="SIZE")
+    max_download_rate: int | None = _setting("bytes a second for weights that come from others  [no bound]", _size, metavar="SIZE")
     http: tuple[str, int] | Literal["none"] | None = _setting(
         f"the node's local web side, or none  [client: 127.0.0.1:{DEFAULT_HTTP_PORT}, server: none]", _http, metavar="ADDR:PORT"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 
 from petalnet.errors import PetalnetError, ProtocolError, UnsupportedError, from_wire, to_wire
-from petalnet.p2p import pass_messages, session_messages  # noqa: F401  # whoever decodes has to know all types
+from petalnet.p2p import pass_messages, session_messages, weight_messages  # noqa: F401  # whoever decodes has to know all types
 from petalnet.p2p.fields import MESSAGE_TYPES, Message, decode_blob, integer, many, message_type, number, octets, scalar, text
 from petalnet.p2p.frames import Buffer, Frame, encode_frame
 

@@ -210,6 +210,21 @@ RECORDS = Protocol(
     max_rate=20.0,
 )
 
+WEIGHTS = Protocol(
+    f"/petalnet/weights/{PROTOCOL}.0.0",
+    # A manifest of 16 MiB is the longest; chunks have 4 MiB. Headers name a few dozen blocks, with a bit for each chunk of those under way.
+    limits=FrameLimits(header=64 * 1024, payload=16 * 1024 * 1024),
+    # One for chunks, one for what can be had, and as many that are about to end.
+    max_streams_per_peer=4,
+    # Each may hold a chunk that its peer is slow to take: 192 MiB. Who finds no place turns to others that have the same.
+    max_streams=48,
+    # A newcomer that has all it wants from here says so by closing; one that waits for what others have yet to get asks now and then.
+    idle_timeout_s=120.0,
+    frame_timeout_s=30.0,
+    # Chunks at 800 MB/s. How much of the line all of them may take together is the host's choice (`max_upload_rate`).
+    max_rate=200.0,
+)
+
 PING = Protocol(
     f"/petalnet/ping/{PROTOCOL}.0.0",
     limits=FrameLimits(header=256, payload=0),
@@ -235,4 +250,4 @@ REACHABILITY = Protocol(
     max_rate=1.0,
 )
 
-PROTOCOLS = (INFERENCE, PUSH, FORWARD, RECORDS, PING, REACHABILITY)
+PROTOCOLS = (INFERENCE, PUSH, FORWARD, RECORDS, WEIGHTS, PING, REACHABILITY)

@@ -100,6 +100,7 @@ class ServerRecord:
         free_kv_tokens: tokens for which there is room in the KV cache.
         queue: requests that wait for its compute thread.
         movable: whether it goes to other blocks by itself where the swarm needs it more; not where its owner chose the span.
+        shares: whether others get weights from it.
         next_round_trips: (peer id, seconds) to servers that hold the blocks after its own.
         next_bytes_s: bytes a second that its links to these were seen to carry, 0 where that is not known; or nothing at all.
         sequence: grows from record to record of one server, over restarts too: the clock's milliseconds (see `next_sequence`).
@@ -134,6 +135,7 @@ class ServerRecord:
     next_round_trips: tuple[tuple[str, float], ...] = ()
     next_bytes_s: tuple[float, ...] = ()
     movable: bool = False
+    shares: bool = False
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -342,6 +344,7 @@ _CHECKS: dict[str, Check] = {
     "next_round_trips": _many(_pair(_peer_id, _number(3600)), MAX_ROUND_TRIPS),
     "next_bytes_s": _many(_number(1e12), MAX_ROUND_TRIPS),
     "movable": _truth,
+    "shares": _truth,
 }
 _UNSAID: dict[str, Any] = {"movable": False, "protocol": 1}
 """What fields are taken for that servers of earlier versions do not send."""

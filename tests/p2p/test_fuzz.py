@@ -322,6 +322,13 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
             "model": "m" * 40, "first": 0, "end": 2, "version": "v" * 32, "modules": ("attention.query", "dense"),
             "ranks": blob(chance, "int32", 2, 2), "weights": blob(chance, "float32", 96),
         },
+        "manifest_found": {"manifest": blob(chance, "uint8", 300)},
+        "which_chunks": {"blocks": (bytes(16), b"b" * 16)},
+        "chunks_held": {"lists": (bytes(32), b""), "held": (b"\x05", b"")},
+        "get_chunk_list": {"block": b"b" * 16},
+        "chunk_list": {"entry": blob(chance, "uint8", 200)},
+        "get_chunk": {"block": b"b" * 16, "index": 3},
+        "chunk": {"data": blob(chance, "uint8", 500)},
     }  # fmt: skip
     found: dict[str, Message] = {}
     for name, cls in MESSAGE_TYPES.items():
@@ -361,6 +368,16 @@ OF_PROTOCOL = {
     "/petalnet/forward/1.0.0": {"forward", "forward_done", "backward", "backward_done"},
     "/petalnet/records/1.0.0": {"store", "stored", "find", "records"},
     "/petalnet/ping/1.0.0": {"ping", "pong"},
+    "/petalnet/weights/1.0.0": {
+        "get_manifest",
+        "manifest_found",
+        "which_chunks",
+        "chunks_held",
+        "get_chunk_list",
+        "chunk_list",
+        "get_chunk",
+        "chunk",
+    },
 }
 
 
