@@ -5,7 +5,8 @@ attention. What a pass is about stands in a `Batch`: which columns of the packed
 row's keys and values lie. A `Backend` (see `backends`) does the arithmetic.
 
 The rules, for a query at position q (counted in KV entries of its row, padding included) and a key at position k of the same row:
-- k ≤ q, and k > q - window in a layer with a sliding window;
+- k ≤ q, and k > q - window in a layer with a sliding window; in a chunked layer, k is in the chunk of q, where chunks are counted from the
+  row's first entry that is not padding;
 - k is not padding; only where nothing else is left, k = q is: what a query gets is finite, whatever is padding around it. (What comes
   out at padding is read, too, where an answer is written behind rows that are padded on the right.)
 - nothing of another row is ever read, so that what is not finite in one session stays there.
@@ -109,7 +110,8 @@ class PagedState:
     """What the attention modules of a span share; each finds it as its attribute `STATE`.
 
     Attributes:
-        windows: for each block of the store the width of its sliding window, None for full attention.
+        windows: for each block of the store the width of its sliding window or of its chunks, None for full attention.
+        chunked: for each block of the store whether that width is of chunks.
         batch: the pass that is under way.
         first_block: the block of the store that `layer_idx` 0 stands for, when the backbone shows only some of the span's blocks.
     """
@@ -117,6 +119,7 @@ class PagedState:
     store: KVStore
     backend: Backend
     windows: Sequence[int | None]
+    chunked: Sequence[bool]
     batch: Batch | None = None
     first_block: int = 0
 
@@ -132,6 +135,7 @@ def paged_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    alibi_over_padding: bool = False,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """Write the keys and values of a packed pass to their slots and attend to all that their rows hold.
@@ -146,6 +150,7 @@ def paged_attention(
         s_aux: [heads], a further score in each head's softmax that has no value (attention sinks).
         alibi_slopes: [heads]; slope × the key's position is added to scores, where positions count what is not padding. The same tensor
             for all blocks, since what follows from it is computed once.
+        alibi_over_padding: positions count padding, too.
         ignored: what the library passes on to attention functions in general. Windows come from the state.
     Returns:
         [1, tokens, heads, value size], and None for the weights.
@@ -167,9 +172,11 @@ def paged_attention(
         value,
         scale=scaling,
         window=state.windows[block],
+        chunked=state.chunked[block],
         softcap=softcap,
         sinks=s_aux,
         slopes=alibi_slopes,
+        over_padding=alibi_over_padding,
     )
     return attended, None
 

@@ -47,9 +47,11 @@ class Backend:
         *,
         scale: float,
         window: int | None = None,
+        chunked: bool = False,
         softcap: float | None = None,
         sinks: Tensor | None = None,
         slopes: Tensor | None = None,
+        over_padding: bool = False,
     ) -> Tensor:
         """Write a block's new keys and values, then attend.
 
@@ -57,12 +59,13 @@ class Backend:
             query: [1, heads, tokens, key size].
             key, value: [1, KV heads, tokens, key size or value size].
             window: a query sees so many positions, its own among them.
-            softcap, sinks, slopes: see `paged_attention`.
+            chunked: it sees those of its chunk, which has so many.
+            softcap, sinks, slopes, over_padding: see `paged_attention`.
         Returns:
             [1, tokens, heads, value size].
         """
         store.write_heads(block, batch.slots, key, value)
-        output = self._by_plan(batch, None, store, block, query, scale, window, softcap, sinks, slopes)
+        output = self._by_plan(batch, None, store, block, query, scale, window, softcap, sinks, slopes, chunked, over_padding)
         _, heads, tokens, _ = query.shape
         return output.reshape(1, tokens, heads, -1)
 
@@ -78,15 +81,39 @@ class Backend:
         softcap: float | None,
         sinks: Tensor | None,
         slopes: Tensor | None,
+        chunked: bool = False,
+        over_padding: bool = False,
     ) -> Tensor:
         """[1, tokens of the segments, KV heads, group, value size]; all segments by default."""
         # A plan holds its slopes, so that an id stands for one tensor as long as the batch lives.
-        name = (segments, window, query.shape, store.shapes[block], softcap is None, sinks is None, None if slopes is None else id(slopes))
+        kind = (window, chunked, softcap is None, sinks is None, None if slopes is None else id(slopes), over_padding)
+        name = (segments, query.shape, store.shapes[block], kind)
         plan: Plan | None = batch.prepared.get(name)
         if plan is None:
             chosen = range(len(batch.segments)) if segments is None else segments
-            plan = batch.prepared[name] = Plan(self._tables, batch, chosen, store, block, query, window, slopes, softcap, sinks)
+            plan = batch.prepared[name] = Plan(
+                self._tables, batch, chosen, store, block, query, window, slopes, softcap, sinks, chunked, over_padding
+            )
         return plan.attend(store, block, query, scale=scale, softcap=softcap, sinks=sinks)
+
+
+class NotingBackend(Backend):
+    """Computes nothing, and notes what a position takes in each block.
+
+    Attributes:
+        shapes: by the number of the block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[int, KVShape] = {}
+
+    def attend(
+        self, batch: Batch, store: KVStore, block: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, **others: Any
+    ) -> Tensor:
+        """Zeros, of the shape that `Backend.attend` returns."""
+        self.shapes[block] = KVShape(key.shape[1], key.shape[3], value.shape[3])
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 CAPABILITY = (8, 0)
@@ -176,18 +203,32 @@ class CudaBackend(Backend):
         *,
         scale: float,
         window: int | None = None,
+        chunked: bool = False,
         softcap: float | None = None,
         sinks: Tensor | None = None,
         slopes: Tensor | None = None,
+        over_padding: bool = False,
     ) -> Tensor:
         """See `Backend.attend`."""
         if "paged" not in batch.prepared:
             taken = [index for index, segment in enumerate(batch.segments) if segment.mask is None and segment.first == 0]
             batch.prepared["paged"] = PagedCall.of(batch, taken) if taken else None
         call: PagedCall | None = batch.prepared["paged"]
-        if call is None or not takes(query, value, softcap, sinks, slopes):
+        if call is None or chunked or not takes(query, value, softcap, sinks, slopes):
             return super().attend(
-                batch, store, block, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes
+                batch,
+                store,
+                block,
+                query,
+                key,
+                value,
+                scale=scale,
+                window=window,
+                chunked=chunked,
+                softcap=softcap,
+                sinks=sinks,
+                slopes=slopes,
+                over_padding=over_padding,
             )
         store.write_heads(block, batch.slots, key, value)
         queries = query[0].transpose(0, 1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, build_alibi_tensor
 
+from petalnet.blocks.adapted import is_packed
 from petalnet.blocks.attention import paged_attention
 
 
@@ -24,8 +25,7 @@ class PagedBloomAttention(BloomAttention):
     alibi_slopes: torch.Tensor
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        state = self.__dict__.get("petalnet_paged")
-        if state is None or state.batch is None:
+        if not is_packed(self):
             return super().forward(hidden_states, residual, *args, **kwargs)
         tokens = hidden_states.shape[1]
         # One projection yields [heads, (query, key, value), size] for each token.

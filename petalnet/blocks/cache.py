@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 
 from petalnet.blocks.attention import Batch, Segment
 from petalnet.blocks.kv import KVShape, KVStore
-from petalnet.blocks.pages import Rows
+from petalnet.blocks.pages import PageTables
 from petalnet.errors import ModelError
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
@@ -94,7 +94,7 @@ class PagedCache(_SessionCache):
         self.store = store
         self.batch: Batch
 
-    def begin(self, rows: Rows, new: int) -> None:
+    def begin(self, rows: PageTables, new: int) -> None:
         """The next pass is a step of these rows, which are prepared for `new` more tokens."""
         self.length = past = rows.length
         segments = [Segment(row * new, (row + 1) * new, past, table, rows.run(row)) for row, table in enumerate(rows.tables)]
@@ -157,6 +157,11 @@ class _ShapeLayer(_SessionLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.shape = KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         return key_states, value_states
+
+
+def chunked_layers(config: PreTrainedConfig) -> list[bool]:
+    """For each layer of a model whether the width of its attention window is that of chunks, which do not slide."""
+    return [kind == "chunked_attention" for kind in get_layer_types_and_kwargs(config)[0]]
 
 
 def windows_of(config: PreTrainedConfig) -> list[int | None]:

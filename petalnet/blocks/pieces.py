@@ -125,18 +125,21 @@ class Plan:
         slopes: Tensor | None,
         softcap: float | None,
         sinks: Tensor | None,
+        chunked: bool = False,
+        over_padding: bool = False,
     ) -> None:
         """
         Args:
             segments: which of the batch's segments, in order; `attend` returns their new tokens one after the other.
             store, block, query: of any block that is alike; only their shapes count.
+            window, chunked, slopes, over_padding: see `Backend.attend`.
         """
         self._kernel = _kernel_for(query, store.head_values[block], softcap, sinks)
         self._batch = batch
         self._heads, self._kv_heads, self._device = query.shape[1], store.shapes[block].heads, query.device
         self._bytes = store.shapes[block].bytes(store.dtype)
-        self._window, self._slopes = window, slopes
-        self._biases = _Biases(tables, query, self._kv_heads, window, slopes)
+        self._window, self._chunked, self._slopes = window, chunked, slopes
+        self._biases = _Biases(tables, query, self._kv_heads, window, slopes, over_padding)
         self._parts = self._take_apart(segments)
         only = self._parts[0]
         # A single stream in mid-answer: a pass of one token whose row is in consecutive pages.
@@ -197,7 +200,7 @@ class Plan:
             or self._kernel not in ("any", "sums")
         ):
             return None
-        first = segment.first if self._window is None else max(segment.first, segment.total - self._window)
+        first = max(segment.first, self._first_seen(segment, segment.past))
         shift = first - segment.first
         if segment.run is not None:
             return [_Extent(segment.run + first, segment.total - first, shift)]
@@ -241,6 +244,14 @@ class Plan:
         with_bias = [(first, count, e.slot, e.count, self._biases.of_extent(e.shift, e.count, count)) for first, count, e in calls]
         return _Rows(rows[0][0].start, len(rows), with_bias, parts)
 
+    def _first_seen(self, segment: Segment, query: int) -> int:
+        """The first entry that a query at some entry of a row sees by its window or chunk; it may be before the row's first."""
+        if self._window is None:
+            return 0
+        if self._chunked:
+            return query - (query - segment.first) % self._window
+        return query - self._window + 1
+
     def _pieces(self, index: int, segment: Segment) -> list[_Piece]:
         """Take a segment apart."""
         pieces = []
@@ -257,7 +268,10 @@ class Plan:
             if plain or slopes is not None:
                 tokens = min(tokens, max(1, MOST_SCORES // (self._heads * segment.total)))
             if window is not None:
-                first = max(first, first_query - window + 1)
+                seen = self._first_seen(segment, first_query)
+                first = max(first, seen)
+                if self._chunked:  # a piece that is within one chunk needs no other mask
+                    tokens = min(tokens, seen + window - first_query)
             piece = _Piece(segment.start + first_query - segment.past, tokens, first, first_query + tokens)
             if segment.run is not None:
                 piece.slot = segment.run + first
@@ -277,12 +291,15 @@ class Plan:
 class _Biases:
     """Makes the biases of a pass's pieces, each kind once."""
 
-    def __init__(self, tables: SlopeTables, query: Tensor, kv_heads: int, window: int | None, slopes: Tensor | None) -> None:
+    def __init__(
+        self, tables: SlopeTables, query: Tensor, kv_heads: int, window: int | None, slopes: Tensor | None, over_padding: bool
+    ) -> None:
         self._tables = tables
         self._like = query
         self._heads, self._kv_heads = query.shape[1], kv_heads
         self._window = window
         self._slopes = slopes
+        self._over_padding = over_padding
         self._made: dict[Hashable, Tensor] = {}
 
     def of(self, piece: _Piece, segment: Segment, first_query: int) -> Tensor:
@@ -340,6 +357,8 @@ class _Biases:
         table = self._tables.of(self._slopes, segment.total, self._like)
         if segment.mask is None:
             return table[:, piece.first - segment.first : piece.end - segment.first]
+        if self._over_padding:
+            return table[:, piece.first : piece.end]
         mask = segment.mask.to(self._like.device)
         positions = ((mask.cumsum(0) - 1) * mask)[piece.first : piece.end]
         return table.index_select(1, positions)

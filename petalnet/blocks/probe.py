@@ -38,7 +38,7 @@ HEADS = 4
 TOKENS, STEPS = 9, 2
 """Tokens of a prompt, and those that come one by one after it."""
 WINDOW = 5
-"""Sliding windows are made this wide, so that the few tokens of a probe go past them."""
+"""Sliding windows, and distances by which queries are scaled, are made this long, so that the few tokens of a probe go past them."""
 TOLERANCE = 1e-3
 """Relative to the outputs' size, in float32. Correct splits differ by 1e-6 (1e-4 where scores are large), wrong ones by 1e-2 and more."""
 SMALL_SIZES = {
@@ -57,7 +57,7 @@ ROUNDS = (
     ((0, 10, 11), (2, 9, 11)),
 )
 """The passes: parts (session, start, end)."""
-REVISION = 2
+REVISION = 3
 """Of what is tried here; a result of another one is not believed."""
 
 
@@ -110,8 +110,8 @@ def _probe(config: PreTrainedConfig) -> ProbeResult:
 
 def _small_model(config: PreTrainedConfig) -> Any:
     """A model of the configuration's family and shape, small, with random weights."""
-    small = copy.deepcopy(config)
-    shrink(text_config(small))
+    small = copy.deepcopy(text_config(config))
+    shrink(small)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = resolve_class(AutoModel, small)._from_config(small, dtype=torch.float32).eval()
@@ -151,7 +151,7 @@ def shrink(config: PreTrainedConfig) -> None:
     for name, value in SMALL_SIZES.items():
         if isinstance(fields.get(names.get(name, name)), int):
             put(name, min(value, fields[names.get(name, name)]))
-    for name in ("sliding_window", "attention_chunk_size"):
+    for name in ("sliding_window", "attention_chunk_size", "floor_scale"):
         if isinstance(fields.get(name), int):
             put(name, min(WINDOW, fields[name]))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from petalnet.blocks.adapted import adapt
 from petalnet.blocks.adapters import Adapter, Dropout, Share, apply_adapters, shares_of
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
-from petalnet.blocks.backends import Backend, pick_backend
-from petalnet.blocks.cache import PagedCache, ShapeCache, windows_of
+from petalnet.blocks.backends import Backend, NotingBackend, pick_backend
+from petalnet.blocks.cache import PagedCache, ShapeCache, chunked_layers, windows_of
 from petalnet.blocks.configurations import configurations_of, known_positions, quiet, slice_config
 from petalnet.blocks.hooks import Hook, add_at, add_at_start, with_hidden
 from petalnet.blocks.kv import KVShape, KVStore
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Under which a module knows its layer's number, by which it finds its share of a cache, and our attention function its pages."""
+
+MOST_BESIDE_CACHED = 2
+"""How many times as much as what the library caches pages may take; where a latent is cached, keys and values take up to 70 times as much."""
 
 
 class Span:
@@ -79,6 +83,7 @@ class Span:
         self._config = quiet(config)
         self.score_heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 1
         self._windows = windows_of(config)[first:end]
+        self._chunked = chunked_layers(config)[first:end]
         self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters
         tokens = model.get_input_embeddings()
         self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
@@ -90,11 +95,8 @@ class Span:
                 for name in _LAYER_NUMBERS:
                     if name in module.__dict__:
                         module.__dict__[name] = index
-        if config.model_type == "bloom":
-            from petalnet.blocks.bloom import adapt
-
-            adapt(self._blocks)
-        self._may_pack = may_pack and "chunked_attention" not in (getattr(config, "layer_types", None) or ())
+        self._packed_arguments = adapt(config.model_type, self._blocks)
+        self._may_pack = may_pack
         # Attention modules and the backbone look into the configuration for the attention function, at every pass anew.
         self._library_attention: str | None = config._attn_implementation
         self._attention = self._library_attention
@@ -178,9 +180,14 @@ class Span:
         """Memory that one position of one row takes, over all blocks."""
         return sum(shape.heads * (shape.key_size + shape.value_size) for shape in self.kv_shapes) * self.dtype.itemsize
 
-    @cached_property
+    @property
     def kv_shapes(self) -> list[KVShape]:
-        """What a position takes in each block. Found by running a token through one block of each kind."""
+        """What a position takes in each block."""
+        return self._packed_shapes if self.packs else self._library_shapes
+
+    @cached_property
+    def _library_shapes(self) -> list[KVShape]:
+        """What the library caches of a position in each block. Found by running a token through one block of each kind."""
         found: dict[int, KVShape] = {}
         token = torch.zeros(1, 1, self.hidden_size)
         for index in set(self._kinds):
@@ -198,28 +205,42 @@ class Span:
         """Whether steps of several sessions can share a pass; where not, `step` runs them one after the other.
 
         Tried with a token through one block of each kind: its keys have to arrive in the pages. Whether the results are right is for the
-        probe of the family to say."""
+        probe of the family to say. Families that cache something smaller, from which they compute keys and values at every step, are left
+        to it where these would take much more."""
         if not self._may_pack:
             return False
-        store = KVStore(self.kv_shapes, pages=1, page_tokens=self.backend.page_tokens, dtype=self.dtype, device=self.device)
-        rows = Rows(PagePool(1, self.backend.page_tokens), 1)
-        rows.resize(1)
-        rows.prepare(1)
-        step = SpanStep(rows, torch.zeros(1, 1, self.hidden_size))
-        before = self._paged
         try:
-            self._paged = self._state_over(store)
-            for index in set(self._kinds):
-                store.keys[index].fill_(torch.nan)
-                with torch.inference_mode():
-                    self._packed_pass([step], self.first + index, self.first + index + 1)
-                if bool(store.keys[index][0].isnan().any()):
-                    return False
+            shapes = self._packed_shapes
+            cached, paged = (sum(shape.bytes(self.dtype) for shape in each) for each in (self._library_shapes, shapes))
+            if paged > MOST_BESIDE_CACHED * cached:
+                return False
+            store = KVStore(shapes, pages=1, page_tokens=self.backend.page_tokens, dtype=self.dtype, device=self.device)
+            self._try_packed(store)
             return True
         except Exception:
             # The family's own code, told to use an attention function it may know nothing of, raises whatever it raises.
             log.debug("%s models do not run with an attention function of ours", self._config.model_type, exc_info=True)
             return False
+
+    @cached_property
+    def _packed_shapes(self) -> list[KVShape]:
+        """What our attention function is given of a position in each block; raises what the family's code does where it is not called."""
+        noting = NotingBackend()
+        self._try_packed(KVStore([], pages=1, page_tokens=noting.page_tokens, dtype=self.dtype, device=self.device), noting)
+        return [noting.shapes[index] for index in self._kinds]
+
+    def _try_packed(self, store: KVStore, backend: Backend | None = None) -> None:
+        """Run a token through one block of each kind, in packed passes over a store of one page."""
+        rows = Rows(PagePool(1, store.page_tokens), 1)
+        rows.resize(1)
+        rows.prepare(1)
+        step = SpanStep(rows, torch.zeros(1, 1, self.hidden_size))
+        before = self._paged
+        try:
+            self._paged = self._state_over(store, backend)
+            for index in set(self._kinds):
+                with torch.inference_mode():
+                    self._packed_pass([step], self.first + index, self.first + index + 1)
         finally:
             self._paged = before
             self._show(before)
@@ -373,7 +394,7 @@ class Span:
         self._activate(first, end)
         self._attend_with(NAME)
         row = PackedRow.of(steps, dtype=self.dtype, device=self.device, positions=self.takes_position_ids)
-        kwargs: dict[str, Any] = {"use_cache": False}
+        kwargs: dict[str, Any] = {"use_cache": False, **self._packed_arguments}
         if row.position_ids is not None:
             kwargs["position_ids"] = row.position_ids
         adding: list[Hook] = []
@@ -386,7 +407,7 @@ class Span:
         try:
             outputs = self._run(row.hidden, kwargs, adding, any(step.all_hidden for step in steps), longest, shares)
         finally:
-            state.batch = None  # which is how BLOOM's modules know that a pass is the library's
+            state.batch = None  # which is how adapted modules know that a pass is the library's
         return [
             [output[0, columns].view(step.hidden.shape) for output in (outputs if step.all_hidden else outputs[-1:])]
             for step, columns in zip(steps, row.columns, strict=True)
@@ -463,9 +484,9 @@ class Span:
             config._attn_implementation = name
         self._attention = name
 
-    def _state_over(self, store: KVStore) -> PagedState:
-        """A state for our attention function, which finds it in the modules that call it."""
-        state = PagedState(store, self.backend, self._windows)
+    def _state_over(self, store: KVStore, backend: Backend | None = None) -> PagedState:
+        """A state for our attention function, which finds it in the modules that call it; `backend` in place of the span's own."""
+        state = PagedState(store, backend or self.backend, self._windows, self._chunked)
         self._show(state)
         return state
 

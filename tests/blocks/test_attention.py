@@ -186,7 +186,7 @@ def test_the_function_finds_its_state_and_block():
     backend = Backend()
     store = KVStore([KVShape(2, 8, 8)] * 3, pages=4, page_tokens=32, dtype=torch.float32, device=CPU)
     store.keys[0].fill_(0)
-    state = PagedState(store, backend, [None, None, 2], first_block=1)
+    state = PagedState(store, backend, [None, None, 2], [False] * 3, first_block=1)
     module = torch.nn.Module()
     module.layer_idx = 1
     setattr(module, STATE, state)
