@@ -33,6 +33,7 @@ from petalnet.blocks.linear import speed_up_linears
 from petalnet.blocks.packed import PackedRow
 from petalnet.blocks.packed import SpanStep as SpanStep
 from petalnet.blocks.pages import PagePool, Rows
+from petalnet.blocks.quantization import quantize_layers
 from petalnet.blocks.rotary import RotaryRegimes
 from petalnet.errors import ModelError, UsageError
 from petalnet.models import loading
@@ -57,6 +58,7 @@ class Span:
         num_blocks: how many the whole model has.
         hidden_size: width of the hidden states.
         dtype, device: of the weights and of what `forward` and `step` return.
+        quantization: what the weights of linear layers are rounded to: "none", "int8" or "nf4".
         backend: how attention over pages is computed on this device, and in pages of which size.
         takes_position_ids: whether the backbone is told positions (families with ALiBi are not).
         score_heads: attention scores (or a mask) of rows × score_heads × new × total entries are in memory at once: the heads where the
@@ -76,6 +78,7 @@ class Span:
         self.first, self.end = first, end
         self.hidden_size: int = config.hidden_size
         self.dtype, self.device = dtype, device
+        self.quantization = "none"
         self.backend: Backend = pick_backend(device, dtype)
         self._compute_digests: Callable[[], list[str]] = list
         self._list = layers
@@ -121,11 +124,12 @@ class Span:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         may_pack: bool = True,
+        quantization: str = "none",
     ) -> Span:
-        """Load blocks [first, end), reading only their tensors. `may_pack`: see `Span`.
+        """Load blocks [first, end), reading only their tensors. `may_pack`: see `Span`; `quantization`: see `blocks.quantization`.
 
         Raises:
-            UsageError: the model has no such blocks.
+            UsageError: the model has no such blocks, or weights cannot be quantized here.
             ModelError: the model cannot be split into blocks, or tensors are missing.
         """
         count = text_config(source.config).num_hidden_layers
@@ -137,6 +141,7 @@ class Span:
             names=lambda parts: [name for block in parts.blocks[first:end] for name in block],
             dtype=dtype,
             device=device,
+            prepare=lambda model: quantize_layers(find_layers(model).layers[first:end], quantization),
             others="zeros",
         )
         path = find_layers(built.model).path
@@ -145,6 +150,7 @@ class Span:
         if lacking:
             raise ModelError(f"{source.name} lacks the tensor {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
         span = cls(built.model, first, end, dtype=dtype, device=torch.device(device), may_pack=may_pack)
+        span.quantization = quantization
         span._compute_digests = lambda: block_digests(source, built.partition, first, end)
         return span
 

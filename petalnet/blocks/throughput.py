@@ -57,7 +57,7 @@ def measure(span: Span, *, model: str) -> Rates:
         span: must not be in use by another thread.
         model: the model's key, under which the result is remembered.
     """
-    facts = f"{_machine(span.device)} {model} {span.dtype} {len(span)} {span.packs} {torch.__version__} {__version__} 3"
+    facts = f"{_machine(span.device)} {model} {span.dtype} {span.quantization} {len(span)} {span.packs} {torch.__version__} {__version__} 3"
     key = blake3(facts.encode()).hexdigest()
     known = _parse(load_facts("throughput", key), time.time())
     if known is not None:

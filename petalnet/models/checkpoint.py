@@ -155,3 +155,15 @@ class ModelSource:
             return map_tensors(self.local(wanted))
         except OSError as error:
             raise ModelError(f"the weights of {self.name} cannot be read: {error}") from error
+
+    def read_copy(self, name: str) -> torch.Tensor:
+        """One tensor likewise, but in memory of its own. Raises: as `read`."""
+        from petalnet.models.mapped import read_tensor
+
+        try:
+            return read_tensor(self.local([name])[name])
+        except FileNotFoundError:
+            self._added = {name: tensor for name, tensor in self._added.items() if tensor.path.exists()}
+            return read_tensor(self.local([name])[name])
+        except OSError as error:
+            raise ModelError(f"the weights of {self.name} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Import transformers without what only compilers and training clusters need.
+"""Import transformers, and bitsandbytes, without what only compilers and training clusters need.
 
 The library's model classes pull in torch's graph compiler (with a computer algebra system behind it) and torch's distributed tensors:
 more than half of the time that importing them takes, and a server of blocks uses neither. For the moment of the import, the library is
@@ -6,6 +6,9 @@ told that there are no distributed tensors and no flex attention, and finds a st
 Afterwards everything is as before: the real compiler is imported where something asks for it.
 
 This is for a process that is petalnet's own, a node; a program of a user's that imports petalnet gets the library as it is.
+
+bitsandbytes hands functions to the compiler as it is imported, which takes three seconds and 120 MB, and, where the package `kernels` is
+installed, fetches a program for some processors from the hub and loads it. It goes on without either where they fail.
 """
 
 from __future__ import annotations
@@ -43,6 +46,34 @@ def import_transformers() -> None:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] == "transformers":
                 del sys.modules[name]
+
+
+def import_bitsandbytes() -> types.ModuleType:
+    """Import bitsandbytes, uncompiled and with only what is installed of it. Raises ImportError."""
+    import torch
+
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    missing = object()
+    kernels, compile_function = sys.modules.get("kernels", missing), torch.compile
+    library_log = logging.getLogger("bitsandbytes")
+    level = library_log.level
+    try:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+        torch.compile = _no_compiler
+        library_log.setLevel(logging.ERROR)  # it warns that it lacks the program from the hub
+        return importlib.import_module("bitsandbytes")
+    finally:
+        library_log.setLevel(level)
+        torch.compile = compile_function
+        if kernels is missing:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = kernels  # type: ignore[assignment]
+
+
+def _no_compiler(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("not compiled")
 
 
 class TransformGetItemToIndex:

@@ -4,15 +4,19 @@ The model is constructed on the meta device (no memory, no initialisation), then
 library's own conversion of checkpoint layouts. What is not wanted is left as the caller says: on meta, initialised as the library
 initialises what a checkpoint lacks (new heads), or zeros that take no memory. Buffers (rotary frequencies and the like) are always
 computed.
+
+A tensor that stays as the checkpoint has it is mapped from its file. What is converted is read when its turn comes and let go at once: a
+server that converts what it loads would else hold its blocks twice. A module that keeps weights in a form of its own (see `TakesWeight`)
+is handed its weight the moment that it is read.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import Partition, partition
+from petalnet.models.mapped import torch_dtypes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -155,7 +160,7 @@ def build(
     wanted = parts.client if names is None else names(parts) if callable(names) else names
     if prepare is not None:
         prepare(model)
-    missing = load_tensors(model, source.read(wanted), dtype=dtype, device=device)
+    missing = load_tensors(model, _tensors(model, source, tuple(wanted), dtype, torch.device(device)), dtype=dtype, device=device)
     state = model.state_dict(keep_vars=True)
     loaded = frozenset(name for name in state if name not in missing)
     with _LIBRARY_PATCHED:
@@ -167,11 +172,37 @@ def build(
     return Built(model, parts, loaded, frozenset(missing) - tied)
 
 
-def load_tensors(
-    model: PreTrainedModel, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> set[str]:
+def _tensors(model: nn.Module, source: ModelSource, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Tensors of a checkpoint, for `load_tensors`: mapped where they stay as they are, else to be read."""
+    source.local(names)  # all at once, where they have to be fetched
+    stays = device.type == "cpu" and not _takers(model)
+    kept = [name for name in names if stays and torch_dtypes().get(source.info(name).dtype) == dtype]
+    mapped = source.read(kept)
+    return {name: mapped[name] if name in mapped else _Unread(source, name) for name in names}
+
+
+class _Unread:
+    """A tensor of a checkpoint that is read where the library slices it, which is when its turn comes."""
+
+    def __init__(self, source: ModelSource, name: str) -> None:
+        self._source, self._name = source, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._source.read_copy(self._name)[index]
+
+
+class TakesWeight(Protocol):
+    """A module of a model that makes something else of the tensor of its `weight`."""
+
+    def take_weight(self, weight: torch.Tensor) -> nn.Parameter:
+        """What becomes the parameter: made of what the checkpoint has, which is on the module's device and in the model's dtype."""
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], *, dtype: torch.dtype, device: str | torch.device = "cpu") -> set[str]:
     """Put checkpoint tensors into a model, renamed and converted as the library does it for the family.
 
+    Args:
+        tensors: by their names in the checkpoint; or what becomes one where it is sliced by `[...]`.
     Returns:
         names of the model's parameters and persistent buffers that got nothing.
     Raises:
@@ -182,6 +213,7 @@ def load_tensors(
     from transformers.modeling_utils import LoadStateDictConfig
 
     load_config = LoadStateDictConfig(
+        hf_quantizer=_HandOver() if _takers(model) else None,
         dtype=dtype,
         device_map={"": torch.device(device)},
         dtype_plan=model._get_dtype_plan(dtype),
@@ -195,6 +227,38 @@ def load_tensors(
     if info.conversion_errors or info.error_msgs:
         raise ModelError(f"tensors cannot be converted: {[*info.conversion_errors.values(), *info.error_msgs][0]}")
     return set(info.missing_keys)
+
+
+def _takers(model: nn.Module) -> bool:
+    """Whether there are modules that make something else of their weights."""
+    return any(hasattr(module, "take_weight") for module in model.modules())
+
+
+class _HandOver:
+    """Where the library would have weights quantized: hands them to the modules that take them.
+
+    What it is asked is the library's protocol of a quantizer. Where there is one, the library reads tensors one after the other, else some
+    at a time.
+    """
+
+    pre_quantized = False
+
+    def param_needs_quantization(self, model: nn.Module, name: str, **_: Any) -> bool:
+        owner, leaf = _owner(model, name)
+        return leaf == "weight" and hasattr(owner, "take_weight")
+
+    def get_quantize_ops(self) -> _HandOver:
+        return self
+
+    def convert(self, tensors: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, torch.Tensor]:
+        """From parameters' names and tensors, each perhaps in a list, to what becomes these parameters."""
+        converted = {}
+        for name in list(tensors):
+            value = tensors.pop(name)
+            value = value[0] if isinstance(value, list) else value
+            owner, _ = _owner(model, name)
+            converted[name] = owner.take_weight(value) if self.param_needs_quantization(model, name) else value  # type: ignore[operator]
+        return converted
 
 
 def finish(model: PreTrainedModel, *, device: str | torch.device, others: Literal["meta", "initialise", "zeros"]) -> None:

@@ -68,6 +68,30 @@ def map_tensors(tensors: Mapping[str, LocalTensor]) -> dict[str, torch.Tensor]:
     return {name: mapped[name] for name in tensors}
 
 
+def read_tensor(tensor: LocalTensor) -> torch.Tensor:
+    """A CPU tensor of these bytes in memory of its own: for one that is not to stay as it is, whose pages would be this process's for as
+    long as its mapping is.
+
+    Raises: as `map_tensors`.
+    """
+    import torch
+
+    size = tensor.end - tensor.start
+    memory = torch.empty(size, dtype=torch.uint8)
+    left = memoryview(memory.numpy())
+    with tensor.path.open("rb", buffering=0) as stream:
+        stream.seek(tensor.start)
+        while left:
+            count = stream.readinto(left)
+            if not count:
+                raise ModelError(f"{tensor.path.name} is too short: was it downloaded whole?")
+            left = left[count:]
+    dtype = torch_dtypes().get(tensor.dtype)
+    if dtype is None:
+        raise ModelError(f"{tensor.path.name} has a tensor of dtype {tensor.dtype}, which cannot be computed with")
+    return memory.view(dtype).view(tensor.shape)
+
+
 def _runs(tensors: Mapping[str, LocalTensor]) -> Iterator[tuple[Path, list[tuple[str, LocalTensor]]]]:
     """Tensors by file, in order of their places there, those together that are mapped together."""
     run: list[tuple[str, LocalTensor]] = []
