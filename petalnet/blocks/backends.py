@@ -28,10 +28,12 @@ class Backend:
     Attributes:
         page_tokens: slots of a page.
         heads_together: how slots lie in memory (see `KVStore`).
+        pads: whether passes may be padded with rows that write to a spare page, which stores have to have then.
     """
 
     page_tokens = 32
     heads_together = False
+    pads = False
 
     def __init__(self) -> None:
         self._tables = SlopeTables()
@@ -177,10 +179,16 @@ def _columns(batch: Batch, segments: Sequence[int]) -> Tensor:
 
 
 class CudaBackend(Backend):
-    """Attention by `torch.nn.attention.varlen.varlen_attn` where that takes it."""
+    """Attention by `torch.nn.attention.varlen.varlen_attn` where that takes it.
+
+    Attributes:
+        dtypes: of queries that it takes.
+    """
 
     page_tokens = 256  # of which the page size must be a multiple in the kernel that comes with torch
     heads_together = True
+    pads = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def __init__(self, kernel: Callable[..., Any], *, sums_of_keys: bool) -> None:
         """
@@ -214,7 +222,9 @@ class CudaBackend(Backend):
             taken = [index for index, segment in enumerate(batch.segments) if segment.mask is None and segment.first == 0]
             batch.prepared["paged"] = PagedCall.of(batch, taken) if taken else None
         call: PagedCall | None = batch.prepared["paged"]
-        if call is None or chunked or not takes(query, value, softcap, sinks, slopes):
+        if call is None or chunked or not takes(query, value, softcap, sinks, slopes, self.dtypes):
+            if not batch.segments:
+                raise RuntimeError("the kernel for paged attention does not take such attention, and nothing else knows the pass")
             return super().attend(
                 batch,
                 store,
@@ -232,16 +242,19 @@ class CudaBackend(Backend):
             )
         store.write_heads(block, batch.slots, key, value)
         queries = query[0].transpose(0, 1)
+        # A row's one query is its last, so that nothing hides a key from it. Where the kernel is told so, it reads keys once for all heads
+        # that share them.
+        alone = call.most_queries == 1
         output: Tensor = self._kernel(
             queries if call.columns is None else queries.index_select(0, call.columns),
-            store.keys[block].unflatten(0, (store.pages, store.page_tokens)),
-            store.values[block].unflatten(0, (store.pages, store.page_tokens)),
+            store.keys[block].unflatten(0, (-1, store.page_tokens)),
+            store.values[block].unflatten(0, (-1, store.page_tokens)),
             call.queries,
             call.keys if self._sums_of_keys else None,
             call.most_queries,
             call.most_keys,
             scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
+            window_size=(-1, -1) if alone and window is None else (-1 if window is None else window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
             seqused_k=call.used,
             block_table=call.table,
@@ -255,11 +268,18 @@ class CudaBackend(Backend):
         return whole
 
 
-def takes(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None) -> bool:
+def takes(
+    query: Tensor,
+    value: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    dtypes: Sequence[torch.dtype] = CudaBackend.dtypes,
+) -> bool:
     """Whether the kernel for paged attention computes such attention; padding is another matter."""
     size = query.shape[3]
     return (
-        query.dtype in (torch.float16, torch.bfloat16)
+        query.dtype in dtypes
         and size == value.shape[3]
         and size % 8 == 0
         and size <= LARGEST_HEAD
@@ -287,17 +307,20 @@ def pick_backend(device: torch.device | str, dtype: torch.dtype) -> Backend:
 
 
 def is_right(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a backend computes the same as the general way: tried with a prefill and a decode, grouped heads, a window, far pages."""
+    """Whether a backend computes the same as the general way: tried with a prefill beside a decode and with decodes alone, with grouped
+    heads, a window and far pages."""
+    mixed = [Segment(0, 40, 270, [5, 2], None), Segment(40, 41, 300, [0, 3], None)]
+    decodes = [Segment(0, 1, 400, [5, 2], None), Segment(1, 2, 300, [0, 3], None)]
     try:
-        for window in (None, 100):
+        for window, segments in itertools.product((None, 100), (mixed, decodes)):
             outputs = []
             for one in (backend, Backend()):
                 generator = torch.Generator().manual_seed(0)
                 store = KVStore([KVShape(2, 64, 64)], pages=6, page_tokens=256, dtype=dtype, device=device, heads_together=True)
                 for tensor in (*store.keys, *store.values):
                     tensor.copy_(torch.randn(tensor.shape, generator=generator))
-                batch = Batch([Segment(0, 40, 270, [5, 2], None), Segment(40, 41, 300, [0, 3], None)], 256, device)
-                tensors = [torch.randn(1, heads, 41, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+                batch = Batch(segments, 256, device)
+                tensors = [torch.randn(1, heads, segments[-1].end, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
                 with torch.inference_mode():
                     outputs.append(one.attend(batch, store, 0, *tensors, scale=0.125, window=window).float())
             if not torch.allclose(outputs[0], outputs[1], atol=0.03, rtol=0.03):

@@ -299,7 +299,7 @@ def paged_kernel(
         pages = block_table[row, : -(-total // key.shape[1])].long()
         keys, values = key[pages].flatten(0, 1)[:total], value[pages].flatten(0, 1)[:total]
         left, right = window_size
-        assert right == 0
+        assert right == 0 or (left, right, max_q) == (-1, -1, 1)
         window = None if left < 0 else left + 1
         reference = expected(Row(total - (end - start), end - start, [], False), query[start:end], keys, values, scale=scale, window=window)
         outputs.append(reference.to(query.dtype))
