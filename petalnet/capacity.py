@@ -76,57 +76,70 @@ def _free_memory(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available)
 
 
-def block_sizes(source: ModelSource, dtype: torch.dtype) -> list[int]:
-    """Bytes that the weights of each block of a model take in a dtype. Reads no weights."""
+def block_sizes(source: ModelSource, dtype: torch.dtype, quantization: str = "none") -> list[int]:
+    """Bytes that the weights of each block of a model take in a dtype, with linear layers quantized. Reads no weights."""
     from transformers import AutoModel
 
+    from petalnet.blocks.quantization import quantize_layers, stored_bytes
     from petalnet.models.anatomy import find_layers
     from petalnet.models.loading import construct, resolve_class
 
     config = deepcopy(source.config)
     layers = find_layers(construct(resolve_class(AutoModel, config), config, dtype)).layers
-    return [sum(parameter.numel() for parameter in layer.parameters()) * dtype.itemsize for layer in layers]
+    quantize_layers(layers, quantization)
+    return [stored_bytes(layer, dtype) for layer in layers]
 
 
-def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max_memory: int | None) -> int:
+def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max_memory: int | None, quantization: str = "none") -> int:
     """How many consecutive blocks of a model fit, wherever they lie in it; at most all.
 
     Raises:
         UsageError: not even one does.
     """
-    sizes = block_sizes(source, dtype)
+    sizes = block_sizes(source, dtype, quantization)
     largest = max(sizes)
     memory = usable_memory(device, max_memory)
     count = min(int(memory * WEIGHTS_SHARE) // max(largest, 1), len(sizes))
     if count == 0:
         raise UsageError(
-            f"no block of {source.name} fits: one takes {largest / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}, and "
-            f"{memory * WEIGHTS_SHARE / 1e9:.2f} GB of {device} memory are there for weights (--max-memory, --dtype)"
+            f"no block of {source.name} fits: one takes {largest / 1e9:.2f} GB in {describe(dtype, quantization)}, and "
+            f"{memory * WEIGHTS_SHARE / 1e9:.2f} GB of {device} memory are there for weights (--max-memory, --dtype, --quantization)"
         )
     return count
 
 
-def require_room(source: ModelSource, first: int, end: int, *, dtype: torch.dtype, device: str, max_memory: int | None) -> None:
+def describe(dtype: torch.dtype, quantization: str) -> str:
+    """A precision as people are told: "float32", "bfloat16/nf4"."""
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{name}/{quantization}"
+
+
+def require_room(
+    source: ModelSource, first: int, end: int, *, dtype: torch.dtype, device: str, max_memory: int | None, quantization: str = "none"
+) -> None:
     """Raises UsageError, with how many blocks would fit, where blocks [first, end) are larger than the memory that is free.
 
     Looked at before anything is loaded: a CPU's memory is not refused when it is asked for, the machine ends the process later.
     """
     free = _free_memory(device) if max_memory is None else max_memory
-    if sum(block_sizes(source, dtype)[first:end]) > free:
-        raise too_large(source, first, end, dtype=dtype, device=device, max_memory=max_memory)
+    if sum(block_sizes(source, dtype, quantization)[first:end]) > free:
+        raise too_large(source, first, end, dtype=dtype, device=device, max_memory=max_memory, quantization=quantization)
 
 
-def too_large(source: ModelSource, first: int, end: int, *, dtype: torch.dtype, device: str, max_memory: int | None) -> UsageError:
+def too_large(
+    source: ModelSource, first: int, end: int, *, dtype: torch.dtype, device: str, max_memory: int | None, quantization: str = "none"
+) -> UsageError:
     """What to tell the person who asked for blocks [first, end), which do not fit; it names a number of blocks that would.
 
     Raises:
         UsageError: not even one does.
     """
-    sizes = block_sizes(source, dtype)[first:end]
-    fit = min(blocks_that_fit(source, dtype=dtype, device=device, max_memory=max_memory), max(len(sizes) - 1, 1))
+    sizes = block_sizes(source, dtype, quantization)[first:end]
+    fitting = blocks_that_fit(source, dtype=dtype, device=device, max_memory=max_memory, quantization=quantization)
+    fit = min(fitting, max(len(sizes) - 1, 1))
     return UsageError(
         f"blocks {first}:{end} of {source.name} do not fit into the memory of {device}: their weights take {sum(sizes) / 1e9:.2f} GB in "
-        f"{str(dtype).removeprefix('torch.')}; {fit} block{'s' * (fit != 1)} would fit: --serve {fit}"
+        f"{describe(dtype, quantization)}; {fit} block{'s' * (fit != 1)} would fit: --serve {fit}"
     )
 
 
@@ -142,7 +155,7 @@ def kv_tokens(span: Span, source: ModelSource, *, device: str, max_memory: int |
     bytes_per_token = span.kv_bytes_per_token + (0 if own_memory else kept_bytes)
     memory = usable_memory(device, max_memory) if wanted is None or max_memory is not None else _free_memory(device)
     if max_memory is not None:  # what is free on the device was counted with the weights in it, a ceiling was not
-        memory -= sum(block_sizes(source, span.dtype)[span.first : span.end])
+        memory -= sum(block_sizes(source, span.dtype, span.quantization)[span.first : span.end])
     fit, where = max(memory // max(bytes_per_token, 1), 0), f"on {device}"
     fewer = "raise --max-memory or serve fewer blocks" if max_memory is not None else "serve fewer blocks"
     if own_memory:

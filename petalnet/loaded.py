@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from petalnet.errors import UsageError
 
@@ -43,12 +43,13 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
     beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
     most = None if settings.max_memory is None else max(settings.max_memory - beside, 1)
-    require_room(model.source, *span, dtype=model.dtype, device=model.device, max_memory=most)
+    precision: dict[str, Any] = {"dtype": model.dtype, "quantization": model.quantization}
+    require_room(model.source, *span, **precision, device=model.device, max_memory=most)
     try:
-        blocks = Span.load(model.source, *span, dtype=model.dtype, device=model.device, may_pack=model.packs)
+        blocks = Span.load(model.source, *span, **precision, device=model.device, may_pack=model.packs)
         adapters = {adapter.label: _on_device(adapter, blocks) for adapter in model.adapters}
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise too_large(model.source, *span, dtype=model.dtype, device=model.device, max_memory=most) from error
+        raise too_large(model.source, *span, **precision, device=model.device, max_memory=most) from error
     tokens = kv_tokens(blocks, model.source, device=model.device, max_memory=most, wanted=settings.attn_cache_tokens)
     blocks.speed_up()
     rate = settings.throughput

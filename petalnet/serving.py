@@ -45,8 +45,8 @@ MAX_NAME = 128
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be served: its source, its identity (see `models.identity`), what it will be run in, whether sessions can share
-    a pass through its blocks (see `blocks.probe`), and adapters that users may choose."""
+    """A model that can be served: its source, its identity (see `models.identity`), what it will be run in and quantized to, whether
+    sessions can share a pass through its blocks (see `blocks.probe`), and adapters that users may choose."""
 
     source: ModelSource
     key: str
@@ -55,6 +55,7 @@ class Model:
     device: str
     packs: bool
     adapters: tuple[AdapterSource, ...] = ()
+    quantization: str = "none"
 
 
 def open_model(settings: Settings, name: str | None) -> Model:
@@ -68,6 +69,7 @@ def open_model(settings: Settings, name: str | None) -> Model:
 
     import_transformers()
     from petalnet.blocks.probe import require_splittable
+    from petalnet.blocks.quantization import require_quantization
     from petalnet.capacity import best_device, require_device
     from petalnet.models.anatomy import text_config
     from petalnet.models.checkpoint import ModelSource
@@ -76,6 +78,7 @@ def open_model(settings: Settings, name: str | None) -> Model:
 
     device = settings.device or best_device()
     require_device(device)
+    require_quantization(settings.quantization)
     source = ModelSource.open(name, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
     count = text_config(source.config).num_hidden_layers
     if isinstance(settings.serve, tuple) and settings.serve[1] > count:
@@ -85,7 +88,8 @@ def open_model(settings: Settings, name: str | None) -> Model:
         raise UsageError(f"--serve {settings.serve} is out of range: {source.name} has {count} blocks")
     packs = require_splittable(source.config).packs
     adapters = _open_adapters(settings, source)
-    return Model(source, model_key(source), count, pick_dtype(settings.dtype, source, device), device, packs, adapters)
+    dtype = pick_dtype(settings.dtype, source, device)
+    return Model(source, model_key(source), count, dtype, device, packs, adapters, settings.quantization)
 
 
 def _open_adapters(settings: Settings, source: ModelSource) -> tuple[AdapterSource, ...]:
@@ -236,7 +240,13 @@ class Server:
         from petalnet.capacity import blocks_that_fit
 
         model = self._model
-        return blocks_that_fit(model.source, dtype=model.dtype, device=model.device, max_memory=self._settings.max_memory)
+        return blocks_that_fit(
+            model.source,
+            dtype=model.dtype,
+            device=model.device,
+            max_memory=self._settings.max_memory,
+            quantization=model.quantization,
+        )
 
     # ---- what others hear
 
@@ -252,6 +262,7 @@ class Server:
             num_blocks=model.num_blocks,
             state="joining",
             dtype=str(model.dtype).removeprefix("torch."),
+            quantization=model.quantization,
             sequence=0,
             issued=now,
             expires=now + LIFETIME_S,
@@ -284,6 +295,8 @@ class Server:
     # ---- loading and serving
 
     async def _load(self) -> Loaded:
+        from petalnet.capacity import describe
+
         model = self._model
         logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, model.source.name, model.num_blocks)
         began = trio.current_time()
@@ -292,7 +305,7 @@ class Server:
         rates = loaded.rates
         logger.info(
             "loaded in %.1f s in %s on %s: %.0f tokens/s one by one, %.0f in a prompt, room for %d KV tokens",
-            trio.current_time() - began, self._announcer.record.dtype, model.device, rates.decode, rates.prefill,
+            trio.current_time() - began, describe(model.dtype, model.quantization), model.device, rates.decode, rates.prefill,
             loaded.service.sessions.max_tokens,
         )  # fmt: skip
         return loaded

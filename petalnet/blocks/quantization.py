@@ -53,13 +53,13 @@ def require_quantization(quantization: str) -> None:
 
 
 def quantize_layers(blocks: Iterable[nn.Module], quantization: str) -> None:
-    """Put layers in place of the linear layers of blocks, which are on meta; they round the weights that they are given.
+    """Put layers in place of the linear layers of blocks, which are on meta; they round the weights that they are given, for which
+    `require_quantization` has to hold.
 
     Routers stay as they are, norms do, and so do experts that are one parameter for all of them ([experts, out, in]).
     """
     if quantization == "none":
         return
-    require_quantization(quantization)
     for block in blocks:
         for path, layer in list(block.named_modules()):
             if is_quantizable(path, layer):

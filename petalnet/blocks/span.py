@@ -33,7 +33,7 @@ from petalnet.blocks.linear import speed_up_linears
 from petalnet.blocks.packed import PackedRow
 from petalnet.blocks.packed import SpanStep as SpanStep
 from petalnet.blocks.pages import PagePool, Rows
-from petalnet.blocks.quantization import quantize_layers
+from petalnet.blocks.quantization import quantize_layers, require_quantization
 from petalnet.blocks.rotary import RotaryRegimes
 from petalnet.errors import ModelError, UsageError
 from petalnet.models import loading
@@ -135,6 +135,7 @@ class Span:
         count = text_config(source.config).num_hidden_layers
         if not 0 <= first < end <= count:
             raise UsageError(f"blocks {first}:{end} are out of range: {source.name} has {count} blocks, 0:{count}")
+        require_quantization(quantization)
         built = loading.build(
             AutoModel,
             source,
