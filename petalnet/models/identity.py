@@ -9,7 +9,7 @@ know these before they meet. Digests of tensors are remembered for each file by 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from petalnet.models.cachedir import load_facts, store_facts
 from petalnet.models.files import file_fingerprint
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from petalnet.models.checkpoint import ModelSource
@@ -91,10 +93,21 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
 def _digest_of_set(source: ModelSource, names: dict[str, str]) -> str:
     """The digest of tensors, given as {name in the checkpoint: canonical name}."""
     digests = _tensor_digests(source, names)
+    return digest_of_set({canonical: digests[name] for name, canonical in names.items()})
+
+
+def digest_of_set(digests: Mapping[str, str]) -> str:
+    """The digest of a set of tensors, of theirs by canonical name."""
     whole = blake3()
-    for name, canonical in sorted(names.items(), key=lambda pair: pair[1]):
-        whole.update(f"{canonical}\0{digests[name]}\n".encode())
+    for canonical, digest in sorted(digests.items()):
+        whole.update(f"{canonical}\0{digest}\n".encode())
     return whole.hexdigest()
+
+
+def digest_of_tensor(tensor: LocalTensor) -> str:
+    """The digest of a tensor in a file of this machine. Blocks: reads all of it. Raises OSError."""
+    with tensor.path.open("rb", buffering=0) as stream:
+        return _digest_in(stream, tensor, memoryview(bytearray(min(READ_BYTES, tensor.end - tensor.start))))
 
 
 def _tensor_digests(source: ModelSource, names: Collection[str]) -> dict[str, str]:
@@ -116,16 +129,19 @@ def _digests_in_file(file: Path, tensors: dict[str, LocalTensor]) -> dict[str, s
         with file.open("rb", buffering=0) as stream:
             buffer = memoryview(bytearray(READ_BYTES))
             for name in lacking:
-                tensor = tensors[name]
-                digest = blake3(f"{tensor.dtype}\0{list(tensor.shape)}\0".encode(), max_threads=blake3.AUTO)
-                stream.seek(tensor.start)
-                left = tensor.end - tensor.start
-                while left:
-                    read = stream.readinto(buffer[: min(left, READ_BYTES)])
-                    if not read:
-                        raise OSError(f"{file} has become shorter")
-                    digest.update(buffer[:read])
-                    left -= read
-                known[name] = digest.hexdigest()
+                known[name] = _digest_in(stream, tensors[name], buffer)
         store_facts("tensor-digests", key, known)
     return {name: known[name] for name in tensors}
+
+
+def _digest_in(stream: FileIO, tensor: LocalTensor, buffer: memoryview) -> str:
+    digest = blake3(f"{tensor.dtype}\0{list(tensor.shape)}\0".encode(), max_threads=blake3.AUTO)
+    stream.seek(tensor.start)
+    left = tensor.end - tensor.start
+    while left:
+        read = stream.readinto(buffer[:left])
+        if not read:
+            raise OSError(f"{tensor.path} has become shorter")
+        digest.update(buffer[:read])
+        left -= read
+    return digest.hexdigest()

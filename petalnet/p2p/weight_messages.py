@@ -82,10 +82,15 @@ class ChunkList(Message):
 @message_type("get_chunk")
 @dataclass(frozen=True)
 class GetChunk(Message):
-    """A chunk of a block's payload, please. Answered by `Chunk`."""
+    """A chunk of a block's payload, please. Answered by `Chunk`.
+
+    Attributes:
+        digest: its BLAKE3 (32 bytes); whoever has another chunk there by now refuses, rather than send what was not asked for.
+    """
 
     block: bytes = scalar(octets(BLOCK_ID_BYTES))
     index: int = scalar(integer(0, MAX_CHUNKS - 1))
+    digest: bytes = scalar(octets(32))
 
 
 @message_type("chunk")

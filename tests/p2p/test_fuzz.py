@@ -327,7 +327,7 @@ def valid_messages(chance: random.Random) -> dict[str, Message]:
         "chunks_held": {"lists": (bytes(32), b""), "held": (b"\x05", b"")},
         "get_chunk_list": {"block": b"b" * 16},
         "chunk_list": {"entry": blob(chance, "uint8", 200)},
-        "get_chunk": {"block": b"b" * 16, "index": 3},
+        "get_chunk": {"block": b"b" * 16, "index": 3, "digest": bytes(32)},
         "chunk": {"data": blob(chance, "uint8", 500)},
     }  # fmt: skip
     found: dict[str, Message] = {}
