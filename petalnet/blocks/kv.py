@@ -36,7 +36,8 @@ class KVStore:
 
     Attributes:
         shapes: for each block what a position takes.
-        pages, page_tokens: how many pages, of how many slots each.
+        pages, page_tokens: how many pages rows may have, of how many slots each.
+        spare_page: the number of one more page, which no row has; None where there is none.
         keys, values: for each block [slots, heads, size]; views of the store's memory, not always contiguous.
         head_keys, head_values: the same memory as [1, heads, slots, size], which is how attention reads it.
         bytes_per_token: memory that one position of one row takes, over all blocks.
@@ -51,11 +52,13 @@ class KVStore:
         dtype: torch.dtype,
         device: torch.device | str,
         heads_together: bool | None = None,
+        spare: bool = False,
     ) -> None:
         """
         Args:
             shapes: for each block what a position takes.
             heads_together: whether the heads of a token lie side by side, rather than the tokens of a head; by default not on a CPU.
+            spare: whether there is to be a spare page, for what rows of padding write.
 
         Raises:
             MemoryError: there is less memory than that. A CPU's is taken only as pages are first written.
@@ -63,6 +66,8 @@ class KVStore:
         """
         self.shapes = list(shapes)
         self.pages, self.page_tokens = pages, page_tokens
+        self.spare_page = pages if spare else None
+        pages += spare
         self.slots = pages * page_tokens
         self.dtype, self.device = dtype, torch.device(device)
         if heads_together is None:
@@ -84,6 +89,11 @@ class KVStore:
     def __len__(self) -> int:
         """How many blocks it holds entries for."""
         return len(self.keys)
+
+    @property
+    def machine_bytes(self) -> int:
+        """Of the machine's own memory, what it takes or will have taken."""
+        return self.slots * self.bytes_per_token if self.device.type == "cpu" else 0
 
     def write(self, block: int, slots: Tensor | slice, key: Tensor, value: Tensor) -> None:
         """Set slots of a block (int64 [tokens], or a slice with start and stop) to keys and values [tokens, heads, size]."""
