@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from petalnet.errors import UsageError
+from petalnet.routing.precision import describe_precision
 
 if TYPE_CHECKING:
     from petalnet.blocks.span import Span
@@ -110,8 +111,7 @@ def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max
 
 def describe(dtype: torch.dtype, quantization: str) -> str:
     """A precision as people are told: "float32", "bfloat16/nf4"."""
-    name = str(dtype).removeprefix("torch.")
-    return name if quantization == "none" else f"{name}/{quantization}"
+    return describe_precision(str(dtype).removeprefix("torch."), quantization)
 
 
 def require_room(

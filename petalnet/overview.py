@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from petalnet.errors import describe_blocks
+from petalnet.routing.precision import describe_precision
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import SwarmView
 
@@ -90,7 +91,7 @@ def _render_model(model: dict[str, Any], width: int) -> Iterator[str]:
                 span_bar(first, end, model["num_blocks"]),
                 f"{name}…{server['peer_id'][-6:]}",
                 state,
-                server["dtype"] if server["quantization"] == "none" else f"{server['dtype']}/{server['quantization']}",
+                describe_precision(server["dtype"], server["quantization"]),
                 f"{server['decode_tokens_s']:,.0f}",
                 f"{server['prefill_tokens_s']:,.0f}",
                 f"{server['free_kv_tokens']:,}",

@@ -78,6 +78,8 @@ class DistributedConfig:
     initial_peers: Any = None
     allowed_servers: Any = None
     blocked_servers: Any = None
+    server_dtype: Any = None
+    quantization: Any = None
     request_timeout: Any = None
     connect_timeout: Any = None
     max_retries: Any = None

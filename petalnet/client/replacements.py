@@ -40,6 +40,7 @@ async def replacements(
         first,
         end,
         allowed=settings.allowed_servers,
+        precisions=settings.precisions,
         blocked=settings.blocked_servers | set(without),
         look=look,
         kv_tokens=kv_tokens,

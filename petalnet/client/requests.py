@@ -122,6 +122,7 @@ async def find_hops(
         target.first,
         target.end,
         allowed=settings.allowed_servers,
+        precisions=settings.precisions,
         blocked=settings.blocked_servers | full,
         work=work,
         tokens=tokens,

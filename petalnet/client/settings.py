@@ -9,6 +9,7 @@ from typing import Any
 
 from petalnet.errors import UsageError
 from petalnet.p2p.swarm_key import SwarmKey
+from petalnet.routing.precision import DTYPES, QUANTIZATIONS, Precisions
 
 PTUNE, DEEP_PTUNE = "ptune", "deep_ptune"
 """What `tuning_mode` may be beside None; `client.tuning` says what each does."""
@@ -23,6 +24,9 @@ class ClientSettings:
     Attributes:
         initial_peers: bootstrap multiaddrs; None to look into the environment, the configuration file and for a client daemon.
         allowed_servers, blocked_servers: peer ids; only, respectively none, of these are used. None for no restriction.
+        server_dtype: only servers that compute in this dtype, or in one of these, are used: torch's, or their names. None for any.
+        quantization: only servers whose weights are rounded so are used: "none" (not at all), "int8" or "nf4", or several of them. None
+            for any (docs/precision.md).
         request_timeout: seconds that one request to one server may take, and the most that full servers are waited for.
         connect_timeout: seconds that a connection to a server may take.
         max_retries: how often a failed request is tried again on another route before its error is raised; None for without end. In
@@ -49,6 +53,8 @@ class ClientSettings:
     initial_peers: tuple[str, ...] | None = None
     allowed_servers: frozenset[str] | None = None
     blocked_servers: frozenset[str] = frozenset()
+    server_dtype: frozenset[str] | None = None
+    quantization: frozenset[str] | None = None
     request_timeout: float = 180.0
     connect_timeout: float = 5.0
     max_retries: int | None = 3
@@ -66,6 +72,8 @@ class ClientSettings:
         object.__setattr__(self, "initial_peers", _strings("initial_peers", self.initial_peers, tuple))
         object.__setattr__(self, "allowed_servers", _strings("allowed_servers", self.allowed_servers, frozenset))
         object.__setattr__(self, "blocked_servers", _strings("blocked_servers", self.blocked_servers, frozenset) or frozenset())
+        for name, known in (("server_dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+            object.__setattr__(self, name, _choices(name, getattr(self, name), known))
         for name in ("request_timeout", "connect_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
@@ -87,6 +95,11 @@ class ClientSettings:
         self._check_tuning()
         if self.active_adapter is not None and (not isinstance(self.active_adapter, str) or not self.active_adapter):
             raise UsageError(f"active_adapter needs an adapter's name or None; got {self.active_adapter!r}")
+
+    @property
+    def precisions(self) -> Precisions:
+        """What servers may compute in."""
+        return Precisions(self.server_dtype, self.quantization)
 
     def _check_tuning(self) -> None:
         if self.tuning_mode not in (None, PTUNE, DEEP_PTUNE):
@@ -111,6 +124,17 @@ def attributes_of(config: object) -> Mapping[str, Any]:
     """The settings that an object carries as attributes of its own."""
     own = vars(config)
     return {name: own[name] for name in SETTING_NAMES if own.get(name) is not None}
+
+
+def _choices(name: str, value: Any, known: tuple[str, ...]) -> frozenset[str] | None:
+    """One of some names or several, or dtypes of torch, as a set of names."""
+    if value is None:
+        return None
+    given = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+    names = frozenset(str(one).removeprefix("torch.") for one in given)
+    if not names or not names <= set(known):
+        raise UsageError(f"{name} needs one of {', '.join(known)}, a list of them, or None; got {value!r}")
+    return names
 
 
 def _strings(name: str, value: Any, kind: type) -> Any:

@@ -37,6 +37,7 @@ def _workers(target: Target) -> list[Worker]:
     """The servers that could do parts of a pass now, as far as they are known and connected."""
     membership, settings, now = target.swarm.membership, target.settings, time.time()
     records = membership.view.servers(target.model, now=now, allowed=settings.allowed_servers, blocked=settings.blocked_servers)
+    records = settings.precisions.of(records)
     if settings.active_adapter is not None:
         records = having(records, settings.active_adapter, adapter_label(records, settings.active_adapter))
     client = membership.outlook(records)

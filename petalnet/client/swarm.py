@@ -37,6 +37,7 @@ from petalnet.routing.adapters import adapter_label, having, unknown_adapter
 from petalnet.routing.expected import Client
 from petalnet.routing.observed import Observed
 from petalnet.routing.pace import refresh_every_s
+from petalnet.routing.precision import ANY, Precisions
 from petalnet.routing.records import ServerRecord, Work
 from petalnet.routing.routes import Hop, find_route
 from petalnet.routing.swarm import SwarmView
@@ -181,6 +182,7 @@ class Membership:
         like: Sequence[ServerRecord] | None = None,
         direct: bool = True,
         adapter: str | None = None,
+        precisions: Precisions = ANY,
     ) -> list[Hop]:
         """The quickest chain of servers through blocks [first, end) of a model.
 
@@ -191,6 +193,7 @@ class Membership:
             look: whether to look for servers where those that are known do not suffice, and to go on with it for a moment after joining.
                 Without it they are looked for once, unless that was done lately: others are known, and there is something to do meanwhile.
             adapter: the name or label of a LoRA adapter that all of them have.
+            precisions: what they may compute in.
 
         Raises:
             CallerError: nobody has the adapter, or there are several of the name.
@@ -205,7 +208,7 @@ class Membership:
             now = time.time()
             present = [] if adapter is None else view.servers(model, now=now, states=PRESENT, allowed=allowed, include_failed=True)
             label = "" if adapter is None else adapter_label(present, adapter)
-            records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked), adapter, label)
+            records = precisions.of(having(view.servers(model, now=now, allowed=allowed, blocked=blocked), adapter, label))
             # Passes without a session spread over servers that are about as good, by what this client has asked each of them for already;
             # sessions take the best route.
             spread = self._random if work == "forward" and not self.under_way.work else None
@@ -222,7 +225,8 @@ class Membership:
                     # Nobody else is to be found: rather a server that failed a moment ago than none.
                     if adapter is not None and not label:
                         raise unknown_adapter(present, adapter) from None
-                    records = having(view.servers(model, now=now, allowed=allowed, blocked=blocked, last_resort=True), adapter, label)
+                    resorts = view.servers(model, now=now, allowed=allowed, blocked=blocked, last_resort=True)
+                    records = precisions.of(having(resorts, adapter, label))
                     with suppress(MissingBlocksError):
                         hops = find(records, client=self.outlook(records, direct=direct))
                         return [replace(hop, adapter=label) for hop in hops]
@@ -234,7 +238,8 @@ class Membership:
                         and any(record.span[0] <= block < record.span[1] for block in error.blocks)
                     }
                     peers = (record.peer_id for record in known)
-                    hint = error.hint or (f"the adapter {label} is needed as well" if label else "")
+                    hint = error.hint or precisions.hint(resorts, error.blocks)
+                    hint = hint or (f"the adapter {label} is needed as well" if label else "")
                     raise MissingBlocksError(error.blocks, peers, hint=hint, answers=failed) from None
             if looked:
                 await trio.sleep(RETRY_LOOKUP_S)

@@ -24,8 +24,9 @@ from petalnet import (
     DistributedLlamaForCausalLM,
 )
 from petalnet.client.auto import distributed_config_class
-from petalnet.client.settings import SETTING_NAMES
+from petalnet.client.settings import SETTING_NAMES, ClientSettings
 from petalnet.errors import ModelError, UsageError
+from petalnet.routing.precision import Precisions
 
 HEAVY = ("torch", "transformers", "libp2p", "trio")
 
@@ -143,3 +144,12 @@ def test_no_such_model(tmp_path: Path, connect: Callable[..., Any]) -> None:
         connect(tmp_path, peers)
     with pytest.raises(ModelError, match="neither a folder"):
         connect(tmp_path / "nothing", peers)
+
+
+def test_what_servers_may_compute_in() -> None:
+    settings = ClientSettings(server_dtype=torch.bfloat16, quantization=["int8", "none"])
+    assert (settings.server_dtype, settings.quantization) == ({"bfloat16"}, {"none", "int8"})
+    assert ClientSettings().precisions == Precisions() and ClientSettings(quantization="none").precisions.quantizations == {"none"}
+    for wrong in ({"quantization": "int4"}, {"quantization": []}, {"server_dtype": "float8"}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))} needs one of"):
+            ClientSettings(**wrong)

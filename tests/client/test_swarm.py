@@ -14,6 +14,7 @@ from petalnet.client.swarm import LOOK_AGAIN_S, SETTLE_S, THERE_WITHIN_S, Member
 from petalnet.client.trace import HopTimes, StepTimes
 from petalnet.errors import MissingBlocksError, PeerUnreachable, ServerError
 from petalnet.p2p.access import Access
+from petalnet.routing.precision import Precisions
 from petalnet.routing.records import ServerRecord
 from petalnet.routing.swarm import FIRST_LAST_RESORT, SwarmView
 
@@ -247,5 +248,21 @@ def test_the_users_own_server_goes_first() -> None:
             assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["theirs"]
             membership.host.ips["mine"] = "127.0.0.1"
             assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["mine"], "though it is a little slower"
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_servers_of_other_precisions_are_as_if_they_were_not_there() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            quantized = replace(record("near"), quantization="nf4", decode_tokens_s=100.0)
+            membership, peering = await join(nursery, quantized, replace(record("exact"), decode_tokens_s=1.0))
+            peering.trips["exact"] = 0.1
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4)] == ["near"]
+            exact = Precisions(quantizations=frozenset({"none"}))
+            assert [hop.peer_id for hop in await membership.route(MODEL, 0, 4, precisions=exact)] == ["exact"]
+            with pytest.raises(MissingBlocksError, match="servers that compute in float32/nf4, which quantization=none leaves out"):
+                await membership.route(MODEL, 0, 4, precisions=exact, blocked={"exact"})
+            nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
