@@ -21,6 +21,7 @@ VERBS = {
     "status": "who serves which blocks of which model, and what is missing",
     "drain": "end a node of this machine in good order: its users are moved to other servers first",
     "route": "which servers a session would take now, and why",
+    "convert": "write a model anew, block by block, and put it on the hub if you like",
     "demo": "a whole swarm on this machine: starts servers and generates text through them",
     "key": "make the key of a private swarm",
     "version": "the versions of petalnet and of what it stands on",
