@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from petalnet.version import __version__ as __version__
 
 _FAMILIES = ("Bloom", "Falcon", "Llama", "Mixtral")
+"""Those whose classes are listed; `Distributed…` of any other class of transformers is made when it is asked for."""
 _PARTS = ("Config", "ForCausalLM", "ForSequenceClassification", "Model")
 _HOMES = {
     "AutoDistributedConfig": "petalnet.client.auto",
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
+    home = _HOMES.get(name, "petalnet.client.families" if name.startswith("Distributed") else None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Looking for garbage takes a seventh of the time of importing torch and transformers, which leave none.

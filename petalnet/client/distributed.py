@@ -31,6 +31,12 @@ from petalnet.models.frequencies import Frequencies
 _kept: ContextVar[int] = ContextVar("petalnet_kept", default=0)
 """Inside of the `forward` of a model with a head: of how many of the last positions it uses the hidden states; 0 for all of them."""
 
+_given_mask: ContextVar[Any] = ContextVar("petalnet_given_mask", default=None)
+"""Inside of the `forward` of a model around the decoder: the padding mask that it was given, of which it may make the library's masks."""
+
+_OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+"""Arguments of models of text and more that are no text. What becomes of them is often attended to in both directions."""
+
 
 class DistributedModel(DistributedGeneration):
     """What every distributed model has beside what the library's class gives it."""
@@ -196,10 +202,16 @@ def _wrap_forward(library_forward: Callable[..., Any]) -> Callable[..., Any]:
         if self.layers_name is not None:
             return _run_backbone(self, self._modules[self.layers_name], library_forward, call)
         kept = call.get("logits_to_keep") if "logits_to_keep" in names else None
+        for name in _OTHER_INPUTS:
+            if call.get(name) is not None:
+                raise ValueError(f"{name} is not possible: of a {self.config.model_type} model, the swarm runs the text part alone")
         token = _kept.set(kept if type(kept) is int and kept > 0 else 0)
+        mask = call.get("attention_mask")
+        given = _given_mask.set(_given_mask.get() if isinstance(mask, dict) else mask)
         try:
             return library_forward(self, *args, **kwargs)
         finally:
+            _given_mask.reset(given)
             _kept.reset(token)
 
     return forward
@@ -224,6 +236,8 @@ def _run_backbone(model: Any, blocks: RemoteSequential, library_forward: Callabl
     rows, new = given.shape[:2]
     session = _session_of(model, blocks, call)
     mask = call.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = call["attention_mask"] = _given_mask.get()
     start = 0 if session is None else session.tokens
     if session is not None:
         entries = (session.position or prompt_length(model)) + new

@@ -90,7 +90,7 @@ def _load(
 ) -> Any:
     from petalnet.client.auto import carry, model_key, plain_config
     from petalnet.models.anatomy import find_layers, text_config
-    from petalnet.models.loading import build, checkpoint_dtype, pick_dtype, resolve_class
+    from petalnet.models.loading import build, checkpoint_dtype, config_for, pick_dtype, resolve_class
 
     origin = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
     name_or_path, source, plain = open_base(name_or_path, origin, trained, kwargs.pop("base_model", None))
@@ -104,6 +104,7 @@ def _load(
     plain = plain if config is None else plain_config(config)
     _apply(plain, kwargs)
     library_class = resolve_class(model_class, plain)
+    plain = config_for(library_class, plain)
     expected = getattr(library_class, "config_class", None)
     if expected is not None and not isinstance(plain, expected):
         raise ModelError(f"{source.name} is a {plain.model_type} model, which Distributed{library_class.__name__} is not for")

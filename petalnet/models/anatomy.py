@@ -45,7 +45,7 @@ class Partition:
     """The tensor names of a checkpoint, as they stand in its files, by who needs them.
 
     Attributes:
-        client: embeddings, final norm, head: all that is in no layer.
+        client: embeddings, final norm, head: all that is in no layer. Layers beyond the model's number of them are nobody's.
         blocks: for each layer its tensors.
         prefixes: for each layer what its tensors' names begin with, the layer's number included ("transformer.h.3.").
     """
@@ -121,8 +121,10 @@ def partition(model: PreTrainedModel, names: Iterable[str]) -> Partition:
     for name in sorted(names):
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         match = in_model.match(renamed)
-        if match is None or int(match[1]) >= len(blocks):
+        if match is None:
             client.append(name)
+            continue
+        if int(match[1]) >= len(blocks):  # layers for guessing further tokens (multi-token prediction), which the library does not run
             continue
         index = int(match[1])
         blocks[index].append(name)

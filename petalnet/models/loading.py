@@ -68,6 +68,13 @@ def resolve_class(auto_or_model_class: type, config: PreTrainedConfig) -> type[P
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
+def config_for(model_class: type, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration to make a class's models with: that of the text part where the class is of text alone and the model of more."""
+    expected = getattr(model_class, "config_class", None)
+    text = config.get_text_config(decoder=True)
+    return text if expected is not None and not isinstance(config, expected) and isinstance(text, expected) else config
+
+
 def pick_dtype(asked: str | torch.dtype | None, source: ModelSource, device: str | torch.device = "cpu") -> torch.dtype:
     """The dtype to run a model in.
 
@@ -107,6 +114,7 @@ other one took away."""
 
 def construct(model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
     """A model on the meta device: all of its modules, no weights, nothing initialised, nothing tied yet."""
+    config = config_for(model_class, config)
     try:
         model = _construct(model_class, config, dtype, _Sparing())
     except RuntimeError:
