@@ -15,7 +15,7 @@ from torch import nn
 
 from petalnet.blocks.attention import STATE
 
-MODULES = {"bloom": "bloom", "falcon": "falcon", "llama4_text": "llama4", "mpt": "mpt"}
+MODULES = {"bloom": "bloom", "deepseek_v3": "deepseek", "falcon": "falcon", "llama4_text": "llama4", "mpt": "mpt"}
 """Which module of this package knows a family, by its `model_type`."""
 
 

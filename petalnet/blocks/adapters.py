@@ -172,6 +172,13 @@ def apply_adapters(
     return handles
 
 
+def lora_of(module: nn.Module) -> list[tuple[slice | torch.Tensor | None, LoraWeights]]:
+    """What is added to a module's output in the pass under way, with the tokens that have it: for what multiplies with the module's weight
+    in another order than the module itself. `apply_adapters` has put it there."""
+    hooks = module._forward_hooks.values()
+    return [(tokens, weights) for hook in hooks if isinstance(hook, _Hook) for tokens, weights, _ in hook.added]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Hook:
     """Adds to a layer's output."""

@@ -367,9 +367,9 @@ class _Biases:
 def _kernel_for(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
     """What computes a pass: "any" fused kernel; "sums", the one that also returns the logarithms of its sums, from which the share of a
     sink or of other keys follows; "plain", the formula written out."""
-    if softcap is not None:
+    if softcap is not None or query.shape[3] != value.shape[3]:  # for other values than keys, what is fused elsewhere is not
         return "plain"
-    sums = query.is_cpu and query.shape[3] == value.shape[3]
+    sums = query.is_cpu
     if sinks is not None:
         return "sums and sinks" if sums else "plain"
     return "sums" if sums else "any"

@@ -57,7 +57,7 @@ ROUNDS = (
     ((0, 10, 11), (2, 9, 11)),
 )
 """The passes: parts (session, start, end)."""
-REVISION = 3
+REVISION = 4
 """Of what is tried here; a result of another one is not believed."""
 
 
@@ -101,7 +101,7 @@ def _probe(config: PreTrainedConfig) -> ProbeResult:
         model = _small_model(config)
         return _compare(model)
     except ModelError as error:
-        return ProbeResult(False, str(error))
+        return ProbeResult(False, str(error).partition(": ")[2] or str(error))  # what stands before is said by whoever tells of it
     except Exception as error:
         # The family's own code ran on a cut model: whatever it raises means that it cannot be cut this way.
         log.debug("the probe of %s failed", config.model_type, exc_info=True)

@@ -22,24 +22,28 @@ class Row:
     def __init__(self, past, new, pages, consecutive, first=0, mask=None):
         self.past, self.new, self.pages, self.consecutive, self.first, self.mask = past, new, pages, consecutive, first, mask
 
-    def seen(self, query, window):
+    def seen(self, query, window, chunked):
         """bool [past + new]: which keys the query at a position may attend to."""
         keys = torch.arange(self.past + self.new)
         visible = keys <= query
-        if window is not None:
+        if chunked:
+            visible &= (keys - self.first) // window == (query - self.first) // window
+        elif window is not None:
             visible &= keys > query - window
         visible &= keys >= self.first if self.mask is None else self.mask
         return visible if self.mask is None or bool(visible.any()) else keys == query
 
 
-def expected(row, query, key, value, *, scale, window=None, softcap=None, sinks=None, slopes=None):
+def expected(row, query, key, value, *, scale, window=None, chunked=False, softcap=None, sinks=None, slopes=None, over_padding=False):
     """Attention of a row's new tokens, in float64: query [new, heads, size], key and value [past + new, KV heads, size]."""
     heads, kv_heads = query.shape[1], key.shape[1]
     query, key, value = (tensor.double() for tensor in (query, key, value))
     output = torch.zeros(row.new, heads, value.shape[2], dtype=torch.float64)
-    counted = torch.arange(row.past + row.new) - row.first if row.mask is None else (row.mask.cumsum(0) - 1) * row.mask
+    counted = torch.arange(row.past + row.new)
+    if not over_padding:
+        counted = counted - row.first if row.mask is None else (row.mask.cumsum(0) - 1) * row.mask
     for at in range(row.new):
-        visible = row.seen(row.past + at, window)
+        visible = row.seen(row.past + at, window, chunked)
         if not visible.any():
             continue
         for head in range(heads):
@@ -126,6 +130,7 @@ def rows_of_a_pass(draw, page_tokens, largest=40):
             first = draw(st.integers(0, past + new))
         elif padding == "holes":
             mask = torch.tensor(draw(st.lists(st.booleans(), min_size=past + new, max_size=past + new)))
+            first = int(mask.int().argmax()) if mask.any() else past + new
         rows.append(Row(past, new, pages, consecutive, first, mask))
     return rows
 
@@ -149,16 +154,21 @@ def test_equals_attention_written_out(heads_together, data):
         slopes = 2.0 ** -torch.arange(1.0, heads + 1).clamp(max=3)  # products that bfloat16 holds exactly
     options = {
         "scale": data.draw(st.sampled_from([key_size**-0.5, 1.0 / 16])),
-        "window": data.draw(st.sampled_from([None, None, 1, 5, 30])),
+        "window": (window := data.draw(st.sampled_from([None, None, 1, 5, 30]))),
+        "chunked": window is not None and data.draw(st.booleans()),
         "softcap": data.draw(st.sampled_from([None, None, 5.0])),
         "sinks": torch.randn(heads).to(dtype) if data.draw(st.booleans()) else None,
         "slopes": slopes,
     }
+    options["over_padding"] = options["sinks"] is None and data.draw(st.booleans())  # a sink's score does not move with the others'
     shape = {"heads": heads, "kv_heads": kv_heads, "key_size": key_size, "value_size": value_size, "dtype": dtype}
     check(*run(backend, rows, seed=data.draw(st.integers(0, 99)), **shape, **options), dtype)
 
 
-@pytest.mark.parametrize("option", [{}, {"window": 300}, {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.1])}, {"softcap": 4.0}])
+@pytest.mark.parametrize(
+    "option",
+    [{}, {"window": 300}, {"window": 90, "chunked": True}, {"slopes": torch.tensor([0.5, 0.25, 0.125, 0.1])}, {"softcap": 4.0}],
+)
 def test_long_prefill_over_a_past_is_cut_into_pieces(option, monkeypatch):
     monkeypatch.setattr(pieces, "MOST_QUERIES", 64)
     monkeypatch.setattr(pieces, "MOST_SCORES", 4 * 500 * 20)

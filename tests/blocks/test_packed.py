@@ -19,7 +19,8 @@ from tests.blocks.test_span import CLOSE, IDS, LEFT, Reference, load
 
 Saved = Callable[..., Path]
 PACKING = ["bloom", "llama", "mistral", "qwen2", "gemma2", "mixtral", "granite", "gpt_oss", "opt"]
-FAMILIES = [*PACKING, "falcon"]
+PACKING += ["falcon", "mpt", "llama4_text", "deepseek_v3"]  # made to
+FAMILIES = [*PACKING, "gptj"]
 PAGES = 32
 
 

@@ -38,7 +38,7 @@ class Rounds:
         self.span.attach(store)
         self.pool = PagePool(pages, page_tokens)
         self.prefixes = PrefixCache(self.pool)
-        self.runner = Runner(self.span, store, self.pool, self.prefixes, share_prefixes=share_prefixes)
+        self.runner = Runner(self.span, self.pool, self.prefixes, share_prefixes=share_prefixes)
         self.sessions: list[Session] = []
 
     def session(self, peer_id: str = "peer", first: int = FIRST, end: int = END, max_length: int = 160) -> Session:
@@ -84,7 +84,7 @@ class Rounds:
             return torch.stack(self.twin.forward(hidden, **options))
 
 
-@pytest.fixture(params=["llama", "bloom", "mistral", "falcon"])
+@pytest.fixture(params=["llama", "bloom", "mistral", "gptj"])
 def rounds(request: pytest.FixtureRequest, saved: Callable[..., Path]) -> Rounds:
     return Rounds(saved(request.param))
 

@@ -43,7 +43,7 @@ SPANS = {
     "bloom": [(0, 2), (2, 5)],
     "llama": [(0, 2), (2, 4), (4, 6)],
     "mistral": [(0, 1), (1, 4)],
-    "falcon": [(0, 4)],  # its attention is its own, and servers run it session by session
+    "falcon": [(0, 4)],  # with biases that servers cannot make in packed passes: they run it session by session
 }
 """How the swarm of all families is cut (the fixture `families`)."""
 BLOCKS = {family: spans[-1][1] for family, spans in SPANS.items()}
@@ -60,7 +60,7 @@ def make_model(family: str) -> torch.nn.Module:
     if family == "mistral":
         return MistralForCausalLM(MistralConfig(**_ROTARY, num_hidden_layers=layers, sliding_window=WINDOW))
     config = FalconConfig(
-        **_COMMON, hidden_size=64, num_attention_heads=4, num_hidden_layers=layers, initializer_range=0.15, multi_query=True
+        **_COMMON, hidden_size=64, num_attention_heads=8, num_hidden_layers=layers, initializer_range=0.15, multi_query=True, alibi=True
     )
     return FalconForCausalLM(config)
 

@@ -1,6 +1,6 @@
 """Many clients of the same servers at a time, short and long ones: each is answered as if it were alone, and whoever finds no room waits.
 
-A Llama on three servers, and a Falcon, whose attention the servers cannot replace.
+A Llama on three servers, and a Falcon of a kind whose attention the servers cannot replace.
 """
 
 from __future__ import annotations
