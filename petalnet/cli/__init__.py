@@ -22,6 +22,7 @@ VERBS = {
     "drain": "end a node of this machine in good order: its users are moved to other servers first",
     "route": "which servers a session would take now, and why",
     "convert": "write a model anew, block by block, and put it on the hub if you like",
+    "plan": "what each precision of a model costs on this machine, and how many such machines a swarm needs",
     "demo": "a whole swarm on this machine: starts servers and generates text through them",
     "key": "make the key of a private swarm",
     "version": "the versions of petalnet and of what it stands on",
