@@ -21,6 +21,9 @@ from petalnet.models import pickled
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SINGLE_PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLE_ENDING = ".bin"
+HEADER_ERRORS = (OSError, ValueError, KeyError, TypeError, struct.error)
+"""What reading and taking apart a damaged header raises."""
 LENGTH_BYTES = 8
 """At the start of a safetensors file: the length of its header, little-endian."""
 MAX_HEADER_BYTES = 100_000_000
@@ -90,16 +93,16 @@ class Files(Protocol):
 
     def sample(self, windows: Mapping[str, Sequence[Window]]) -> Mapping[str, bytes]:
         """Some bytes of tensors, without fetching the whole of them where that can be spared; windows of one tensor are joined."""
-        sampled = {}
-        for name, tensor in self.local(windows).items():
-            with tensor.path.open("rb") as stream:
-                sampled[name] = b"".join(_read(stream, tensor.start + start, tensor.start + end) for start, end in windows[name])
-        return sampled
+        return {name: read_windows(tensor, windows[name]) for name, tensor in self.local(windows).items()}
 
     def fingerprint(self, name: str) -> str:
         """A text that is another one whenever the bytes of the file that holds a tensor may be others; nothing is fetched for it."""
         (tensor,) = self.local([name]).values()
         return file_fingerprint(tensor.path)
+
+    def forget(self, names: Collection[str]) -> None:
+        """Do not use again what was fetched of these tensors, since it is damaged. Files that were not fetched stay as they are."""
+        return
 
 
 @dataclass(frozen=True)
@@ -191,31 +194,44 @@ def in_file(path: Path, place: Place, offset: int = 0) -> LocalTensor:
     return LocalTensor(path, place.dtype, place.shape, place.start - offset, place.end - offset)
 
 
+def read_windows(tensor: LocalTensor, windows: Sequence[Window]) -> bytes:
+    """Some of a tensor's bytes."""
+    parts = []
+    with tensor.path.open("rb") as stream:
+        for start, end in windows:
+            stream.seek(tensor.start + start)
+            parts.append(stream.read(end - start))
+    return b"".join(parts)
+
+
 def file_fingerprint(path: Path) -> str:
     """Path, size and time of change of a file on this machine."""
     status = path.stat()
     return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
-def read_tensors(path: Path, model: str) -> dict[str, LocalTensor]:
+def read_tensors(path: Path, model: str, file: str = "") -> dict[str, LocalTensor]:
     """The tensors of a file of weights, safetensors or PyTorch's own.
 
+    Args:
+        model, file: what model and file are called, for messages; the file's name ends with ".bin" if it is one of PyTorch's own.
     Raises:
         ModelError: it is damaged, or cannot be read without running what is in it; the message names the model.
     """
-    if path.suffix == ".bin":
-        found = pickled.read(path, model)
+    file = file or path.name
+    if file.endswith(PICKLE_ENDING):
+        found = pickled.read(path, f"{file} of {model}")
         return {name: LocalTensor(path, one.dtype, one.shape, one.start, one.end) for name, one in found.items()}
     try:
         return read_header(path)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise ModelError(f"{path.name} of {model} is not a safetensors file: {error}") from error
+    except HEADER_ERRORS as error:
+        raise ModelError(f"{file} of {model} is not a safetensors file: {error}") from error
 
 
 def read_header(path: Path) -> dict[str, LocalTensor]:
     """The table at the start of a safetensors file: 8 bytes of length (little-endian), then JSON, then the data.
 
-    Raises whatever reading and taking apart a damaged one raises: OSError, ValueError, KeyError, TypeError, struct.error.
+    Raises HEADER_ERRORS where it is damaged.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -268,11 +284,6 @@ def _plain_file_name(file: str) -> str:
     if Path(file).name != file:
         raise ValueError(f"{file!r} is not a plain file name")
     return file
-
-
-def _read(stream: Any, start: int, end: int) -> bytes:
-    stream.seek(start)
-    return bytes(stream.read(end - start))
 
 
 class _Infos(Mapping[str, TensorInfo]):

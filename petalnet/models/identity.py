@@ -3,7 +3,10 @@
 A tensor's digest is BLAKE3 over its dtype, shape and bytes as the checkpoint stores them; a set's digest is BLAKE3 over the sorted pairs
 of canonical name and tensor digest. Canonical names do not depend on whether a checkpoint was saved with or without a head, or how it
 was cut into files. The key of a model, under which its servers are found, is made of its configuration and its client part: both sides
-know these before they meet. Digests of tensors are remembered for each file by path, size and time of change.
+know these before they meet. Of the client part, which servers do not need, samples are digested in place of all bytes: they tell models
+apart that have nothing to do with each other, or whose embeddings were trained, and a server reads some 100 KB of a hub for it in place of
+gigabytes. Blocks are always digested as a whole. Digests of tensors are remembered for each file by path, size and time of change, or by
+what the hub says of its content.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.files import LocalTensor
 
+WHOLE_SAMPLE_BYTES, WINDOW_BYTES = 64 * 1024, 16 * 1024
+"""Tensors up to the first size are their own samples; of larger ones four windows of the second are."""
 VOLATILE_FIELDS = frozenset(
     (
         *("_name_or_path", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
@@ -60,13 +65,15 @@ def key_of(config: str, client: str) -> str:
 
 
 def client_digest(source: ModelSource) -> str:
-    """The digest of what belongs to no layer: embeddings, final norm, head (where it is not the embeddings again)."""
+    """The digest of samples of what belongs to no layer: embeddings, final norm, head (where it is not the embeddings again)."""
     model = empty_model(source)
     parts = partition(model, source.tensor_names())
     prefix = model.base_model_prefix + "."
     tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
     names = {name: name.removeprefix(prefix) for name in parts.client}
-    return _digest_of_set(source, {name: short for name, short in names.items() if short not in tied})
+    wanted = {name: short for name, short in names.items() if short not in tied}
+    digests = _sample_digests(source, wanted)
+    return digest_of_set({short: digests[name] for name, short in wanted.items()})
 
 
 def block_digests(source: ModelSource, parts: Partition, first: int, end: int) -> list[str]:
@@ -74,8 +81,17 @@ def block_digests(source: ModelSource, parts: Partition, first: int, end: int) -
     digests = []
     for index in range(first, end):
         prefix = parts.prefixes[index]
-        digests.append(_digest_of_set(source, {name: name.removeprefix(prefix) for name in parts.blocks[index]}))
+        found = _tensor_digests(source, parts.blocks[index])
+        digests.append(digest_of_set({name.removeprefix(prefix): digest for name, digest in found.items()}))
     return digests
+
+
+def sample_windows(nbytes: int) -> tuple[tuple[int, int], ...]:
+    """Which bytes [start, end) of a tensor of this many are its sample: all where they are few, else at its start, thirds and end."""
+    if nbytes <= WHOLE_SAMPLE_BYTES:
+        return ((0, nbytes),)
+    last = nbytes - WINDOW_BYTES
+    return tuple((start, start + WINDOW_BYTES) for start in (0, last // 3, last * 2 // 3, last))
 
 
 def empty_model(source: ModelSource) -> PreTrainedModel:
@@ -90,12 +106,6 @@ def empty_model(source: ModelSource) -> PreTrainedModel:
     return construct(resolve_class(AutoModelForCausalLM, config), config, checkpoint_dtype(source))
 
 
-def _digest_of_set(source: ModelSource, names: dict[str, str]) -> str:
-    """The digest of tensors, given as {name in the checkpoint: canonical name}."""
-    digests = _tensor_digests(source, names)
-    return digest_of_set({canonical: digests[name] for name, canonical in names.items()})
-
-
 def digest_of_set(digests: Mapping[str, str]) -> str:
     """The digest of a set of tensors, of theirs by canonical name."""
     whole = blake3()
@@ -108,6 +118,29 @@ def digest_of_tensor(tensor: LocalTensor) -> str:
     """The digest of a tensor in a file of this machine. Blocks: reads all of it. Raises OSError."""
     with tensor.path.open("rb", buffering=0) as stream:
         return _digest_in(stream, tensor, memoryview(bytearray(min(READ_BYTES, tensor.end - tensor.start))))
+
+
+def _sample_digests(source: ModelSource, names: Collection[str]) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(source.files.fingerprint(name), []).append(name)
+    for fingerprint, inside in by_file.items():
+        key = blake3(fingerprint.encode()).hexdigest()
+        known: dict[str, Any] = load_facts("sample-digests", key)
+        lacking = [name for name in inside if not isinstance(known.get(name), str)]
+        if lacking:
+            infos = {name: source.info(name) for name in lacking}
+            samples = source.files.sample({name: sample_windows(info.nbytes) for name, info in infos.items()})
+            for name, info in infos.items():
+                known[name] = blake3(_described(info.dtype, info.shape) + samples[name]).hexdigest()
+            store_facts("sample-digests", key, known)
+        digests.update({name: known[name] for name in inside})
+    return digests
+
+
+def _described(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype}\0{list(shape)}\0".encode()
 
 
 def _tensor_digests(source: ModelSource, names: Collection[str]) -> dict[str, str]:
@@ -135,7 +168,7 @@ def _digests_in_file(file: Path, tensors: dict[str, LocalTensor]) -> dict[str, s
 
 
 def _digest_in(stream: FileIO, tensor: LocalTensor, buffer: memoryview) -> str:
-    digest = blake3(f"{tensor.dtype}\0{list(tensor.shape)}\0".encode(), max_threads=blake3.AUTO)
+    digest = blake3(_described(tensor.dtype, tensor.shape), max_threads=blake3.AUTO)
     stream.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:

@@ -31,16 +31,17 @@ class StoredTensor:
     end: int
 
 
-def read(path: Path, model: str) -> dict[str, StoredTensor]:
+def read(path: Path, what: str) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.
 
+    Args:
+        what: how messages name the file.
     Raises:
         ModelError: it is damaged, holds something else than tensors, or is in the format from before PyTorch 1.6, which cannot be mapped;
-            the message names the model and says what to do.
+            the message says what to do.
     """
     import torch
 
-    what = f"{path.name} of {model}"
     try:
         if not zipfile.is_zipfile(path):
             raise ModelError(f"{what} is damaged, or was saved by PyTorch before 1.6: {CONVERT}")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 from petalnet.models.anatomy import partition
 from petalnet.models.checkpoint import ModelSource
-from petalnet.models.identity import block_digests, client_digest, config_hash, model_key
+from petalnet.models.identity import block_digests, client_digest, config_hash, model_key, sample_windows
 
 Saved = Callable[[str], Path]
 
@@ -94,7 +94,28 @@ def test_digests_are_remembered_until_the_file_changes(saved: Saved, tmp_path: P
     assert client_digest(source) == before, "same size and time: taken from the cache"
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert client_digest(source) != before
-    for remembered in (cache_folder / "tensor-digests").iterdir():
+    for remembered in (cache_folder / "sample-digests").iterdir():
         remembered.write_text("{ damaged")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert client_digest(source) != before, "a damaged cache is no cache"
+
+
+def test_blocks_are_digested_as_a_whole_and_the_client_part_by_samples(saved: Saved, tmp_path: Path) -> None:
+    tensors = load_file(saved("llama") / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(99 * 64, 32)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64 * 64, 32)
+    before = copy(saved("llama"), tmp_path / "before", tensors=tensors)
+    tensors["model.embed_tokens.weight"][99 * 64 // 6, 5] = 1  # between two windows
+    tensors["model.layers.1.mlp.up_proj.weight"][64 * 64 // 6, 5] = 1
+    after = copy(saved("llama"), tmp_path / "after", tensors=tensors)
+    assert model_key(before) == model_key(after)
+    assert [a == b for a, b in zip(digests(before), digests(after), strict=True)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("nbytes", "starts"), [(0, [0]), (65536, [0]), (65537, [0, 16384, 32768, 49153]), (10**9, None)])
+def test_samples_are_of_bounded_size_and_reach_both_ends(nbytes: int, starts: list[int] | None) -> None:
+    windows = sample_windows(nbytes)
+    assert windows[0][0] == 0 and windows[-1][1] == nbytes
+    assert sum(end - start for start, end in windows) <= 65536
+    assert all(left[1] <= right[0] for left, right in zip(windows, windows[1:], strict=False))
+    assert starts is None or [start for start, _ in windows] == starts
