@@ -52,8 +52,8 @@ def import_bitsandbytes() -> types.ModuleType:
     """Import bitsandbytes, uncompiled and with only what is installed of it. Raises ImportError."""
     import torch
 
-    if "bitsandbytes" in sys.modules:
-        return sys.modules["bitsandbytes"]
+    if (known := sys.modules.get("bitsandbytes")) is not None:
+        return known
     missing = object()
     kernels, compile_function = sys.modules.get("kernels", missing), torch.compile
     library_log = logging.getLogger("bitsandbytes")
