@@ -88,7 +88,7 @@ command = SettingsCommand(
         ),
         click.Option(["force", "--force"], is_flag=True, help="replace the model that DIR, or the repository, holds"),
         click.Option(["push_to_hub", "--push-to-hub"], metavar="OWNER/NAME", help="put it into this repository on the hub as well"),
-        click.Option(["private", "--private"], is_flag=True, help="make that repository a private one, where it is not there yet"),
+        click.Option(["private", "--private"], is_flag=True, help="make that repository a private one"),
         click.Option(["as_json", "--json"], is_flag=True, help="say what was made as JSON"),
     ],
     callback=_run,

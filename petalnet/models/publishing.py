@@ -17,7 +17,7 @@ class Repository:
 
     Attributes:
         name: owner/name.
-        private: whether it is to be, where it is not there yet.
+        private: whether it is to be.
         replace: whether a model that it holds may be replaced.
     """
 
@@ -31,7 +31,7 @@ class Repository:
         """Find out what would keep a model from being put there, as far as it shows before: so that nobody waits for hours to learn it.
 
         Raises:
-            UsageError: the name is none, nobody is logged in, or a model is there already.
+            UsageError: the name is none, nobody is logged in, or what is there already is a model, or public where it is not to be.
             PetalnetError: the hub cannot be reached.
         """
         from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
@@ -39,12 +39,15 @@ class Repository:
         try:
             self._api.whoami()
             held = self._api.file_exists(self.name, CONFIG_FILE)
+            public = self.private and self._api.repo_exists(self.name) and not self._api.repo_info(self.name).private
         except LocalTokenNotFoundError as error:
             raise UsageError("the hub wants to know who you are: log in with `hf auth login`, or pass --token") from error
         except (HTTPError, OSError, ValueError) as error:
             raise self._refusal("cannot be used", error) from error
         if held and not self.replace:
             raise UsageError(f"{self.name} holds a model already: name another repository, or replace that with --force")
+        if public:
+            raise UsageError(f"{self.name} is there already, and public: name another repository, or leave out --private")
 
     def put(self, folder: Path) -> str:
         """Put all of a folder into the repository, which is made where it is not there. Returns the address of the commit.
@@ -55,7 +58,7 @@ class Repository:
         from huggingface_hub.errors import HTTPError
 
         try:
-            self._api.create_repo(self.name, private=self.private, exist_ok=True)
+            self._api.create_repo(self.name, private=self.private or None, exist_ok=True)
             done = self._api.upload_folder(
                 repo_id=self.name,
                 folder_path=folder,

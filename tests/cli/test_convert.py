@@ -82,15 +82,19 @@ def test_to_the_hub(hub: PushServer, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run([*push, "--output", str(tmp_path / "second")]) == 2
     assert "holds a model already" in capsys.readouterr().err and not (tmp_path / "second").exists()
     assert run([*push, "--output", str(tmp_path / "second"), "--force"]) == 0
-    assert "model.safetensors" not in hub.repositories["me/tiny"] and hub.repositories["me/tiny"]["notes.txt"] == b"mine"
+    assert (
+        hub.commits == 2 and "model.safetensors" not in hub.repositories["me/tiny"] and hub.repositories["me/tiny"]["notes.txt"] == b"mine"
+    )
 
 
 def test_a_hub_that_refuses_is_one_line(hub: PushServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     push = ["convert", str(DEMO_MODEL), "--output", str(tmp_path / "new"), "--push-to-hub"]
+    hub.repositories["me/public"] = {}
     for arguments, says, status in (
         ([*push, "me/tiny"], "hf auth login", 2),
         ([*push, "me/tiny", "--token", "hf_wrong"], "Invalid user token", 1),
         ([*push, "a b c", "--token", TOKEN], "not the id of a hub repository", 2),
+        ([*push, "me/public", "--token", TOKEN, "--private"], "and public", 2),
     ):
         assert run(arguments) == status
         said = capsys.readouterr().err
@@ -100,4 +104,4 @@ def test_a_hub_that_refuses_is_one_line(hub: PushServer, tmp_path: Path, capsys:
     assert run([*push, "me/tiny", "--token", TOKEN]) == 1
     said = capsys.readouterr().err
     assert f"{tmp_path / 'new'} is complete; try again with" in said and said.splitlines()[-1].startswith("petalnet: ")
-    assert hub.commits == 0 and hub.repositories == {"me/tiny": {}} and (tmp_path / "new/config.json").exists()
+    assert hub.commits == 0 and hub.repositories == {"me/public": {}, "me/tiny": {}} and (tmp_path / "new/config.json").exists()

@@ -61,8 +61,11 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.server.repositories.get(name if rest else path.removeprefix("/api/models/"))
         if files is None:
             return self._answer(404, {"error": "Repository not found"}, code="RepoNotFound")
+        private = (name if rest else path.removeprefix("/api/models/")) in self.server.private
         entries = [{"type": "file", "path": file, "size": len(content), "oid": "0" * 40} for file, content in files.items()]
-        return self._answer(200, entries if rest else {"id": name, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]})
+        return self._answer(
+            200, entries if rest else {"id": name, "private": private, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]}
+        )
 
     def do_HEAD(self) -> None:
         name, _, rest = self.path.lstrip("/").partition("/resolve/main/")
@@ -79,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             if name in self.server.repositories:
                 return self._answer(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
             self.server.repositories[name] = {}
-            if asked.get("private"):
+            if asked.get("visibility") == "private" or asked.get("private"):
                 self.server.private.add(name)
             return self._answer(200, {"url": f"{self.server.url}/{name}", "name": name})
         if self.path == "/api/validate-yaml":
