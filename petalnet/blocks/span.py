@@ -26,6 +26,7 @@ from petalnet.blocks.adapters import Adapter, Dropout, Share, apply_adapters, sh
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
 from petalnet.blocks.backends import Backend, NotingBackend, pick_backend
 from petalnet.blocks.cache import PagedCache, ShapeCache, chunked_layers, windows_of
+from petalnet.blocks.captured import CapturedDecode, Recorder
 from petalnet.blocks.configurations import configurations_of, known_positions, quiet, slice_config
 from petalnet.blocks.hooks import Hook, add_at, add_at_start, with_hidden
 from petalnet.blocks.kv import KVShape, KVStore
@@ -47,7 +48,7 @@ _LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Under which a module knows its layer's number, by which it finds its share of a cache, and our attention function its pages."""
 
 MOST_BESIDE_CACHED = 2
-"""How many times as much as what the library caches pages may take; where a latent is cached, keys and values take up to 70 times as much."""
+"""How many times what the library caches pages may take: where that is a latent, keys and values take up to 70 times as much."""
 
 
 class Span:
@@ -64,6 +65,7 @@ class Span:
         score_heads: attention scores (or a mask) of rows × score_heads × new × total entries are in memory at once: the heads where the
             library computes scores one after the other, 1 where a fused kernel does it all.
         max_positions: positions that the model has a table for; None for a family that computes them (rotary, ALiBi).
+        captured: passes of one token a row that are captured; None where none are.
     """
 
     def __init__(self, model: Any, first: int, end: int, *, dtype: torch.dtype, device: torch.device, may_pack: bool = True) -> None:
@@ -112,6 +114,9 @@ class Span:
         self._store: KVStore | None = None
         self._paged: PagedState | None = None
         self._paged_cache: PagedCache | None = None
+        self._recorder: Recorder | None = None
+        self._recorded_bytes = 0
+        self.captured: CapturedDecode | None = None
         self._activate(first, end)
 
     @classmethod
@@ -253,9 +258,24 @@ class Span:
             self._show(before)
 
     @property
+    def stages(self) -> list[Span]:
+        """The parts that run one after the other, each on a device of its own (see `spread`): this alone."""
+        return [self]
+
+    def device_of(self, block: int) -> torch.device:
+        """Where a block of the model is, by its number."""
+        return self.device
+
+    @property
     def store(self) -> KVStore | None:
         """Where keys and values are kept."""
         return self._store
+
+    def make_store(self, pages: int, blocks: int | None = None) -> KVStore:
+        """A store of so many pages, for all blocks or only for the first ones; `attach` takes it. Raises as `KVStore` does."""
+        backend = self.backend
+        shapes = self.kv_shapes[:blocks]
+        return KVStore(shapes, pages=pages, page_tokens=backend.page_tokens, dtype=self.dtype, device=self.device, spare=backend.pads)
 
     def attach(self, store: KVStore | None) -> None:
         """Keep keys and values in a store from now on, so that `step` works; None: in none.
@@ -269,6 +289,25 @@ class Span:
             self._paged = self._state_over(store)
         elif store is not None:
             self._paged_cache = PagedCache(store, self._windows)
+        self._begin_capturing()
+
+    def capture(self, recorder: Recorder | None, most_bytes: int = 0) -> None:
+        """Capture decoding from now on, where that is possible, in so much of the device's memory (see `captured`); None: no longer."""
+        self._recorder, self._recorded_bytes = recorder, most_bytes
+        self._begin_capturing()
+
+    def _begin_capturing(self) -> None:
+        store = self._store
+        self.captured = None
+        if self._recorder is not None and self._paged is not None and store is not None and store.spare_page is not None:
+            self.captured = CapturedDecode(
+                self._run_packed,
+                self._recorder,
+                store,
+                hidden_size=self.hidden_size,
+                takes_positions=self.takes_position_ids,
+                most_bytes=self._recorded_bytes,
+            )
 
     def step(self, steps: Sequence[SpanStep], first: int | None = None, end: int | None = None) -> list[list[torch.Tensor]]:
         """Run steps of several sessions through blocks [first, end) of the model, by default all of the span.
@@ -283,6 +322,9 @@ class Span:
         """
         first, end = self._range(first, end)
         with torch.inference_mode():
+            outputs = self.captured.run(steps, first, end) if self.captured is not None else None
+            if outputs is not None:
+                return outputs
             if self._paged is not None:
                 return self._packed_pass(steps, first, end)
             return [self._alone(step, first, end) for step in steps]
@@ -395,30 +437,54 @@ class Span:
         return self._run(hidden, kwargs, adding, all_hidden, position_end, shares, dropout)
 
     def _packed_pass(self, steps: Sequence[SpanStep], first: int, end: int) -> list[list[torch.Tensor]]:
+        row = PackedRow.of(steps, dtype=self.dtype, device=self.device, positions=self.takes_position_ids)
+        adding: list[Hook] = []
+        if row.prompted is not None:
+            columns, added = row.prompted
+            adding = [add_at(columns, prompt) for prompt in added]
+        outputs = self._run_packed(
+            Batch(row.segments, self.backend.page_tokens, self.device),
+            row.hidden,
+            row.position_ids,
+            first,
+            end,
+            adding=adding,
+            all_hidden=any(step.all_hidden for step in steps),
+            position_end=max((step.position_end for step in steps if step.position_end is not None), default=None),
+            shares=shares_of(zip(row.columns, (step.adapters for step in steps), strict=True), self.device),
+        )
+        return [
+            [output[0, columns].view(step.hidden.shape) for output in (outputs if step.all_hidden else outputs[-1:])]
+            for step, columns in zip(steps, row.columns, strict=True)
+        ]
+
+    def _run_packed(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        first: int,
+        end: int,
+        *,
+        adding: list[Hook] | None = None,
+        all_hidden: bool = False,
+        position_end: int | None = None,
+        shares: Sequence[Share] = (),
+    ) -> list[torch.Tensor]:
+        """Run a packed row through blocks [first, end); the outputs as `_run` has them."""
         state = self._paged
         if state is None:
             raise RuntimeError("the span has no store of keys and values")
         self._activate(first, end)
         self._attend_with(NAME)
-        row = PackedRow.of(steps, dtype=self.dtype, device=self.device, positions=self.takes_position_ids)
         kwargs: dict[str, Any] = {"use_cache": False, **self._packed_arguments}
-        if row.position_ids is not None:
-            kwargs["position_ids"] = row.position_ids
-        adding: list[Hook] = []
-        if row.prompted is not None:
-            columns, added = row.prompted
-            adding = [add_at(columns, prompt) for prompt in added]
-        longest = max((step.position_end for step in steps if step.position_end is not None), default=None)
-        state.batch = Batch(row.segments, self.backend.page_tokens, self.device)
-        shares = shares_of(zip(row.columns, (step.adapters for step in steps), strict=True), self.device)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        state.batch = batch
         try:
-            outputs = self._run(row.hidden, kwargs, adding, any(step.all_hidden for step in steps), longest, shares)
+            return self._run(hidden, kwargs, adding or [], all_hidden, position_end, shares)
         finally:
             state.batch = None  # which is how adapted modules know that a pass is the library's
-        return [
-            [output[0, columns].view(step.hidden.shape) for output in (outputs if step.all_hidden else outputs[-1:])]
-            for step, columns in zip(steps, row.columns, strict=True)
-        ]
 
     def _run(
         self,
