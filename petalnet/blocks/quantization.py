@@ -182,6 +182,18 @@ class NF4Linear(QuantizedLinear):
         count = self.out_features * self.in_features
         return -(-count // 2) + 4 * -(-count // GROUP)
 
+    def multiply(self, input: torch.Tensor) -> torch.Tensor:
+        if input.is_cuda and self.in_features % GROUP == 0:
+            return self.multiply_rounded(input)
+        return super().multiply(input)
+
+    def multiply_rounded(self, input: torch.Tensor) -> torch.Tensor:
+        """`multiply`, by a kernel that for few rows reads a GPU's memory once for the rounded weight, and never writes the whole one."""
+        product: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(
+            input, self.weight, (self.out_features, self.in_features), self.scales, GROUP, self.kind, self.bias
+        )
+        return product
+
     def dequantized(self, dtype: torch.dtype, first: int = 0, end: int | None = None) -> torch.Tensor:
         end = self.out_features if end is None else end
         start, stop = first * self.in_features, end * self.in_features

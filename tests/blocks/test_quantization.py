@@ -118,6 +118,14 @@ def test_a_layer_multiplies_by_what_its_weight_stands_for(kind: str, rows: int, 
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(70)])
+def test_the_kernel_of_gpus_is_told_the_same(bias: torch.Tensor | None) -> None:
+    layer = rounded("nf4", torch.randn(70, 2 * GROUP), bias)
+    for shape in ((1, 1, 2 * GROUP), (1, 5, 2 * GROUP)):
+        input = torch.randn(shape)
+        torch.testing.assert_close(layer.multiply_rounded(input), layer.multiply(input), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transposed_weight(kind: str) -> None:
     library = Conv1D(48, 32)
