@@ -33,6 +33,7 @@ from petalnet.threads import in_thread
 from petalnet.version import __version__
 
 if TYPE_CHECKING:
+    from petalnet.models.manifest import Manifest
     from petalnet.peering import Peering
     from petalnet.remembering import PeerFile
     from petalnet.serving import Model, Server
@@ -205,7 +206,8 @@ class Node:
 
         if self._settings.model is None and self._initial_peers:
             key, name = await self._model_of_swarm()
-            opening.start_soon(model.open, name)
+            manifest = None if name is None else await model.find_manifest(self._peering, key)
+            opening.start_soon(model.open, name, manifest)
             if (await model.wait()).key != key:
                 raise UsageError(f"this swarm serves {name or 'the demo model'}, but with other weights than are here: name the MODEL")
         self._server = Server(self._settings, self._peering, await model.wait())
@@ -275,6 +277,7 @@ class Node:
             "addrs": self._peering.host.addrs,
             "swarm_key": None if key is None else key.fingerprint,
             "engine": None if self._server is None or not self._usable else self._server.describe(),
+            "weights": None if self._server is None else self._server.supply.describe(),
             "peers": peers,
         }
 
@@ -373,11 +376,18 @@ class _Opening:
         await in_thread(_import_libraries)
         self._imported.set()
 
-    async def open(self, name: str | None) -> None:
+    async def find_manifest(self, peering: Peering, key: str) -> Manifest | None:
+        """What the servers of a swarm say that their model is made of; None where none of them shares it."""
+        from petalnet.manifests import find_manifest
+
+        await self._imported.wait()
+        return await find_manifest(peering, key)
+
+    async def open(self, name: str | None, manifest: Manifest | None = None) -> None:
         from petalnet.serving import open_model
 
         await self._imported.wait()
-        self._model = await in_thread(open_model, self._settings, name)
+        self._model = await in_thread(open_model, self._settings, name, manifest)
         self._done.set()
 
     async def wait(self) -> Model:

@@ -25,6 +25,7 @@ from petalnet.peering import Peering
 from petalnet.placing import SECOND_LOOKS, Placing
 from petalnet.routing.placement import Move
 from petalnet.routing.records import MAX_ADAPTERS, MAX_ADAPTERS_BYTES, MAX_ADDRS, ServerRecord
+from petalnet.supply import Supply
 from petalnet.threads import in_thread
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from petalnet.blocks.service import BlockService
     from petalnet.models.adapters import AdapterSource
     from petalnet.models.checkpoint import ModelSource
+    from petalnet.models.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,11 @@ class Model:
     quantization: str = "none"
 
 
-def open_model(settings: Settings, name: str | None) -> Model:
+def open_model(settings: Settings, name: str | None, manifest: Manifest | None = None) -> Model:
     """Find a model, make sure that it can be split, and work out its identity. Blocks: imports the libraries, reads files.
+
+    Args:
+        manifest: of a model that is known by that alone, whose blocks are to come from peers.
 
     Raises:
         ModelError: there is no such model, it cannot be split into blocks, or an adapter is not for it.
@@ -72,14 +77,19 @@ def open_model(settings: Settings, name: str | None) -> Model:
     from petalnet.blocks.quantization import require_quantization
     from petalnet.capacity import best_device, require_device
     from petalnet.models.anatomy import text_config
+    from petalnet.models.cachedir import cache_dir
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.identity import model_key
     from petalnet.models.loading import pick_dtype
+    from petalnet.models.swarm_files import SwarmFiles
 
     device = settings.device or best_device()
     require_device(device)
     require_quantization(settings.quantization)
-    source = ModelSource.open(name, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
+    if manifest is None:
+        source = ModelSource.open(name, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
+    else:
+        source = ModelSource(manifest.name, SwarmFiles(manifest, cache_dir() / "models" / manifest.model_key))
     count = text_config(source.config).num_hidden_layers
     if isinstance(settings.serve, tuple) and settings.serve[1] > count:
         first, end = settings.serve
@@ -89,7 +99,8 @@ def open_model(settings: Settings, name: str | None) -> Model:
     packs = require_splittable(source.config).packs
     adapters = _open_adapters(settings, source)
     dtype = pick_dtype(settings.dtype, source, device)
-    return Model(source, model_key(source), count, dtype, device, packs, adapters, settings.quantization)
+    key = model_key(source) if manifest is None else manifest.model_key
+    return Model(source, key, count, dtype, device, packs, adapters, settings.quantization)
 
 
 def _open_adapters(settings: Settings, source: ModelSource) -> tuple[AdapterSource, ...]:
@@ -121,6 +132,7 @@ class Server:
     Attributes:
         span: the blocks [a, b) that it serves, or is loading.
         model_name: what the model is called.
+        supply: where its weights come from, and who gets them from it.
     """
 
     def __init__(self, settings: Settings, peering: Peering, model: Model) -> None:
@@ -129,6 +141,7 @@ class Server:
         self._model = model
         self.span = (0, 0)
         self.model_name = model.source.name
+        self.supply = Supply(settings, peering, model.source, model.key)
         self._answering = Answering(peering.host)
         self._placing = Placing(peering, peering.host.peer_id, model.key, model.num_blocks, is_alive=self._is_alive)
         self._announcer: Announcer
@@ -142,6 +155,7 @@ class Server:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once the swarm has been told that the blocks are online."""
         movable = not isinstance(self._settings.serve, tuple)
+        await self.supply.open()
         self.span = await self._choose_span()
         self._announcer = self._make_announcer(movable)
         async with trio.open_nursery() as nursery:
@@ -269,6 +283,7 @@ class Server:
             adapters=tuple(adapter.label for adapter in model.adapters),
             public_name=self._settings.public_name,
             movable=movable,
+            shares=self.supply.shares,
         )
         return Announcer(self._peering, record, self._load_now, host.round_trip_s, lambda: host.plain_addrs, self._done_now, host.bytes_s)
 
@@ -301,7 +316,9 @@ class Server:
         logger.info("loading blocks %d:%d of %s (%d blocks)", *self.span, model.source.name, model.num_blocks)
         began = trio.current_time()
         self._linking = Linking(self._peering, model.key, self.span[1])
-        loaded = await in_thread(load, self._settings, model, self.span, self._linking.open)
+        with self.supply.keeping():
+            await self.supply.bring(*self.span)
+            loaded = await in_thread(load, self._settings, model, self.span, self._linking.open)
         rates = loaded.rates
         logger.info(
             "loaded in %.1f s in %s on %s: %.0f tokens/s one by one, %.0f in a prompt, room for %d KV tokens",
@@ -316,11 +333,13 @@ class Server:
         await nursery.start(loaded.service.run)
         self._answering.begin(loaded.service)
         nursery.start_soon(self._linking.keep_warm)
+        nursery.start_soon(self.supply.offer, *self.span)
         self._online = True
         digests = tuple(loaded.service.span.digests)
         stored = await self._say(
-            "online", decode_tokens_s=rates.decode, prefill_tokens_s=rates.prefill, forward_tokens_s=rates.forward, block_digests=digests
-        )
+            "online", decode_tokens_s=rates.decode, prefill_tokens_s=rates.prefill, forward_tokens_s=rates.forward, block_digests=digests,
+            shares=self.supply.shares,
+        )  # fmt: skip
         others = f"its record is stored on {stored - 1} other peer{'s' * (stored > 2)}" if stored > 1 else "no other peer knows it yet"
         logger.info("online: blocks %d:%d of %s; %s", *self.span, self._model.source.name, others)
         self._settle()

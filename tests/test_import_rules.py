@@ -36,11 +36,18 @@ MAY_IMPORT = {
     "linking": {"errors", "p2p", "peering", "routing"},
     "answering": {"blocks", "errors", "p2p"},
     "placing": BASE | {"routing"},
+    "sharing": BASE | {"models", "p2p"},
+    "incoming": BASE | {"models", "sharing"},
+    "fetching": BASE | {"incoming", "models", "p2p", "peering", "routing", "sharing"},
+    "manifests": BASE | {"models", "p2p", "peering", "routing"},
+    "supply": BASE | {"config", "fetching", "models", "peering", "routing", "sharing"},
     "loaded": {"blocks", "capacity", "config", "errors", "models", "serving"},
     "serving": BASE
-    | {"announcing", "answering", "blocks", "capacity", "config", "linking", "loaded", "models", "p2p", "peering", "placing", "routing"},
+    | {"announcing", "answering", "blocks", "capacity", "config", "linking", "loaded", "models", "p2p", "peering", "placing", "routing"}
+    | {"supply"},
     "node": BASE
-    | {"blocks", "client", "config", "http", "inspection", "models", "overview", "p2p", "peering", "remembering", "serving", "state"},
+    | {"blocks", "client", "config", "http", "inspection", "manifests", "models", "overview", "p2p", "peering", "remembering", "serving"}
+    | {"state"},
     "demo": {"errors"},
 }
 """What each part may import of the others. `cli` may import everything, and nothing imports `cli`."""

@@ -46,6 +46,10 @@ class Outcome(Enum):
     """Its sender is out."""
 
 
+class WrongList(Exception):
+    """A peer gave another list of chunks than it had said it would."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A chunk to ask for: its block, its number in it, and its BLAKE3 in hex."""
@@ -217,21 +221,38 @@ class Assembly:
         return None
 
     def take_list(self, peer: str, block: str, entry: BlockEntry | None) -> bool:
-        """What a peer answered to that; None where it could not. False where it is not what the peer had said: then the peer is out."""
+        """What a peer answered to that; None where it could not. Whether `use_list` may follow.
+
+        Raises:
+            WrongList: it is not what the peer had said: the peer is out.
+        """
         wanted = self._blocks[block]
         claim = wanted.claims.get(peer)
-        if wanted.asked_list == peer:
-            wanted.asked_list = None
         if entry is None:
+            wanted.asked_list = None if wanted.asked_list == peer else wanted.asked_list
             self._withdraw(wanted, peer)
-            return True
+            return False
         if claim is None or wanted.is_done:
-            return True
+            return False
         if entry.list_digest != claim.list_digest or not entry.digest.startswith(block) or not entry.chunks:
             self.expel(peer)
-            return False
-        self._use(wanted, entry)
+            raise WrongList(f"the list of chunks of block {block} is not the one that it was said to be")
         return True
+
+    def use_list(self, block: str, entry: BlockEntry) -> None:
+        """From now on a block is put together by this list, unless it has been found to be wrong meanwhile."""
+        wanted = self._blocks[block]
+        wanted.asked_list = None
+        if not wanted.is_done and entry.list_digest not in wanted.wrong:
+            self._use(wanted, entry)
+
+    def reject_list(self, block: str, list_digest: str) -> None:
+        """A list cannot be that of the block that is wanted here; nobody is blamed for that."""
+        wanted = self._blocks[block]
+        wanted.wrong.add(list_digest)
+        wanted.asked_list = None
+        for peer in [peer for peer, claim in wanted.claims.items() if claim.list_digest == list_digest]:
+            self._withdraw(wanted, peer)
 
     def entry(self, block: str) -> BlockEntry | None:
         """The list by which a block is put together, once it is known."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from petalnet.errors import ModelError
+from petalnet.models.files import DTYPE_BYTES
 from petalnet.models.identity import block_digests, client_digest, config_hash, empty_model, key_of
 from petalnet.models.payload import Payload
 
@@ -41,13 +42,7 @@ MAX_TENSORS = 1 << 15
 """Of one block."""
 MAX_BLOCK_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-"""The dtypes of the safetensors format that take whole bytes, by its names."""
+MAX_NAME = 128
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
@@ -95,7 +90,7 @@ class BlockEntry:
     def _sizes(self) -> list[tuple[str, int]]:
         sizes = []
         for name, dtype, shape in self.tensors:
-            size = DTYPE_BITS[dtype] // 8
+            size = DTYPE_BYTES[dtype]
             for dimension in shape:
                 size *= dimension
             sizes.append((name, size))
@@ -172,6 +167,14 @@ class Manifest:
         if not 1 <= len(self.blocks) <= MAX_BLOCKS:
             raise ModelError(f"a manifest lists {len(self.blocks)} blocks; 1 to {MAX_BLOCKS} are possible")
 
+    @classmethod
+    def of(cls, source: ModelSource, blocks: Sequence[BlockEntry]) -> Manifest:
+        """The manifest of a model whose blocks have been described. Raises ModelError where its files cannot be read."""
+        config_file = source.file("config.json")
+        if config_file is None:
+            raise ModelError(f"{source.name} has no config.json: not a model in Hugging Face format")
+        return cls(_label(source.name), _table(_load(config_file.read_bytes()), "config.json"), client_digest(source), tuple(blocks))
+
     @property
     def model_key(self) -> str:
         """The key under which the model's servers are found.
@@ -208,8 +211,8 @@ class Manifest:
             raise ModelError(f"a manifest of {len(data)} bytes is too long; {MAX_MANIFEST_BYTES} are allowed")
         fields = _table(_load(data), "a manifest")
         name = fields.get("name")
-        if type(name) is not str or len(name) > 128 or not name.isprintable():
-            raise ModelError("a manifest needs a name: printable text of at most 128 characters")
+        if type(name) is not str or len(name) > MAX_NAME or not name.isprintable():
+            raise ModelError(f"a manifest needs a name: printable text of at most {MAX_NAME} characters")
         blocks = tuple(BlockEntry._of(block) for block in _list(fields.get("blocks"), MAX_BLOCKS, "blocks"))
         return cls(name, _table(fields.get("config"), "the configuration in a manifest"), _hex(fields.get("client_digest")), blocks)
 
@@ -226,17 +229,13 @@ def make_manifest(source: ModelSource, *, progress: Callable[[int, int], None] |
     from petalnet.models.anatomy import partition
 
     parts = partition(empty_model(source), source.tensor_names())
-    config_file = source.file("config.json")
-    if config_file is None:
-        raise ModelError(f"{source.name} has no config.json: not a model in Hugging Face format")
     blocks = []
     for index in range(len(parts.blocks)):
         entry, payload = describe_block(source, parts, index)
         blocks.append(replace(entry, chunks=payload.chunks(CHUNK_BYTES)))
         if progress is not None:
             progress(index + 1, len(parts.blocks))
-    config = _table(_load(config_file.read_bytes()), "config.json")
-    return Manifest(source.name, config, client_digest(source), tuple(blocks))
+    return Manifest.of(source, blocks)
 
 
 def describe_block(source: ModelSource, parts: Partition, index: int) -> tuple[BlockEntry, Payload]:
@@ -251,12 +250,17 @@ def describe_block(source: ModelSource, parts: Partition, index: int) -> tuple[B
     tensors = []
     for canonical, name in sorted(by_canonical.items()):
         tensor = found[name]
-        if tensor.dtype not in DTYPE_BITS:
+        if tensor.dtype not in DTYPE_BYTES:
             raise ModelError(f"the tensor {name} of {source.name} is of the dtype {tensor.dtype}, which is not supported here")
         tensors.append((canonical, tensor.dtype, tuple(tensor.shape)))
     payload = Payload([found[by_canonical[canonical]] for canonical, _, _ in tensors])
     digest = block_digests(source, parts, index, index + 1)[0]
     return BlockEntry(digest, tuple(tensors), payload.size, prefix=prefix), payload
+
+
+def _label(name: str) -> str:
+    """A name as a manifest may carry it."""
+    return "".join(char if char.isprintable() else "?" for char in name)[:MAX_NAME]
 
 
 def _dump(fields: Any) -> bytes:
@@ -296,6 +300,6 @@ def _hex(value: Any) -> str:
 
 def _tensor(value: Any) -> tuple[str, str, tuple[int, ...]]:
     name, dtype, shape = _list(value, 3, "tensors") if type(value) is list and len(value) == 3 else ("", "", [])
-    if type(name) is not str or not _NAME.fullmatch(name) or type(dtype) is not str or dtype not in DTYPE_BITS:
+    if type(name) is not str or not _NAME.fullmatch(name) or type(dtype) is not str or dtype not in DTYPE_BYTES:
         raise ModelError("a tensor in a manifest is not a name, a dtype and a shape")
     return name, dtype, tuple(_integer(dimension, MAX_BLOCK_BYTES) for dimension in _list(shape, MAX_DIMENSIONS, "dimensions"))

@@ -1,0 +1,107 @@
+"""Asking peers what a model is made of, for a node that was given no model: it takes the manifest that fits most of the swarm's servers."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import trio
+
+from petalnet.errors import BusyError, ModelError, PetalnetError, ProtocolError, short_id
+from petalnet.models.manifest import Manifest
+from petalnet.p2p.messages import Error
+from petalnet.p2p.protocols import WEIGHTS
+from petalnet.p2p.weight_messages import GetManifest, ManifestFound
+from petalnet.threads import in_thread
+
+if TYPE_CHECKING:
+    from petalnet.peering import Peering
+    from petalnet.routing.records import ServerRecord
+
+logger = logging.getLogger(__name__)
+
+MOST_ASKED = 8
+CONNECT_WITHIN_S = 10.0
+ANSWER_WITHIN_S = 60.0
+MAKING_WITHIN_S = 1800.0
+"""For a server to read the whole of a model for its manifest: 400 GB at the pace of a hard disk."""
+OTHERS_WITHIN_S = 3.0
+"""For the others to answer once one has."""
+
+
+async def find_manifest(peering: Peering, model: str) -> Manifest | None:
+    """The manifest of the model of this key: of those that its servers give, the one that fewest of them contradict; None if there is none.
+
+    Every manifest is checked to be of this model: its configuration and the digest of the client's part make the key. That does not fix the
+    blocks: these are what the servers announce.
+    """
+    servers = [record for record in peering.view.servers(model, now=time.time(), states=("joining", "online", "draining")) if record.shares]
+    asked = random.sample(servers, min(len(servers), MOST_ASKED))
+    found: list[Manifest] = []
+    first = trio.Event()
+
+    async def ask(record: ServerRecord) -> None:
+        try:
+            manifest = await _ask(peering, record, model)
+            if await in_thread(lambda: manifest.model_key) != model or len(manifest.blocks) != record.num_blocks:
+                raise ModelError("its manifest is of another model")
+        except PetalnetError as error:
+            logger.info("peer %s gives no manifest: %s", short_id(record.peer_id), error)
+            return
+        found.append(manifest)
+        first.set()
+
+    async def all_asked() -> None:
+        async with trio.open_nursery() as nursery:
+            for record in asked:
+                nursery.start_soon(ask, record)
+        first.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(all_asked)
+        await first.wait()
+        if len(found) < len(asked):
+            nursery.cancel_scope.deadline = trio.current_time() + OTHERS_WITHIN_S
+    return best_manifest(found, peering.view.servers(model, now=time.time()))
+
+
+def best_manifest(manifests: Iterable[Manifest], servers: Iterable[ServerRecord]) -> Manifest | None:
+    """The manifest that fewest of these servers contradict, by the digests that they announce; then the one that was given most often."""
+    copies = Counter(manifest.to_json() for manifest in manifests)
+    distinct = [Manifest.parse(data) for data in copies]
+    records = list(servers)
+
+    def support(manifest: Manifest) -> tuple[int, int]:
+        return -sum(contradicts(record, manifest) for record in records), copies[manifest.to_json()]
+
+    return max(distinct, key=support, default=None)
+
+
+def contradicts(record: ServerRecord, manifest: Manifest) -> bool:
+    """Whether a server announces another digest for one of its blocks than the manifest has."""
+    blocks = manifest.blocks[record.span[0] : record.span[1]]
+    return any(not block.digest.startswith(digest) for block, digest in zip(blocks, record.block_digests, strict=False))
+
+
+async def _ask(peering: Peering, record: ServerRecord, model: str) -> Manifest:
+    """One server's manifest, waited for while it is being made. Raises PetalnetError."""
+    deadline = trio.current_time() + MAKING_WITHIN_S
+    async with await peering.host.open_stream(record.peer_id, WEIGHTS, addrs=record.addrs, timeout_s=CONNECT_WITHIN_S) as stream:
+        while True:
+            answer = None
+            with trio.move_on_after(ANSWER_WITHIN_S):
+                await stream.send(GetManifest(model))
+                answer = await stream.receive()
+            if isinstance(answer, ManifestFound):
+                return await in_thread(Manifest.parse, bytes(answer.manifest.data))
+            if not isinstance(answer, Error):
+                raise ProtocolError("it gives no answer", record.peer_id)
+            error = answer.exception(record.peer_id)
+            if not isinstance(error, BusyError) or trio.current_time() > deadline:
+                raise error
+            logger.info("peer %s works out what the model is made of", short_id(record.peer_id))
+            await trio.sleep(error.retry_after_s)
