@@ -1,8 +1,6 @@
 """Some consecutive layers of a model, run by the model's own backbone.
 
-The backbone keeps its `forward`: masks, rotary tables, ALiBi, sliding windows stay the library's business. Only its list of layers is
-cut to the span, and two hooks replace what reaches the first layer by what was received and take what the last layer puts out, so
-that whatever the backbone does before (embedding scales, norms) or after (the final norm) does not matter.
+Masks, rotary tables, ALiBi and sliding windows stay the library's business (see `backbone`).
 
 A pass without a past (`forward`) is the library's, its attention included. Steps of sessions (`step`) keep their keys and values in pages.
 Where the family's layers take an attention function, all steps of a pass lie side by side in one packed row, and that function, ours,
@@ -22,20 +20,20 @@ from torch import nn
 from transformers import AutoModel
 
 from petalnet.blocks.adapted import adapt
-from petalnet.blocks.adapters import Adapter, Dropout, Share, apply_adapters, shares_of
+from petalnet.blocks.adapters import Adapter, Dropout, Share, shares_of
 from petalnet.blocks.attention import NAME, STATE, Batch, PagedState
+from petalnet.blocks.backbone import Backbone
 from petalnet.blocks.backends import Backend, NotingBackend, pick_backend
 from petalnet.blocks.cache import PagedCache, ShapeCache, chunked_layers, windows_of
 from petalnet.blocks.captured import CapturedDecode, Recorder
-from petalnet.blocks.configurations import configurations_of, known_positions, quiet, slice_config
-from petalnet.blocks.hooks import Hook, add_at, add_at_start, with_hidden
+from petalnet.blocks.configurations import known_positions
+from petalnet.blocks.hooks import Hook, add_at, add_at_start
 from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.linear import speed_up_linears
 from petalnet.blocks.packed import PackedRow
 from petalnet.blocks.packed import SpanStep as SpanStep
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.quantization import quantize_layers, require_quantization
-from petalnet.blocks.rotary import RotaryRegimes
 from petalnet.errors import ModelError, UsageError
 from petalnet.models import loading
 from petalnet.models.anatomy import find_layers, linear_shapes, text_config
@@ -83,17 +81,16 @@ class Span:
         self.quantization = "none"
         self.backend: Backend = pick_backend(device, dtype)
         self._compute_digests: Callable[[], list[str]] = list
-        self._list = layers
-        self._blocks = list(layers.layers)[first:end]
-        self._config = quiet(config)
+        tokens = model.get_input_embeddings()
+        embedding_size = getattr(tokens, "embedding_dim", None) or self.hidden_size
+        self._backbone = Backbone(layers, config, first, end, embedding_size=embedding_size)
+        self._blocks = self._backbone.blocks
+        self._model_type: str = config.model_type
         self.score_heads: int = config.num_attention_heads if config._attn_implementation == "eager" else 1
         self._windows = windows_of(config)[first:end]
         self._chunked = chunked_layers(config)[first:end]
         self.takes_position_ids = "position_ids" in inspect.signature(layers.owner.forward).parameters
-        tokens = model.get_input_embeddings()
-        self._embedding_size: int = getattr(tokens, "embedding_dim", None) or self.hidden_size
         self.max_positions = known_positions(layers.owner, tokens)
-        self._rotary = RotaryRegimes(layers.owner)
         self._numbered = [m for block in self._blocks for m in block.modules() if any(name in m.__dict__ for name in _LAYER_NUMBERS)]
         for index, block in enumerate(self._blocks):
             for module in block.modules():
@@ -102,22 +99,12 @@ class Span:
                         module.__dict__[name] = index
         self._packed_arguments = adapt(config.model_type, self._blocks)
         self._may_pack = may_pack
-        # Attention modules and the backbone look into the configuration for the attention function, at every pass anew.
-        self._library_attention: str | None = config._attn_implementation
-        self._attention = self._library_attention
-        self._configs = configurations_of(self._blocks)
-        self._active: tuple[int, int] | None = None
-        self._shown: list[nn.Module] = []
-        self._edges: list[torch.utils.hooks.RemovableHandle] = []
-        self._entering: torch.Tensor | None = None
-        self._outputs: list[torch.Tensor] = []
         self._store: KVStore | None = None
         self._paged: PagedState | None = None
         self._paged_cache: PagedCache | None = None
         self._recorder: Recorder | None = None
         self._recorded_bytes = 0
         self.captured: CapturedDecode | None = None
-        self._activate(first, end)
 
     @classmethod
     def load(
@@ -208,7 +195,7 @@ class Span:
                 self._library_pass(token, self.first + index, self.first + index + 1, cache=cache)
             shape = cache.shapes[index]
             if shape is None:
-                raise ModelError(f"a {self._config.model_type} model cannot be served: its layers put nothing into a cache")
+                raise ModelError(f"a {self._model_type} model cannot be served: its layers put nothing into a cache")
             found[index] = shape
         return [found[index] for index in self._kinds]
 
@@ -231,7 +218,7 @@ class Span:
             return True
         except Exception:
             # The family's own code, told to use an attention function it may know nothing of, raises whatever it raises.
-            log.debug("%s models do not run with an attention function of ours", self._config.model_type, exc_info=True)
+            log.debug("%s models do not run with an attention function of ours", self._model_type, exc_info=True)
             return False
 
     @cached_property
@@ -336,11 +323,11 @@ class Span:
             position_end: one past the last position that the whole of the step reaches.
             session: whose step it is.
         """
-        return self._rotary.key(position_end, session) if self.packs else ("alone", session)
+        return self._backbone.rotary.key(position_end, session) if self.packs else ("alone", session)
 
     def computes_alike(self, positions: int) -> bool:
         """Whether the keys of equal beginnings are equal in any two sequences of at most so many positions, however long each becomes."""
-        return self._rotary.alike(positions)
+        return self._backbone.rotary.alike(positions)
 
     def forward(
         self,
@@ -420,8 +407,6 @@ class Span:
         adapters: Sequence[Adapter] = (),
         dropout: Dropout | None = None,
     ) -> list[torch.Tensor]:
-        self._activate(first, end)
-        self._attend_with(self._library_attention)
         hidden = hidden.to(self.device, self.dtype)
         kwargs: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
         if attention_mask is not None:
@@ -434,7 +419,18 @@ class Span:
             reaching = prompts[:, :, past : past + hidden.shape[1]].to(self.device, self.dtype)
             adding = [add_at_start(prompt) for prompt in reaching]
         shares = [Share(adapters)] if adapters else []
-        return self._run(hidden, kwargs, adding, all_hidden, position_end, shares, dropout)
+        return self._backbone.run(
+            first,
+            end,
+            hidden,
+            kwargs,
+            attention=self._backbone.library_attention,
+            adding=adding,
+            all_hidden=all_hidden,
+            position_end=position_end,
+            shares=shares,
+            dropout=dropout,
+        )
 
     def _packed_pass(self, steps: Sequence[SpanStep], first: int, end: int) -> list[list[torch.Tensor]]:
         row = PackedRow.of(steps, dtype=self.dtype, device=self.device, positions=self.takes_position_ids)
@@ -459,103 +455,26 @@ class Span:
         ]
 
     def _run_packed(
-        self,
-        batch: Batch,
-        hidden: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        first: int,
-        end: int,
-        *,
-        adding: list[Hook] | None = None,
-        all_hidden: bool = False,
-        position_end: int | None = None,
-        shares: Sequence[Share] = (),
+        self, batch: Batch, hidden: torch.Tensor, position_ids: torch.Tensor | None, first: int, end: int, **options: Any
     ) -> list[torch.Tensor]:
-        """Run a packed row through blocks [first, end); the outputs as `_run` has them."""
+        """Run a packed row through blocks [first, end); options and outputs as of `Backbone.run`."""
         state = self._paged
         if state is None:
             raise RuntimeError("the span has no store of keys and values")
-        self._activate(first, end)
-        self._attend_with(NAME)
         kwargs: dict[str, Any] = {"use_cache": False, **self._packed_arguments}
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         state.batch = batch
         try:
-            return self._run(hidden, kwargs, adding or [], all_hidden, position_end, shares)
+            return self._backbone.run(first, end, hidden, kwargs, attention=NAME, **options)
         finally:
             state.batch = None  # which is how adapted modules know that a pass is the library's
-
-    def _run(
-        self,
-        hidden: torch.Tensor,
-        kwargs: dict[str, Any],
-        adding: list[Hook],
-        all_hidden: bool,
-        position_end: int | None,
-        shares: Sequence[Share],
-        dropout: Dropout | None = None,
-    ) -> list[torch.Tensor]:
-        """Run the backbone, with `hidden` as what enters the first active block; `adding`: a hook a block, or none."""
-        self._rotary.begin(position_end)
-        if self._embedding_size == self.hidden_size:
-            kwargs["inputs_embeds"] = hidden.detach()
-        else:
-            kwargs["inputs_embeds"] = hidden.new_zeros(()).expand(*hidden.shape[:2], self._embedding_size)
-        handles: list[torch.utils.hooks.RemovableHandle] = []
-        if adding or all_hidden:
-            handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block, hook in zip(self._shown, adding, strict=False)]
-            if all_hidden:
-                handles += [block.register_forward_hook(self._leave) for block in self._shown[:-1]]
-        self._entering, self._outputs = hidden, []
-        try:
-            if shares:
-                assert self._active is not None
-                handles += apply_adapters(enumerate(self._shown, self._active[0]), shares, (hidden.shape[0], hidden.shape[1]), dropout)
-            self._list.owner(**kwargs)
-            return self._outputs
-        finally:
-            self._entering, self._outputs = None, []
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What reaches the first block becomes what was received."""
-        return with_hidden(self._entering, args, kwargs)
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def _range(self, first: int | None, end: int | None) -> tuple[int, int]:
         first, end = self.first if first is None else first, self.end if end is None else end
         if not self.first <= first < end <= self.end:
             raise ValueError(f"blocks {first}:{end} are not within {self.first}:{self.end}")
         return first, end
-
-    def _activate(self, first: int, end: int) -> None:
-        """Show the backbone only blocks [first, end), and a configuration that fits them."""
-        if self._active == (first, end):
-            return
-        self._shown = self._blocks[first - self.first : end - self.first]
-        self._list.replace(nn.ModuleList(self._shown))
-        self._shown_config = slice_config(self._config, first, end)
-        self._shown_config._attn_implementation = self._attention
-        self._list.owner.config = self._shown_config
-        for handle in self._edges:
-            handle.remove()
-        self._edges = [
-            self._shown[0].register_forward_pre_hook(self._enter, with_kwargs=True),
-            self._shown[-1].register_forward_hook(self._leave),
-        ]
-        self._active = (first, end)
-
-    def _attend_with(self, name: str | None) -> None:
-        """Choose the attention function, ours or the library's, for the passes that follow."""
-        if name == self._attention:
-            return
-        for config in (*self._configs, self._shown_config):
-            config._attn_implementation = name
-        self._attention = name
 
     def _state_over(self, store: KVStore, backend: Backend | None = None) -> PagedState:
         """A state for our attention function, which finds it in the modules that call it; `backend` in place of the span's own."""
