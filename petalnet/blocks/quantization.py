@@ -26,7 +26,13 @@ QUANTIZATIONS = ("none", "int8", "nf4")
 GROUP = 64
 """Weights that share a scale in nf4."""
 PIECE = 2**20
-"""About so many weights are rounded, or made whole again, at a time."""
+"""About so many weights are rounded at a time."""
+CACHED = {4: 2**18, 2: 2**20}
+"""By the bytes of a number: about so many weights a processor makes whole at a time, to multiply by them while they are in its cache. As
+measured with rows of 4096, it is slower by a half with a quarter or four times as many."""
+FEW_ROWS = 8
+"""Up to so many rows, a processor multiplies in bfloat16 with torch's kernel for int8 weights, which makes nothing whole: two to three times as
+fast as by weights in bfloat16, and slower from about ten rows on."""
 LIKE_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in the library that compute what it computes, in another order of operations."""
 ROUTERS = ("gate", "router")
@@ -132,7 +138,12 @@ class QuantizedLinear(nn.Linear):
 
     def multiply(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out], in the input's dtype, without a graph."""
-        return F.linear(input, self.dequantized(input.dtype), self.bias)
+        if self.weight.device.type != "cpu":
+            return F.linear(input, self.dequantized(input.dtype), self.bias)
+        output = input.new_empty(*input.shape[:-1], self.out_features)
+        for rows in self._pieces(CACHED.get(input.element_size(), PIECE)):
+            output[..., rows] = F.linear(input, self.dequantized(input.dtype, rows.start, rows.stop))
+        return output if self.bias is None else output.add_(self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kind}"
@@ -141,9 +152,9 @@ class QuantizedLinear(nn.Linear):
         """What is kept of a weight [out, in]: the rounded numbers, and the scales."""
         raise NotImplementedError
 
-    def _pieces(self) -> Iterator[slice]:
-        """The rows, some at a time."""
-        rows = max(PIECE // self.in_features // GROUP, 1) * GROUP  # in whole groups, wherever a row ends
+    def _pieces(self, weights: int) -> Iterator[slice]:
+        """The rows, about so many weights at a time."""
+        rows = max(weights // self.in_features // GROUP, 1) * GROUP  # in whole groups, wherever a row ends
         for first in range(0, self.out_features, rows):
             yield slice(first, min(first + rows, self.out_features))
 
@@ -161,10 +172,27 @@ class Int8Linear(QuantizedLinear):
         rows = slice(first, end)
         return self.weight[rows].to(dtype).mul_((self.scales[rows] / 127)[:, None])
 
+    def multiply(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype is torch.float16:  # whose sums of numbers up to 127 might not be finite
+            return super().multiply(input)
+        weight, on_cpu = self.weight, self.weight.device.type == "cpu"
+        if not on_cpu:
+            output = F.linear(input, weight.to(input.dtype))
+        elif input.dtype is torch.bfloat16 and input.numel() <= FEW_ROWS * self.in_features:
+            flat = input.reshape(-1, self.in_features)
+            ones = torch.ones(self.out_features, dtype=input.dtype)  # its scales would be rounded to the input's dtype
+            output = torch.ops.aten._weight_int8pack_mm(flat, weight, ones).view(*input.shape[:-1], self.out_features)
+        else:
+            output = input.new_empty(*input.shape[:-1], self.out_features)
+            for rows in self._pieces(CACHED[input.element_size()]):
+                output[..., rows] = F.linear(input, weight[rows].to(input.dtype))
+        output.mul_(self.scales / 127)
+        return output if self.bias is None else output.add_(self.bias)
+
     def _rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scales = torch.empty(len(weight), device=weight.device)
-        for rows in self._pieces():
+        for rows in self._pieces(PIECE):
             piece = weight[rows].to(torch.float16)  # which is what the kernel takes
             numbers, largest, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(piece.contiguous())
             rounded[rows] = numbers.masked_fill_((largest == 0)[:, None], 0)
@@ -204,11 +232,22 @@ class NF4Linear(QuantizedLinear):
         whole: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(numbers, scales, GROUP, "nf4", shape, dtype)
         return whole.view(end - first, self.in_features)
 
+    def multiply(self, input: torch.Tensor) -> torch.Tensor:
+        if self.weight.device.type != "cuda" or self.in_features % GROUP:
+            return super().multiply(input)
+        return self.multiply_fused(input)
+
+    def multiply_fused(self, input: torch.Tensor) -> torch.Tensor:
+        """The same by bitsandbytes' kernel, which makes the weights whole as it goes; on CUDA, where rows are of whole groups."""
+        shape = (self.out_features, self.in_features)
+        output: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(input, self.weight, shape, self.scales, GROUP, "nf4", bias=self.bias)
+        return output
+
     def _rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count = weight.numel()
         rounded = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device=weight.device)
         scales = torch.empty(-(-count // GROUP), device=weight.device)
-        for rows in self._pieces():
+        for rows in self._pieces(PIECE):
             piece = weight[rows].contiguous()
             numbers, largest = torch.ops.bitsandbytes.quantize_4bit(piece, GROUP, "nf4", torch.uint8)
             start = rows.start * self.in_features
