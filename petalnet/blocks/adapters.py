@@ -8,7 +8,7 @@ may have different adapters, or none.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from petalnet.p2p.pass_messages import PutLora
 from petalnet.p2p.tensors import decode_tensor
 
 Handles = list[torch.utils.hooks.RemovableHandle]
+DeviceOf = Callable[[int], torch.device]
+"""Where a block of the model is, by its number."""
 
 
 class LoraWeights(NamedTuple):
@@ -60,11 +62,12 @@ class Adapter:
         return sum(weights.a.nbytes + weights.b.nbytes for block in blocks for weights in self.blocks.get(block, {}).values())
 
     @classmethod
-    def of(cls, request: PutLora, shapes: Mapping[int, Mapping[str, tuple[int, int]]], device: torch.device) -> Adapter:
+    def of(cls, request: PutLora, shapes: Mapping[int, Mapping[str, tuple[int, int]]], device_of: DeviceOf) -> Adapter:
         """The parameters in a request, which was checked (`lora_store.check_parameters`).
 
         Args:
             shapes: (in, out) of the modules of each block, see `Span.linear_shapes`.
+            device_of: where each block is, by its number.
         """
         rest = decode_tensor(request.weights)
         blocks: dict[int, dict[str, LoraWeights]] = {}
@@ -75,7 +78,7 @@ class Adapter:
                     inputs, outputs = shapes[block][path]
                     a, b, rest = rest.split((rank * inputs, outputs * rank, len(rest) - rank * (inputs + outputs)))
                     # Copies, each by itself: what stays of this must hold neither the message's memory nor that of other parts of it.
-                    a, b = (part.to(device, torch.float32, copy=True) for part in (a, b))
+                    a, b = (part.to(device_of(block), torch.float32, copy=True) for part in (a, b))
                     modules[path] = LoraWeights(a.view(rank, inputs), b.view(outputs, rank))
         return cls(blocks)
 

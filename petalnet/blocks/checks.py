@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from petalnet.blocks.graphs import Graph
 from petalnet.blocks.outputs import output_codec, wanted_tokens
 from petalnet.blocks.sessions import Session
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan
 from petalnet.errors import CallerError, GraphGone, MovedError, UnsupportedError
 from petalnet.p2p.fields import CODECS, FLOATS, INT8_BLOCK, Blob, Message, blob_size
 from petalnet.p2p.pass_messages import Backward, Forward
@@ -50,7 +50,7 @@ class Limits:
 class Checks:
     """The checks of requests to one span."""
 
-    def __init__(self, span: Span, limits: Limits) -> None:
+    def __init__(self, span: AnySpan, limits: Limits) -> None:
         self._span = span
         self._limits = limits
 

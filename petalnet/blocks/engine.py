@@ -3,6 +3,10 @@
 The trio thread hands tasks over and goes on serving the network. The compute thread takes in what has come, asks the scheduler for the next
 round, has it run, delivers what is finished, and goes on: it waits for the trio thread only when there is nothing to do. Whatever touches
 the span, pages or the scheduler runs there, so none of it needs a lock.
+
+Where a span goes over several devices, each has a thread of its own (`pipeline`) that runs what it has of a round, and several rounds are
+under way. The compute thread still begins and finishes all of them, and asks for the next round whenever the first device is free. Whatever
+else touches sessions and pages waits until no round is under way, so that nobody has to think of rounds that are half done.
 """
 
 from __future__ import annotations
@@ -17,17 +21,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
 
 import outcome
 import torch
 import trio
 
+from petalnet.blocks.pipeline import Pipeline
+from petalnet.blocks.rounds import Round
 from petalnet.blocks.scheduler import Done, Kind, Part, Scheduler, Task
 from petalnet.errors import BusyError, PetalnetError, ServerError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Run = Callable[[list[Part]], Sequence[outcome.Outcome[Any] | None]]
 
 SWITCH_INTERVAL_S = 0.0005
 """How often Python's threads take turns while the engine runs. At the default of 5 ms, a message waits up to 5 ms for a busy compute
@@ -79,6 +87,27 @@ class _Asker:
 
 
 @dataclass(frozen=True)
+class Pipelined:
+    """How rounds are run on several devices: `begin` and `finish` are the compute thread's, what is between them is the pipeline's."""
+
+    begin: Callable[[list[Part]], Round]
+    finish: Callable[[Round], Sequence[outcome.Outcome[Any] | None]]
+    pipeline: Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """Something for the compute thread to do: what may touch sessions and pages ("call"), what only puts tasks in or takes them out
+    ("task"), and what finishes rounds or is about them ("round")."""
+
+    work: Callable[[], None]
+    kind: Literal["call", "task", "round"] = "call"
+
+
+_MOVED = _Note(lambda: None, "round")
+
+
+@dataclass(frozen=True)
 class _RoundDone:
     ended: float
     seconds: float
@@ -99,15 +128,17 @@ class Engine:
         done: all work so far, by its kind, as of then.
     """
 
-    def __init__(self, run: Callable[[list[Part]], Sequence[outcome.Outcome[Any] | None]], scheduler: Scheduler) -> None:
+    def __init__(self, run: Run, scheduler: Scheduler, *, pipelined: Pipelined | None = None) -> None:
         """
         Args:
             run: runs a round on the compute thread. For each part, what its task's asker gets to hear; None where the task goes on.
             scheduler: decides the rounds; belongs to the compute thread from now on (`call(scheduler.forget, session)`).
+            pipelined: how rounds are run on several devices instead; None where there is one.
         """
         self._run_parts = run
+        self._pipelined = pipelined
         self._scheduler = scheduler
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Note] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
         self._closing = False
         self.busy_s = 0.0
@@ -122,6 +153,7 @@ class Engine:
         self._rounds: collections.deque[_RoundDone] = collections.deque()
         # The compute thread's.
         self._by_task: dict[Task, _Asker] = {}
+        self._held: collections.deque[_Note] = collections.deque()  # what waits for the rounds under way
         self._stopped = False
         self._estimated = 0.0
         self._failure: BaseException | None = None
@@ -161,7 +193,7 @@ class Engine:
             raise RuntimeError("the compute thread has ended") from self._failure
         finally:
             self._closing = True
-            self._inbox.put(self._stop)
+            self._inbox.put(_Note(self._stop))
             with trio.CancelScope(shield=True):
                 await self._over.wait()
                 await trio.to_thread.run_sync(thread.join)
@@ -178,8 +210,8 @@ class Engine:
             ServerError: the task failed in another way (logged with its traceback), or the engine is not running.
         """
         asker = await self._new_asker()
-        self._inbox.put(lambda: self._enter(asker, task))
-        result: Result[Any] = await self._answer_to(asker, lambda: self._leave(task))
+        self._inbox.put(_Note(lambda: self._enter(asker, task), "task"))
+        result: Result[Any] = await self._answer_to(asker, lambda: self._withdraw(task))
         return result
 
     async def ask(self, work: Callable[..., T], *args: Any) -> T:
@@ -193,7 +225,7 @@ class Engine:
             if not asker.gone and not self._closing:
                 self._tell([(asker, _hearable(outcome.capture(work, *args)))])
 
-        self._inbox.put(run)
+        self._inbox.put(_Note(run))
         value: T = await self._answer_to(asker, None)
         return value
 
@@ -207,7 +239,7 @@ class Engine:
                 # Nobody hears of it, and the thread has others to serve.
                 log.exception("a call to the compute thread failed")
 
-        self._inbox.put(run)
+        self._inbox.put(_Note(run))
 
     # In the trio thread
 
@@ -225,7 +257,7 @@ class Engine:
             asker.gone = True
             self._askers.discard(asker)
             if withdraw is not None:
-                self._inbox.put(withdraw)
+                self._inbox.put(_Note(withdraw, "task"))
             return trio.lowlevel.Abort.SUCCEEDED
 
         return await trio.lowlevel.wait_task_rescheduled(abort)
@@ -270,35 +302,67 @@ class Engine:
     # In the compute thread
 
     def _compute(self, token: trio.lowlevel.TrioToken) -> None:
+        pipeline = None if self._pipelined is None else self._pipelined.pipeline
         try:
+            if pipeline is not None:
+                pipeline.begin(
+                    lambda: self._inbox.put(_MOVED), lambda begun: self._inbox.put(_Note(partial(self._take_back, begun), "round"))
+                )
             while not self._stopped:
-                decision = self._scheduler.next(time.perf_counter())
-                if isinstance(decision, list):
-                    self._run_round(decision)
+                if self._held or (pipeline is not None and not pipeline.has_room):
+                    self._wait(None)
                 else:
-                    self._wait(decision)
+                    self._decide()
                 self._drain()
         except BaseException as error:
             # A defect of the scheduler or of this class: without the thread nobody is served, so `run` raises it.
             log.exception("the compute thread failed")
             self._failure = error
         finally:
+            if pipeline is not None:
+                pipeline.end()
             with contextlib.suppress(trio.RunFinishedError):  # the loop is gone, and with it whoever waited
                 token.run_sync_soon(self._end)
+
+    def _decide(self) -> None:
+        """Run the next round, or wait for what comes in."""
+        decision = self._scheduler.next(time.perf_counter())
+        if not isinstance(decision, list):
+            if decision is None and not self._rounds_under_way:
+                self.expected_wait_s = 0.0
+            self._wait(decision)
+        elif self._pipelined is None:
+            self._run_round(decision)
+        else:
+            self._start_round(self._pipelined, decision)
+
+    @property
+    def _rounds_under_way(self) -> int:
+        return 0 if self._pipelined is None else self._pipelined.pipeline.under_way
 
     def _wait(self, until: float | None) -> None:
         """Wait for something to come in, at the longest until then."""
         if until is None:
-            self.expected_wait_s = 0.0
-            self._inbox.get()()
+            self._take(self._inbox.get())
             return
         with contextlib.suppress(queue.Empty):
-            self._inbox.get(timeout=max(0.0, until - time.perf_counter()))()
+            self._take(self._inbox.get(timeout=max(0.0, until - time.perf_counter())))
 
     def _drain(self) -> None:
         with contextlib.suppress(queue.Empty):
             while not self._stopped:
-                self._inbox.get_nowait()()
+                self._take(self._inbox.get_nowait())
+
+    def _take(self, note: _Note) -> None:
+        """Do what came in, unless it has to wait for the rounds under way, or for something else that has."""
+        if note.kind == "round":
+            note.work()
+        elif self._held or (note.kind == "call" and self._rounds_under_way):
+            self._held.append(note)
+        else:
+            note.work()
+        while self._held and not self._rounds_under_way and not self._stopped:
+            self._held.popleft().work()
 
     def _run_round(self, parts: list[Part]) -> None:
         started = time.perf_counter()
@@ -309,11 +373,43 @@ class Engine:
             # The boundary of the compute thread: a round's failure is for those to hear whose round it was, and must not end the thread.
             outcomes = [outcome.Error(error)] * len(parts)
         now = time.perf_counter()
-        seconds = now - started
+        self._account(parts, outcomes, now - started, now)
+
+    def _start_round(self, pipelined: Pipelined, parts: list[Part]) -> None:
+        """Begin a round, and have its devices run it."""
+        started = time.perf_counter()
+        try:
+            begun = pipelined.begin(parts)
+        except Exception as error:  # as in `_run_round`
+            now = time.perf_counter()
+            self._account(parts, [outcome.Error(error)] * len(parts), now - started, now)
+            return
+        begun.seconds += time.perf_counter() - started
+        pipelined.pipeline.start(begun)
+
+    def _take_back(self, begun: Round) -> None:
+        """A round was run by all of its devices."""
+        assert self._pipelined is not None
+        self._pipelined.pipeline.finished()
+        started = time.perf_counter()
+        outcomes: Sequence[outcome.Outcome[Any] | None]
+        try:
+            outcomes = self._pipelined.finish(begun)
+        except Exception as error:  # as in `_run_round`
+            outcomes = [outcome.Error(error)] * len(begun.parts)
+        now = time.perf_counter()
+        self._account(begun.parts, outcomes, begun.seconds + now - started, now)
+
+    def _account(self, parts: Sequence[Part], outcomes: Sequence[outcome.Outcome[Any] | None], seconds: float, now: float) -> None:
+        """A round was computed, in so many seconds: tell the scheduler, and whoever waits for what it has completed."""
         complete = self._scheduler.finished(parts, seconds, now)
         answers: list[tuple[_Asker, outcome.Outcome[Any]]] = []
         for part, result in zip(parts, outcomes, strict=True):
-            asker = self._by_task[part.task]
+            asker = self._by_task.get(part.task)
+            if asker is None:  # gone while the round was under way, or an earlier part has failed
+                if isinstance(result, outcome.Error):
+                    result.error.__traceback__ = None  # see `_hearable`
+                continue
             asker.compute_s += seconds
             if result is None and part.task in complete:
                 result = outcome.Error(RuntimeError("a task is complete, and its runner has no answer"))
@@ -337,6 +433,12 @@ class Engine:
     def _leave(self, task: Task) -> None:
         if self._by_task.pop(task, None) is not None:
             self._scheduler.drop(task)
+
+    def _withdraw(self, task: Task) -> None:
+        """Nobody waits for a task any more. A part of it may be under way: what is asked later begins after that."""
+        if self._rounds_under_way:
+            self._held.append(_Note(lambda: None))
+        self._leave(task)
 
     def _stop(self) -> None:
         self._stopped = True

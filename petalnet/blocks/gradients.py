@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from petalnet.blocks.graphs import Recorded
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan, on_one_device
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.pass_messages import Backward
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
@@ -29,7 +29,7 @@ class Gradients:
         hidden_wanted, prompts_wanted, lora_wanted: which are.
     """
 
-    def __init__(self, request: Backward, span: Span, *, prompts: bool, lora: bool) -> None:
+    def __init__(self, request: Backward, span: AnySpan, *, prompts: bool, lora: bool) -> None:
         """
         Args:
             prompts, lora: whether the pass has such.
@@ -47,7 +47,7 @@ class Gradients:
     @cached_property
     def _output(self) -> torch.Tensor:
         # Not before the compute thread needs it: to convert a long one takes a while, and the network thread has others to serve.
-        return decode_tensor(self._request.grad_output).to(self._span.device, self._span.dtype)
+        return decode_tensor(self._request.grad_output).to(self._span.device_of(self._end - 1), self._span.dtype)
 
     def take(self, recorded: Recorded) -> None:
         """Go back through some rows' pass through some blocks: the last ones, or those before the ones that were taken last."""
@@ -59,7 +59,7 @@ class Gradients:
         inputs += [*lora, *([] if prompts is None else [prompts])]
         if not inputs:
             return
-        found = list(torch.autograd.grad(recorded.output, inputs, gradient.to(recorded.output.dtype), materialize_grads=True))
+        found = list(torch.autograd.grad(recorded.output, inputs, gradient.to(recorded.output), materialize_grads=True))
         if prompts is not None:
             if self._prompts is None:  # of each row, or the sum where all have the same
                 count = len(self._output) if prompts.ndim == 4 else 1
@@ -67,7 +67,7 @@ class Gradients:
                 # Chunk after chunk is added to the sum, which is not to be rounded each time.
                 self._prompts = prompts.new_zeros(shape, dtype=prompts.dtype if prompts.ndim == 4 else torch.float32)
             blocks = slice(recorded.begin - self._first, recorded.stop - self._first)
-            self._prompts[blocks, rows if prompts.ndim == 4 else 0] += found.pop()
+            self._prompts[blocks, rows if prompts.ndim == 4 else 0] += found.pop().to(self._prompts.device)
         for number, one in enumerate(found[len(found) - len(lora) :], recorded.lora_first):
             self._lora[number] = self._lora[number] + one if number in self._lora else one
         if inputs[0] is recorded.hidden:
@@ -82,7 +82,7 @@ class Gradients:
         lora: torch.Tensor | None = None
         if self.lora_wanted:
             flat = [one.float().reshape(-1) for _, one in sorted(self._lora.items())]
-            lora = torch.cat(flat) if flat else torch.empty(0)
+            lora = torch.cat(on_one_device(flat)) if flat else torch.empty(0)
         return BackwardAnswer(_encoded(self._hidden, dtype), _encoded(self._prompts, prompts_dtype), _encoded(lora, "float32"))
 
 

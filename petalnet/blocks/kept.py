@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from petalnet.blocks.kv import allocate
-from petalnet.blocks.pages import Rows
+from petalnet.blocks.pages import PageTables
 
 
 class KeptOutputs:
@@ -35,7 +35,7 @@ class KeptOutputs:
         self.bytes = slots * hidden_size * dtype.itemsize
         self._slots = allocate(slots * hidden_size, dtype, torch.device("cpu"), "kept outputs", beside).view(slots, hidden_size)
 
-    def write(self, rows: Rows, start: int, outputs: torch.Tensor) -> None:
+    def write(self, rows: PageTables, start: int, outputs: torch.Tensor) -> None:
         """Keep outputs [rows, new, hidden] of positions `start` … `start` + new - 1, for which there are pages."""
         end = start + outputs.shape[1]
         for row, output in enumerate(outputs):
@@ -44,7 +44,7 @@ class KeptOutputs:
                 self._slots.narrow(0, slot, count).copy_(output.narrow(0, done, count))
                 done += count
 
-    def read(self, rows: Rows, start: int, end: int) -> torch.Tensor:
+    def read(self, rows: PageTables, start: int, end: int) -> torch.Tensor:
         """The outputs of positions [start, end) of all rows: a copy [rows, end - start, hidden]."""
         found = self._slots.new_empty((len(rows), end - start, self._slots.shape[1]))
         for row, output in enumerate(found):
@@ -60,7 +60,7 @@ class KeptOutputs:
         for source, target in copies:
             self._slots.narrow(0, target * size, size).copy_(self._slots.narrow(0, source * size, size))
 
-    def _stretches(self, rows: Rows, row: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _stretches(self, rows: PageTables, row: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Where positions [start, end) of a row lie: slots and how many follow each other there."""
         run, size = rows.run(row), self.page_tokens
         if run is not None:

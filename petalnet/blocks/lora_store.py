@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import torch
 import trio
 
-from petalnet.blocks.adapters import Adapter
+from petalnet.blocks.adapters import Adapter, DeviceOf
 from petalnet.blocks.outputs import is_finite
 from petalnet.errors import BusyError, CallerError, LoraGone, MovedError, TooLargeError
 from petalnet.p2p.fields import FLOATS
@@ -72,13 +72,15 @@ class LoraStore:
     _turn: trio.Lock = field(default_factory=trio.Lock)
 
     @classmethod
-    def beside(cls, weight_bytes: int, device: torch.device | None = None) -> LoraStore:
-        """One for blocks of that size. With rank 64 in every layer of a block of width 1024, parameters in float32 take a sixth of what the
+    def beside(cls, weight_bytes: int, devices: Collection[torch.device] = ()) -> LoraStore:
+        """One for blocks of that size, which are on these devices.
+
+        With rank 64 in every layer of a block of width 1024, parameters in float32 take a sixth of what the
         block's weights take in bfloat16, and less in wider ones: there is room for a few versions of a peer's, and for a few such peers."""
         return cls(
             min(max(weight_bytes // 2, LEAST_PEER_BYTES), MOST_PEER_BYTES),
             min(max(weight_bytes, LEAST_BYTES), MOST_BYTES),
-            lambda: _free_memory(device),
+            lambda: _free_memory(devices),
         )
 
     def __len__(self) -> int:
@@ -89,11 +91,12 @@ class LoraStore:
         """Memory that all of them take, with what only sessions and passes still refer to."""
         return sum(map(self._bytes_of, self._alive))
 
-    async def take(self, peer_id: str, request: PutLora, shapes: Shapes, device: torch.device, *, network: str = "") -> LoraPut:
+    async def take(self, peer_id: str, request: PutLora, shapes: Shapes, device_of: DeviceOf, *, network: str = "") -> LoraPut:
         """Check, convert and keep what a peer brings.
 
         Args:
             shapes: of the layers of the blocks that are served.
+            device_of: where each block is.
             network: from which the peer is connected, by which it counts as well; "" where that is not known.
         Raises:
             CallerError, MovedError, TooLargeError, BusyError: it cannot be kept.
@@ -102,7 +105,7 @@ class LoraStore:
         async with self._turn:  # what is being converted takes memory as well
             self._make_room_on_device(4 * math.prod(request.weights.shape))
             try:
-                adapter = await in_thread(_converted, request, shapes, device)
+                adapter = await in_thread(_converted, request, shapes, device_of)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise BusyError("there is no memory for LoRA parameters", RETRY_S) from error
             self.put(peer_id, request.version, adapter, network)
@@ -234,16 +237,18 @@ def check_parameters(request: PutLora, shapes: Shapes) -> None:
         raise CallerError(f"ranks and layers need [{needed}] parameters, not {weights.dtype} {list(weights.shape)}")
 
 
-def _free_memory(device: torch.device | None) -> float:
-    """Bytes of an accelerator that nobody uses, or that only torch's allocator holds; no bound for other devices, whose servers leave half
-    of the machine's memory free."""
-    if device is None or device.type != "cuda":
-        return math.inf
-    free: int = torch.cuda.mem_get_info(device)[0]
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def _free_memory(devices: Collection[torch.device]) -> float:
+    """Bytes of accelerators that nobody uses, or that only torch's allocator holds, where each gets as much as the fullest; no bound for
+    other devices, whose servers leave half of the machine's memory free."""
+    free = [
+        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        for device in devices
+        if device.type == "cuda"
+    ]
+    return len(free) * min(free) if free else math.inf
 
 
-def _converted(request: PutLora, shapes: Shapes, device: torch.device) -> Adapter:
+def _converted(request: PutLora, shapes: Shapes, device_of: DeviceOf) -> Adapter:
     if not is_finite(decode_tensor(request.weights)):
         raise CallerError("LoRA parameters must be finite numbers")
-    return Adapter.of(request, shapes, device)
+    return Adapter.of(request, shapes, device_of)

@@ -13,7 +13,7 @@ import torch
 
 from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.attention import Segment
-from petalnet.blocks.pages import Rows
+from petalnet.blocks.pages import PageTables
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class SpanStep:
         adapters: are applied to it, as far as they are for these blocks.
     """
 
-    rows: Rows
+    rows: PageTables
     hidden: torch.Tensor
     mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None

@@ -12,15 +12,50 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from petalnet.blocks.pool import Claim, OutOfPages, PagePool
 
-__all__ = ["SETTLED_TOKENS", "OutOfPages", "PagePool", "Rows"]
+__all__ = ["SETTLED_TOKENS", "OutOfPages", "PagePool", "PageTables", "Rows", "RowsSnapshot"]
 
 SETTLED_TOKENS = 4
 """How many tokens rows that were duplicated must have gone on before scattered ones are copied to runs of their own: rows of a beam search
 are duplicated at nearly every token, and copying them each time would cost more than gathering does."""
+
+
+class PageTables(Protocol):
+    """Where the positions of some rows lie: what whoever reads or writes them has to know (`Rows`, `RowsSnapshot`)."""
+
+    @property
+    def length(self) -> int:
+        """Positions that are valid in every row."""
+
+    @property
+    def tables(self) -> Sequence[Sequence[int]]:
+        """The pages of each row."""
+
+    def __len__(self) -> int: ...
+
+    def run(self, row: int) -> int | None:
+        """The slot of position 0 of a row whose pages are consecutive."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowsSnapshot:
+    """The page tables of some rows as they were at one time, for threads that use them while the rows themselves change."""
+
+    length: int
+    tables: Sequence[Sequence[int]]
+    runs: Sequence[int | None]
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def run(self, row: int) -> int | None:
+        """As of `Rows`."""
+        return self.runs[row]
 
 
 class Rows:
@@ -51,6 +86,10 @@ class Rows:
     def run(self, row: int) -> int | None:
         """The slot (page × page_tokens + offset) of position 0 of a row whose pages are consecutive; None where they are not, or none."""
         return self._runs[row]
+
+    def snapshot(self) -> RowsSnapshot:
+        """What the tables are now, prepared positions included."""
+        return RowsSnapshot(self.length, [table.copy() for table in self.tables], self._runs.copy())
 
     def resize(self, rows: int) -> None:
         """Have that many empty rows. Raises ValueError unless `length` is 0."""

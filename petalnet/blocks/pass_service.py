@@ -16,7 +16,7 @@ from petalnet.blocks.hop import WATCHED_TOKENS
 from petalnet.blocks.lora_store import LoraStore, adapters_of
 from petalnet.blocks.passes import ForwardWork, FrugalBackwardWork, KeptBackwardWork, PassWork, RecordingWork
 from petalnet.blocks.scheduler import Task
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan
 from petalnet.errors import CallerError, GraphGone, PetalnetError
 from petalnet.p2p.fields import Message, size_of
 from petalnet.p2p.pass_messages import Backward, BackwardDone, Forward, ForwardDone
@@ -40,7 +40,7 @@ class PassService:
 
     def __init__(
         self,
-        span: Span,
+        span: AnySpan,
         checks: Checks,
         engine: Engine,
         graphs: GraphStore,

@@ -20,7 +20,7 @@ from petalnet.blocks.adapters import Adapter, Dropout
 from petalnet.blocks.gradients import BackwardAnswer, Gradients
 from petalnet.blocks.graphs import Graph, GraphStore, NoRoom, Recorded
 from petalnet.blocks.outputs import encode_output
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan, on_one_device
 from petalnet.blocks.work import Arrays
 from petalnet.errors import GraphGone
 from petalnet.p2p.pass_messages import Backward, Forward
@@ -52,7 +52,7 @@ class Pass:
         width: tokens of a chunk, the largest.
     """
 
-    def __init__(self, span: Span, request: Forward | Backward, adapters: Sequence[Adapter], rows_at_once: int) -> None:
+    def __init__(self, span: AnySpan, request: Forward | Backward, adapters: Sequence[Adapter], rows_at_once: int) -> None:
         """
         Args:
             adapters: those that the request names; the client's own, if it names such, last.
@@ -82,7 +82,7 @@ class Pass:
         """What the peer gave for some rows."""
         hidden = self._arrays.hidden[chunk.start : chunk.end]
         # A copy, since what came from the network is part of a larger piece of memory, which a graph would hold.
-        return hidden.to(self._span.device, self._span.dtype, copy=True)
+        return hidden.to(self._span.device_of(self._request.first), self._span.dtype, copy=True)
 
     def run(self, hidden: torch.Tensor, chunk: Chunk, begin: int, stop: int) -> list[torch.Tensor]:
         """The outputs of blocks [begin, stop) of the model, each, for a chunk that enters them as `hidden`."""
@@ -93,7 +93,7 @@ class Pass:
         hidden = hidden.detach().requires_grad_()
         prompts = self._prompts(chunk, begin, stop)
         if prompts is not None:
-            prompts = prompts.to(self._span.device, self._span.dtype, copy=True).requires_grad_()
+            prompts = prompts.to(self._span.device_of(begin), self._span.dtype, copy=True).requires_grad_()
         lora, leaves, lora_first = self._lora, list[torch.Tensor](), 0
         if lora is not None and with_lora:
             lora_first = sum(2 * len(lora.blocks.get(block, ())) for block in range(self._request.first, begin))
@@ -147,7 +147,7 @@ class ForwardWork:
 
     def __init__(
         self,
-        span: Span,
+        span: AnySpan,
         request: Forward | Backward,
         adapters: Sequence[Adapter] = (),
         *,
@@ -182,7 +182,11 @@ class ForwardWork:
                     self._hidden = outputs[-1]
                     self._outputs += outputs if self._all_hidden else []
             if stop == last:
-                self._pieces.append(torch.stack(self._outputs) if self._all_hidden else self._hidden)
+                self._pieces.append(torch.stack(on_one_device(self._outputs)) if self._all_hidden else self._hidden)
+
+    def block_of(self, unit: int) -> int:
+        """Which block of the model a unit goes through."""
+        return self._request.first + unit % self._pass.blocks
 
     def answer(self) -> object:
         """The output's array, once all units are done."""
@@ -231,7 +235,7 @@ class KeptBackwardWork:
         cuts: the units at which parts may end: the forward pass was recorded in such pieces.
     """
 
-    def __init__(self, span: Span, request: Backward, graph: Graph) -> None:
+    def __init__(self, span: AnySpan, request: Backward, graph: Graph) -> None:
         """
         Args:
             graph: is complete, and was taken from its store for this alone.
@@ -254,6 +258,10 @@ class KeptBackwardWork:
             if start <= at < end:
                 self._gradients.take(parts.pop())
 
+    def block_of(self, unit: int) -> int:
+        """Which block of the model a unit goes back through."""
+        return self._graph.end - 1 - unit % (self._graph.end - self._graph.first)
+
     def answer(self) -> BackwardAnswer:
         """The gradients, once all units are done."""
         return self._gradients.answer(self._graph.dtype, self._graph.prompts_dtype)
@@ -262,7 +270,7 @@ class KeptBackwardWork:
 class FrugalBackwardWork:
     """Gradients of a pass whose graph finds no room: run once without one, noting what enters each block, then block by block back."""
 
-    def __init__(self, span: Span, request: Backward, adapters: Sequence[Adapter] = (), *, rows_at_once: int = 1 << 30) -> None:
+    def __init__(self, span: AnySpan, request: Backward, adapters: Sequence[Adapter] = (), *, rows_at_once: int = 1 << 30) -> None:
         self._request = request
         self._pass = Pass(span, request, adapters, rows_at_once)
         self.units, self.width = 2 * self._pass.blocks * len(self._pass.chunks), self._pass.width
@@ -286,6 +294,11 @@ class FrugalBackwardWork:
                 block = last - 1 - step
                 recorded = run.record(self._entering.pop(), chunk, block, block + 1, with_lora=self._gradients.lora_wanted)
                 self._gradients.take(recorded)
+
+    def block_of(self, unit: int) -> int:
+        """Which block of the model a unit goes through."""
+        way, done = divmod(unit, self._pass.blocks)
+        return self._request.end - 1 - done if way % 2 else self._request.first + done
 
     def answer(self) -> BackwardAnswer:
         """The gradients, once all units are done."""

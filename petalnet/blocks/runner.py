@@ -1,34 +1,28 @@
-"""What the compute thread does in a round: bring each session to where its part begins, run all parts in one pass, take the answers.
+"""What the compute thread does for a round: bring each session to where its part begins, and take the answers once it was run (`rounds`).
 
 A round's parts share a pass where their keys are equal. What fails is found out part by part, so that only the request at fault hears of
-it. Pages, page tables and kept prefixes belong to this thread, and to this module in it.
+it. Page tables, kept prefixes and kept outputs belong to this thread, and to this module in it.
 """
 
 from __future__ import annotations
 
-import logging
-import traceback
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import outcome
 import torch
 
 from petalnet.blocks.kept import KeptOutputs
-from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool
-from petalnet.blocks.passes import PassWork
 from petalnet.blocks.prefixes import PrefixCache
+from petalnet.blocks.rounds import Entry, Outcome, Round
 from petalnet.blocks.scheduler import Part
 from petalnet.blocks.sessions import Session
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan
 from petalnet.blocks.work import StepWork
 from petalnet.errors import CallerError
 from petalnet.p2p.session_messages import UNIT_TOKENS
-
-log = logging.getLogger(__name__)
-
-Outcome = outcome.Outcome[Any]
 
 
 class Runner:
@@ -36,8 +30,7 @@ class Runner:
 
     def __init__(
         self,
-        span: Span,
-        store: KVStore,
+        span: AnySpan,
         pool: PagePool,
         prefixes: PrefixCache,
         *,
@@ -46,41 +39,59 @@ class Runner:
     ) -> None:
         """
         Args:
-            store: what the span was attached to.
+            span: has a store of the pool's pages.
             kept: where the outputs of sessions that push are kept.
             share_prefixes: whether peers are given what other peers' sessions have named.
         """
         self._span = span
-        self._store = store
         self._pool = pool
         self._prefixes = prefixes
         self._kept = kept
         self._share_prefixes = share_prefixes
 
     def run(self, parts: Sequence[Part]) -> list[Outcome | None]:
-        """Run a round.
+        """Run a round from its beginning to its end.
+
+        Returns:
+            as `finish`.
+        """
+        begun = self.begin(parts)
+        for visit in range(len(begun.devices)):
+            begun.run(visit)
+        return self.finish(begun)
+
+    def begin(self, parts: Sequence[Part]) -> Round:
+        """Bring each session to where its part begins. Once its visits were run, the round is to be given to `finish`, in the order of
+        beginning; sessions may have several rounds under way, which run through their devices in that order too."""
+        begun = Round(parts, self._span.stages)
+        for part in parts:
+            work = part.task.work
+            if not isinstance(work, StepWork):
+                begun.add_pass(part)
+            elif not part.task.units:
+                begun.outcomes[part] = _captured(self._run_empty, work)
+            else:
+                try:
+                    begun.add(self._prepare(work, part))
+                except Exception as error:  # the boundary of one request: its failure is its own
+                    begun.outcomes[part] = outcome.Error(error)
+        return begun
+
+    def finish(self, begun: Round) -> list[Outcome | None]:
+        """Account for a round that was run.
 
         Returns:
             For each part None where its task goes on, else the task's outcome: the answer's arrays, or what went wrong.
         """
-        outcomes: dict[Part, Outcome | None] = {}
-        packs: dict[Hashable, list[Part]] = {}
-        for part in parts:
-            work = part.task.work
-            if not isinstance(work, StepWork):
-                outcomes[part] = _captured(self._run_pass, part)
-            elif not part.task.units:
-                outcomes[part] = _captured(self._run_empty, work)
-            else:
-                try:
-                    self._prepare(work, part)
-                except Exception as error:  # the boundary of one request: its failure is its own
-                    outcomes[part] = outcome.Error(error)
-                else:
-                    packs.setdefault(part.task.key if part.task.key is not None else part, []).append(part)
-        for pack in packs.values():
-            outcomes.update(self._run_pack(pack))
-        return [outcomes[part] for part in parts]
+        outcomes = begun.outcomes
+        for entry in begun.entries:
+            self._finish_copies(entry)
+        for entry in begun.entries:
+            result = outcome.Error(entry.error) if entry.error is not None else _captured(self._finish, entry)
+            if isinstance(result, outcome.Error):
+                self._give_up(entry)
+            outcomes[entry.part] = result
+        return [outcomes[part] for part in begun.parts]
 
     def attach(self, session: Session, names: Sequence[Sequence[bytes]]) -> int:
         """Let a fresh session's rows begin with what is kept under their names; the KV entries that each row has then."""
@@ -146,21 +157,36 @@ class Runner:
         """Positions of all pages that sessions hold or that are kept."""
         return (self._pool.pages - self._pool.free) * self._pool.page_tokens
 
-    def _prepare(self, work: StepWork, part: Part) -> None:
-        """Have the session where the part begins, with pages for its new tokens."""
+    def _prepare(self, work: StepWork, part: Part) -> Entry:
+        """Have the session where the part begins, with pages for its new tokens, which count as there from now on."""
         if part.start == 0:
             self._begin(work)
-        session = work.session
-        copies = session.kv.prepare(part.end - part.start)
-        if copies:
+        kv = work.session.kv
+        step = work.part(part.start, part.end)
+        copies = kv.prepare(part.end - part.start)
+        entry = Entry(part, replace(step, rows=kv.snapshot()), copies)
+        kv.advance(part.end - part.start)
+        return entry
+
+    def _finish_copies(self, entry: Entry) -> None:
+        """Copy among the kept outputs what was copied on the devices. Nobody may find the pages that the rows have where that failed: they
+        do not hold what was to be copied."""
+        session = entry.session
+        if not entry.copies:
+            return
+        if session.pushes and self._kept is not None:
             try:
-                self._store.copy_pages(copies, session.first - self._span.first, session.end - self._span.first)
-                if session.pushes and self._kept is not None:
-                    self._kept.copy_pages(copies)
-            except Exception:
-                # Nobody may find the pages that the rows have now: they do not hold what was to be copied.
-                session.names = [[] for _ in session.names]
-                raise
+                self._kept.copy_pages(entry.copies)
+            except Exception as error:  # the boundary of one request: its failure is its own
+                entry.error, entry.copied = entry.error or error, False
+        if not entry.copied:
+            session.names = [[] for _ in session.names]
+
+    def _give_up(self, entry: Entry) -> None:
+        """A part has failed, and with it its step: the session is where the part began. Later parts of it may be under way."""
+        if not entry.work.failed:
+            entry.work.failed = True
+            self._go_back(entry.session, entry.step.rows.length)
 
     def _begin(self, work: StepWork) -> None:
         """Bring the session to where the step begins."""
@@ -183,31 +209,15 @@ class Runner:
         session.names = [session.names[row].copy() for row in order]
         session.ordered = step
 
-    def _run_pack(self, pack: list[Part]) -> dict[Part, Outcome | None]:
-        """Run parts that share a pass, or each by itself where that fails."""
-        session = pack[0].task.work.session
-        try:
-            steps = [part.task.work.part(part.start, part.end) for part in pack]
-            with torch.inference_mode():
-                outputs = self._span.step(steps, session.first, session.end)
-                wanted = [part.task.work.wanted(part.start, part.end, output) for part, output in zip(pack, outputs, strict=True)]
-                pieces = _on_host(wanted)
-        except Exception as error:  # the boundary of the compute thread: whose fault it is shows below
-            traceback.clear_frames(error.__traceback__)  # what the pass had in memory may be what others lack
-            if len(pack) == 1:
-                return {pack[0]: outcome.Error(error)}
-            log.warning("a pass of %d sessions failed (%s); each runs by itself", len(pack), type(error).__name__)
-            return {part: result for part in pack for result in self._run_pack([part]).values()}
-        return {part: _captured(self._finish, part, piece) for part, piece in zip(pack, pieces, strict=True)}
-
-    def _finish(self, part: Part, piece: torch.Tensor | None) -> Any:
+    def _finish(self, entry: Entry) -> Any:
         """Account for a part that has run; the answer where it was the last of its task, else None."""
-        work: StepWork = part.task.work
-        session = work.session
+        work, part, piece, session = entry.work, entry.part, entry.piece, entry.session
+        if work.failed:
+            return None  # by a part before this one, of which the asker has heard
         work.check(part.start, part.end, piece)
         if session.pushes and self._kept is not None and piece is not None:
-            self._kept.write(session.kv, session.kv.length, piece[-1] if work.request.all_hidden else piece)
-        session.kv.advance(part.end - part.start)
+            rows = entry.step.rows
+            self._kept.write(rows, rows.length, piece[-1] if work.request.all_hidden else piece)
         work.take(piece)
         if part.end < part.task.units:
             return None
@@ -222,11 +232,6 @@ class Runner:
         self._begin(work)
         return work.answer()
 
-    def _run_pass(self, part: Part) -> Any:
-        work: PassWork = part.task.work
-        work.part(part.start, part.end)
-        return work.answer() if part.end == part.task.units else None
-
     def _keep(self, session: Session) -> None:
         if not self._span.computes_alike(session.max_length):
             return  # where the angles of keys depend on how long the session becomes, another may need others
@@ -240,16 +245,6 @@ class Runner:
         that pushes; what an adapter has changed is of no use without it."""
         whose = "" if self._share_prefixes else session.peer_id
         return f"{whose} {session.first}:{session.end}{' pushed' * session.pushes} {session.adapted}"
-
-
-def _on_host(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The tensors in the machine's memory; from a device they come in one transfer, which the device waits for once."""
-    moved = [tensor for tensor in tensors if tensor is not None and tensor.device.type != "cpu"]
-    if not moved:
-        return list(tensors)
-    flat = torch.cat([tensor.reshape(-1) for tensor in moved]).cpu().split([tensor.numel() for tensor in moved])
-    parts = iter(flat)
-    return [tensor if tensor is None or tensor.device.type == "cpu" else next(parts).view(tensor.shape) for tensor in tensors]
 
 
 def _captured(work: Callable[..., Any], *args: Any) -> Outcome | None:

@@ -18,6 +18,10 @@ nothing starves.
 clients is back, the others would miss it and wait for its end, and from then on the clients would go in groups, each at the pace of all.
 So the device stays idle for the moment that others are expected to take, if that costs those who are here less time than it saves those
 who come.
+
+**Several devices.** Where the span goes over several devices, as many rounds are under way, each on another one. A session's step waits for
+its turn on all of them, so rounds gain nothing by being many if each takes as long as one for all would; where it takes less, decodes are
+divided among as many rounds as there are devices, and a prompt that is alone goes in pieces that follow each other closely.
 """
 
 from __future__ import annotations
@@ -27,11 +31,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
 from petalnet.blocks.arrivals import Arrivals
 from petalnet.blocks.costs import OUTLIER, SEED_TOKENS, Costs
 from petalnet.blocks.shares import Claim, Level, Shares
+from petalnet.blocks.tasks import DECODE_TOKENS as DECODE_TOKENS
+from petalnet.blocks.tasks import Done as Done
+from petalnet.blocks.tasks import Kind as Kind
+from petalnet.blocks.tasks import Part as Part
+from petalnet.blocks.tasks import Rank
+from petalnet.blocks.tasks import Task as Task
 
 ROUND_S = 0.15
 """Seconds that a round with a chunk of a prefill may take, at the most, ..."""
@@ -49,10 +58,6 @@ ALONE_S = 1.0
 whoever comes in then waits for that long."""
 DECODE_ROUNDS = 1.5
 """A chunk may make a round at least so much longer than its decodes take."""
-DECODE_UNITS = 16
-"""A step of at most so many new tokens a row is a decode, ..."""
-DECODE_TOKENS = 64
-"""... if it has at most so many in all."""
 LEAST_PREFILL = 16
 """Tokens by which a prefill gets on in a round, whatever the budget says."""
 PASS_TURN = 4.0
@@ -64,89 +69,16 @@ OVERDUE_TURN = 4
 WAIT_SHARE = 0.5
 """Seconds that a round may wait for stragglers, as a share of what it will take with them. Also what makes a session one that is far
 away: that it usually stays away for longer."""
+SPLIT_GAIN = 0.9
+"""Decodes are divided among the devices if each round then takes at most such a share of what one for all would. Less is not worth the work
+that rounds make beside the devices."""
+MOST_PIECES = 16
+"""Into so many a prompt is cut at the most that is alone on several devices."""
 TELLING_WEIGHT = 0.5
 """Rounds through less of the span tell nothing of how fast all of it is: a round has costs of its own, whatever it goes through."""
-Rank = Literal["empty", "decode", "prefill", "pass"]
-Kind = Literal["decode", "prefill", "forward"]
-"""Of rates: one token after another, prompts, and passes without a session."""
 RANKS: tuple[Rank, ...] = ("decode", "prefill", "pass")
 TURNS: dict[Rank, float] = {"pass": PASS_TURN, "prefill": 1.0}
 """Whose turn comes when others have had so many times as long as its round takes."""
-
-
-class Done(NamedTuple):
-    """Work of one kind: its tokens, as if each had gone alone (decodes) or in rounds of `SEED_TOKENS`, and its rounds' seconds."""
-
-    tokens: float
-    seconds: float
-
-
-@dataclass(eq=False)
-class Task:
-    """Something to compute, maybe in several parts. A session has at most one at a time.
-
-    Attributes:
-        peer: who asks.
-        session: which session; None for a pass.
-        key: tasks with equal keys may share a round's pass; None: it runs alone.
-        units: how far it can be cut: new tokens of a step, of which a round runs several side by side; blocks that a pass goes through, one
-            after the other; 0 for a step without tokens.
-        width: tokens that one unit puts into a pass: rows of a step; all tokens that go through a block in a pass.
-        kind: a step of a session, or a pass without one.
-        max_units: the most units at a time, for the sake of memory.
-        work: for the runner.
-        done: units that are finished.
-        weight: what one of its tokens costs, in tokens of a step through the whole span: the share of the blocks that it goes through; of a
-            pass, in one unit. Tasks of equal keys have equal weights.
-        network: from which the peer is connected, by which it counts as well; "" where that is not known.
-        cuts: the units at which its parts may end, ascending, its last one among them; empty where they may end anywhere.
-    """
-
-    peer: str
-    session: Hashable
-    key: Hashable
-    units: int
-    width: int
-    kind: Literal["step", "pass"]
-    max_units: int
-    work: Any
-    done: int = 0
-    weight: float = 1.0
-    network: str = ""
-    cuts: tuple[int, ...] = ()
-
-    @property
-    def tokens_left(self) -> int:
-        """Of a step."""
-        return (self.units - self.done) * self.width
-
-    @property
-    def rank(self) -> Rank:
-        if self.kind == "pass":
-            return "pass"
-        if self.units == 0:
-            return "empty"
-        small = self.units - self.done <= DECODE_UNITS and self.tokens_left <= DECODE_TOKENS
-        return "decode" if small else "prefill"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Units start … end - 1 of a task."""
-
-    task: Task
-    start: int
-    end: int
-
-    @property
-    def tokens(self) -> int:
-        """That go through blocks side by side."""
-        return self.task.width if self.task.kind == "pass" else (self.end - self.start) * self.task.width
-
-    @property
-    def weight(self) -> float:
-        """What each of them costs, in tokens of a step through the whole span."""
-        return self.task.weight * (self.end - self.start) if self.task.kind == "pass" else self.task.weight
 
 
 @dataclass(eq=False)
@@ -158,6 +90,12 @@ class _Waiting:
     """When it came."""
     served: float
     """When it came, or last got a part."""
+    under_way: int = 0
+    """In how many rounds that are not finished."""
+    tokens: int = 0
+    """In the last of these, if they are a decode."""
+    queued: bool = True
+    """Whether more of it could be in the next round."""
 
 
 @dataclass
@@ -174,13 +112,15 @@ class _Plan:
 class Scheduler:
     """Decides the rounds of one compute thread, which is the only one to call it."""
 
-    def __init__(self, costs: Costs, *, round_s: float = ROUND_S, most_tokens: int = 2048) -> None:
+    def __init__(self, costs: Costs, *, round_s: float = ROUND_S, most_tokens: int = 2048, devices: int = 1) -> None:
         """
         Args:
             costs: of steps through the whole span; from now on the scheduler's own. Passes begin with the same and are measured apart.
             round_s: the most seconds that a round with prefills or passes may take, decodes aside.
             most_tokens: the most tokens of a round, unless a single decode or a single unit of a task has more.
+            devices: over how many the span goes: so many rounds may be under way.
         """
+        self._devices = devices
         self._costs = {"step": costs, "pass": copy.deepcopy(costs)}
         self._longest_s = round_s
         self._most_tokens = most_tokens
@@ -194,7 +134,7 @@ class Scheduler:
         self._empty_last = False  # steps without tokens go at once, but an endless stream of them holds nothing up
         self._arrivals = Arrivals()
         self._owed = dict.fromkeys(TURNS, 0.0)  # seconds that went to others while the first of its rank waited
-        self._passed_over: list[Rank] = []
+        self._passed_over: dict[Part, list[Rank]] = {}  # by the first part of a round: who was first in rank and is not in it
         self._since_overdue = 0  # rounds since one was led by an overdue task
 
     def __len__(self) -> int:
@@ -218,14 +158,15 @@ class Scheduler:
 
     def next(self, now: float) -> list[Part] | float | None:
         """The parts of the next round, all for one pass; or the time until which to wait for stragglers, unless something comes in; or
-        None: there is nothing to do."""
+        None: there is nothing to do. What is in it counts as under way until `finished`; rounds finish in the order in which they began,
+        except that those of passes may be sooner or later."""
         self._now = now
         empty = [Part(task, 0, 0) for task in self._queues["empty"]]
-        if empty and (not self._empty_last or len(empty) == len(self._waiting)):
+        queued = sum(map(len, self._queues.values()))
+        if empty and (not self._empty_last or len(empty) == queued):
             self._empty_last = True
-            self._passed_over = []
-            return empty
-        if not self._waiting:
+            return self._begun(empty, now)
+        if not queued:
             self._held_since = None
             return None
         ranked = {rank: self._ranked(rank, now) for rank in RANKS}
@@ -235,24 +176,23 @@ class Scheduler:
             if until is not None:
                 return until
         self._held_since = None
-        self._passed_over = []
+        passed_over = self._passed_over[plan.parts[0]] = list[Rank]()
         for rank in self._owed:
             if ranked[rank] and not plan.serves(ranked[rank][0]):
-                self._passed_over.append(rank)
+                passed_over.append(rank)
             else:
                 self._owed[rank] = 0.0
         for rank, queue in ranked.items():
             self._shares[rank].serve([waiting.claim for waiting in queue])
         self._since_overdue += 1
         self._empty_last = False
-        return plan.parts + empty
+        return self._begun(plan.parts + empty, now)
 
     def finished(self, parts: Sequence[Part], seconds: float, now: float) -> list[Task]:
         """Account for a round that took `seconds` and ended at `now`; returns the tasks that are complete. The others stay queued."""
         tokens = sum(part.tokens for part in parts)
-        for rank in self._passed_over:
+        for rank in self._passed_over.pop(parts[0], ()) if parts else ():
             self._owed[rank] += seconds
-        self._passed_over = []
         if tokens:
             weight = parts[0].weight
             self._note_done(parts[0], tokens, seconds / weight)
@@ -260,16 +200,17 @@ class Scheduler:
         complete = []
         for part in parts:
             task = part.task
-            task.done = part.end
             waiting = self._waiting.get(task)
             if waiting is None:
                 continue
             if tokens:
                 Shares.charge(waiting.claim, seconds * part.tokens / tokens, now)
-            self._remove(task, now)
-            if task.done < task.units:
-                self._enter(task, waiting.since, now)  # what is left may be of another rank
+            waiting.under_way -= 1
+            if part.end < task.units:
+                if not waiting.queued and task.done < task.units:
+                    self._enter_again(waiting, now)
                 continue
+            self._remove(task, now)
             complete.append(task)
             if task.session is not None:
                 self._arrivals.left(task.session, task.key, task.width, now)
@@ -280,6 +221,8 @@ class Scheduler:
         decodes: dict[Hashable, list[Task]] = {}
         seconds = 0.0
         for task in self._waiting:
+            if task.done == task.units:
+                continue  # what is left of it is under way
             if task.kind == "pass":
                 seconds += self._seconds_left(task)
             elif task.rank == "decode":
@@ -311,7 +254,7 @@ class Scheduler:
 
     def _choose(self, ranked: dict[Rank, list[_Waiting]], now: float) -> tuple[_Plan, bool]:
         """The next round, and whether it is that of somebody whose turn has come, whatever else there is."""
-        longest = next(waiting for waiting in self._waiting.values() if waiting.rank != "empty")
+        longest = next(waiting for waiting in self._waiting.values() if waiting.queued and waiting.rank != "empty")
         if self._since_overdue >= OVERDUE_TURN and now - longest.served > OVERDUE_S:
             self._since_overdue = 0
             return self._plan(longest, ranked), True
@@ -374,7 +317,9 @@ class Scheduler:
         if not prefills:
             return parts
         room = self._chunk(prefills[0], tokens)
-        if self._may_exceed(prefills[0], tokens, prefills[0].tokens_left):
+        if self._devices > 1 and self._is_alone:
+            room = min(room, self._piece(prefills[0]))
+        elif self._may_exceed(prefills[0], tokens, prefills[0].tokens_left):
             room = max(room, prefills[0].tokens_left)  # the rest of it in one round is less to wait for than in two
         for number, task in enumerate(prefills):
             units = room // task.width
@@ -389,7 +334,27 @@ class Scheduler:
     def _decode_room(self, task: Task) -> int:
         """The tokens that the decodes of a round with this task may have together; a single one may have more."""
         fitting = self._costs["step"].fitting(ALONE_ROUNDS * self._round_s() / task.weight)
-        return max(fitting, DECODE_TOKENS)
+        room = max(fitting, DECODE_TOKENS)
+        return room if self._devices == 1 else min(room, self._decode_share(task))
+
+    def _decode_share(self, task: Task) -> int:
+        """Of all tokens of decodes that are around, those that a round with this task may have so that there are others for the other
+        devices; all of them where that would gain nothing."""
+        around = sum(waiting.task.tokens_left for waiting in self._queues["decode"].values() if waiting.task.key == task.key)
+        around += sum(waiting.tokens for waiting in self._waiting.values() if not waiting.queued and waiting.task.key == task.key)
+        around += sum(arrival.tokens for arrival in self._arrivals.expected(self._now) if arrival.key == task.key)
+        share = -(-around // self._devices)
+        whole = self._seconds(task, around)
+        return share if self._seconds(task, share) <= SPLIT_GAIN * whole else around
+
+    def _piece(self, task: Task) -> int:
+        """The tokens of a round's chunk with which the rest of a prompt that is alone is soonest through all devices."""
+        left, devices = task.tokens_left, self._devices
+
+        def seconds(pieces: int) -> float:
+            return (pieces + devices - 1) / devices * self._seconds(task, -(-left // pieces))
+
+        return -(-left // min(range(1, MOST_PIECES + 1), key=seconds))
 
     def _chunk(self, task: Task, tokens: int) -> int:
         """The tokens of this task, and of others after it, that may be added to a round of so many."""
@@ -459,7 +424,7 @@ class Scheduler:
             if arrival.usual > WAIT_SHARE * seconds or now + arrival.wait > latest:
                 continue
             gathered = more
-            saved += max(0.0, plan.seconds - arrival.wait)
+            saved += max(0.0, plan.seconds / self._devices - arrival.wait)  # the next round begins on the first device once it is free
             lost = here * (arrival.wait + seconds - plan.seconds)
             late = min(late, arrival.late)
             if saved - lost > best:
@@ -475,7 +440,28 @@ class Scheduler:
         waiting = _Waiting(task, rank, self._shares[rank].enter(task.peer, now, task.network), since, now)
         self._waiting[task] = self._queues[rank][task] = waiting
 
+    def _enter_again(self, waiting: _Waiting, now: float) -> None:
+        """More of a task could be in the next round; what is left may be of another rank."""
+        task, under_way = waiting.task, waiting.under_way
+        self._remove(task, now)
+        self._enter(task, waiting.since, now)
+        self._waiting[task].under_way = under_way
+
     def _remove(self, task: Task, now: float) -> None:
         waiting = self._waiting.pop(task)
-        del self._queues[waiting.rank][task]
+        self._queues[waiting.rank].pop(task, None)
         self._shares[waiting.rank].leave(waiting.claim, now)
+
+    def _begun(self, parts: list[Part], now: float) -> list[Part]:
+        """A round with these parts is under way. With several devices, the next part of a prompt may follow on the heels of this one."""
+        for part in parts:
+            task = part.task
+            waiting = self._waiting[task]
+            task.done = part.end
+            del self._queues[waiting.rank][task]
+            waiting.queued = False
+            waiting.under_way += 1
+            waiting.tokens = part.tokens if waiting.rank == "decode" else 0
+            if self._devices > 1 and task.kind == "step" and task.done < task.units:
+                self._enter_again(waiting, now)
+        return parts

@@ -17,21 +17,21 @@ import trio
 from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.checks import Checks, Limits
 from petalnet.blocks.costs import SEED_TOKENS, Costs
-from petalnet.blocks.engine import Engine
+from petalnet.blocks.engine import Engine, Pipelined
 from petalnet.blocks.graphs import GRAPH_BYTES, GraphStore
 from petalnet.blocks.hop import Hop
 from petalnet.blocks.kept import KeptOutputs
-from petalnet.blocks.kv import KVStore
 from petalnet.blocks.links import LINK_TIMEOUT_S, IncomingLinks, LinkCounts, LinkKey, OpenStream
 from petalnet.blocks.lora_store import LoraStore, adapted, adapters_of
 from petalnet.blocks.pages import PagePool
 from petalnet.blocks.pass_service import PassService
+from petalnet.blocks.pipeline import Pipeline
 from petalnet.blocks.prefixes import PrefixCache
 from petalnet.blocks.requests import SLOW_S, Held
 from petalnet.blocks.runner import Runner
 from petalnet.blocks.scheduler import Scheduler
 from petalnet.blocks.sessions import Session, SessionManager
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan
 from petalnet.blocks.throughput import Rates
 from petalnet.errors import BusyError, CallerError, MovedError, PeerLost, PetalnetError, UnsupportedError
 from petalnet.p2p.fields import CODECS, Message
@@ -86,7 +86,7 @@ class BlockService:
 
     def __init__(
         self,
-        span: Span,
+        span: AnySpan,
         *,
         model: str,
         kv_tokens: int,
@@ -116,20 +116,22 @@ class BlockService:
         self.draining = False
         page_tokens = span.backend.page_tokens
         pages = -(-kv_tokens // page_tokens)
-        store = KVStore(span.kv_shapes, pages=pages, page_tokens=page_tokens, dtype=span.dtype, device=span.device)
-        span.attach(store)
+        store = span.make_store(pages)
+        span.attach(store)  # type: ignore[arg-type]  # which is of the span's own kind
         pool = PagePool(pages, page_tokens)
-        promised = 0 if span.device.type != "cpu" else store.slots * store.bytes_per_token
+        promised = store.machine_bytes
         self._kept = KeptOutputs(pages=pages, page_tokens=page_tokens, hidden_size=span.hidden_size, dtype=span.dtype, beside=promised)
-        self.runner = Runner(span, store, pool, PrefixCache(pool), kept=self._kept, share_prefixes=share_prefixes)
-        self._scheduler = Scheduler(_costs(rates))
-        self.engine = Engine(self.runner.run, self._scheduler)
+        self.runner = Runner(span, pool, PrefixCache(pool), kept=self._kept, share_prefixes=share_prefixes)
+        devices = [stage.device for stage in span.stages]
+        self._scheduler = Scheduler(_costs(rates), devices=len(devices))
+        pipelined = Pipelined(self.runner.begin, self.runner.finish, Pipeline(devices)) if len(devices) > 1 else None
+        self.engine = Engine(self.runner.run, self._scheduler, pipelined=pipelined)
         self.sessions = SessionManager(span, pool, compute=self.engine, release=self._release, idle_s=self.limits.idle_when_full_s)
         self._share_prefixes = share_prefixes
         self.checks = Checks(span, self.limits)
         self.dtype = str(span.dtype).removeprefix("torch.")
         self.adapters = adapters
-        self.loras = LoraStore.beside(span.weight_bytes, span.device)
+        self.loras = LoraStore.beside(span.weight_bytes, devices)
         frozen = [
             weight for adapter in adapters.values() for modules in adapter.blocks.values() for pair in modules.values() for weight in pair
         ]
@@ -346,8 +348,8 @@ class BlockService:
     async def _run_pass(self, stream: Stream, request: Message) -> Message | None:
         if isinstance(request, PutLora):
             self._check_model(request.model)
-            shapes, device = self.span.linear_shapes, self.span.device
-            return await self.loras.take(stream.peer_id, request, shapes, device, network=stream.network)
+            shapes = self.span.linear_shapes
+            return await self.loras.take(stream.peer_id, request, shapes, self.span.device_of, network=stream.network)
         if isinstance(request, (Forward, Backward)):
             self._check_model(request.model, has_begun=self.passes.graph_of(stream.peer_id, request) is not None)
         return await self.passes.answer(stream, request)

@@ -18,7 +18,7 @@ import trio
 from petalnet.blocks.adapters import Adapter
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.promises import SHORTEST_WAIT_S, NoRoom, Promise, Promises
-from petalnet.blocks.span import Span
+from petalnet.blocks.spread import AnySpan
 from petalnet.errors import BusyError, CallerError, MovedError, TooLargeError
 
 
@@ -73,7 +73,7 @@ class SessionManager:
 
     def __init__(
         self,
-        span: Span,
+        span: AnySpan,
         pool: PagePool,
         *,
         compute: ComputeThread,

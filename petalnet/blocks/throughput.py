@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from petalnet.blocks.kv import KVStore
 from petalnet.blocks.pages import PagePool, Rows
-from petalnet.blocks.span import Span, SpanStep
+from petalnet.blocks.span import SpanStep
+from petalnet.blocks.spread import AnySpan
 from petalnet.models.cachedir import load_facts, store_facts
 from petalnet.version import __version__
 
@@ -50,14 +50,15 @@ class Rates:
     rounds: tuple[tuple[int, float], ...] = ()
 
 
-def measure(span: Span, *, model: str) -> Rates:
+def measure(span: AnySpan, *, model: str) -> Rates:
     """The rates of a span; blocks for up to about half a second the first time.
 
     Args:
         span: must not be in use by another thread.
         model: the model's key, under which the result is remembered.
     """
-    facts = f"{_machine(span.device)} {model} {span.dtype} {span.quantization} {len(span)} {span.packs} {torch.__version__} {__version__} 3"
+    machine = " ".join(_machine(stage.device) for stage in span.stages)
+    facts = f"{machine} {model} {span.dtype} {span.quantization} {len(span)} {span.packs} {torch.__version__} {__version__} 3"
     key = blake3(facts.encode()).hexdigest()
     known = _parse(load_facts("throughput", key), time.time())
     if known is not None:
@@ -88,23 +89,23 @@ def _parse(facts: dict[str, Any], now: float) -> Rates | None:
         return None
 
 
-def _measure(span: Span) -> Rates:
+def _measure(span: AnySpan) -> Rates:
     blocks = min(len(span), MEASURED_BLOCKS)
     end = span.first + blocks
     share = blocks / len(span)  # blocks are alike, so the whole span takes as many times as long as it has more of them
     prompt = torch.zeros(1, PROMPT_TOKENS, span.hidden_size, dtype=span.dtype, device=span.device)
-    with _own_store(span, blocks) as pool:
-        starting = _rows(pool, PROMPT_TOKENS)
-        going_on = [_rows(pool, PROMPT_TOKENS + 1) for _ in range(max(SESSIONS))]
+    with own_store(span, blocks) as pool:
+        starting = rows_of(pool, PROMPT_TOKENS)
+        going_on = [rows_of(pool, PROMPT_TOKENS + 1) for _ in range(max(SESSIONS))]
         for rows in going_on:
             rows.advance(PROMPT_TOKENS)
         tokens = [SpanStep(rows, prompt[:, :1]) for rows in going_on]
         span.step(tokens[:1], end=end)  # the first run maps weights in
-        decode_s = _seconds(lambda: span.step(tokens[:1], end=end), span.device)
-        rounds = [(count, _seconds(partial(span.step, tokens[:count], end=end), span.device)) for count in SESSIONS]
-        prefill_s = _seconds(lambda: span.step([SpanStep(starting, prompt)], end=end), span.device)
+        decode_s = seconds(lambda: span.step(tokens[:1], end=end), span.device)
+        rounds = [(count, seconds(partial(span.step, tokens[:count], end=end), span.device)) for count in SESSIONS]
+        prefill_s = seconds(lambda: span.step([SpanStep(starting, prompt)], end=end), span.device)
         with torch.inference_mode():
-            forward_s = _seconds(lambda: span.forward(prompt, end=end), span.device)
+            forward_s = seconds(lambda: span.forward(prompt, end=end), span.device)
     return Rates(
         decode=share / decode_s,
         prefill=share * PROMPT_TOKENS / prefill_s,
@@ -114,29 +115,29 @@ def _measure(span: Span) -> Rates:
 
 
 @contextmanager
-def _own_store(span: Span, blocks: int) -> Iterator[PagePool]:
+def own_store(span: AnySpan, blocks: int) -> Iterator[PagePool]:
     """Give a span a small store for its first blocks, and afterwards the one that it had."""
     page_tokens = span.backend.page_tokens
     pool = PagePool((max(SESSIONS) + 1) * -(-(PROMPT_TOKENS + 1) // page_tokens), page_tokens)
     before = span.store
-    store = KVStore(span.kv_shapes[:blocks], pages=pool.pages, page_tokens=page_tokens, dtype=span.dtype, device=span.device)
+    store = span.make_store(pool.pages, blocks)
     for entries in (*store.keys, *store.values):
         entries.zero_()  # sessions go on behind prompts that nobody has run
-    span.attach(store)
+    span.attach(store)  # type: ignore[arg-type]  # which is of its own kind, and so is the other
     try:
         yield pool
     finally:
-        span.attach(before)
+        span.attach(before)  # type: ignore[arg-type]
 
 
-def _rows(pool: PagePool, tokens: int) -> Rows:
+def rows_of(pool: PagePool, tokens: int) -> Rows:
     rows = Rows(pool, tokens)
     rows.resize(1)
     rows.prepare(tokens)
     return rows
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     """The least that one run takes, of as many as fit into `WORTH_S`."""
     best, began = float("inf"), time.perf_counter()
     while True:

@@ -65,6 +65,7 @@ class StepWork:
         names: for each row the names of the units that the step completes; None where it names none.
         brought_by: the server that brought the step on a link; "" where its client did.
         passed_on: with `all_hidden` in a session that pushes, the output of the last block alone; there once the answer is.
+        failed: whether a part of it has; those that were begun after it mean nothing then.
     """
 
     session: Session
@@ -73,6 +74,7 @@ class StepWork:
     names: list[list[bytes]] | None = None
     brought_by: str = ""
     passed_on: Blob | None = None
+    failed: bool = False
     _pieces: list[torch.Tensor] = field(default_factory=list)
 
     @cached_property

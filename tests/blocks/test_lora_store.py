@@ -34,7 +34,7 @@ def test_parameters_become_matrices() -> None:
     numbers = torch.arange(8.0 * 6)
     request = put([[2, 1], [0, 3]], numbers)
     check_parameters(request, SHAPES)
-    adapter = Adapter.of(request, SHAPES, torch.device("cpu"))
+    adapter = Adapter.of(request, SHAPES, lambda block: torch.device("cpu"))
     assert {block: list(modules) for block, modules in adapter.blocks.items()} == {1: ["x", "y"], 2: ["y"]}
     a, b = adapter.blocks[1]["x"]
     assert torch.equal(a, numbers[:6].view(2, 3)) and torch.equal(b, numbers[6:16].view(5, 2))
@@ -139,7 +139,7 @@ async def test_memory_of_a_device_is_not_filled() -> None:
     store = LoraStore(free_bytes=lambda: 1000 - store.nbytes)
 
     async def take(peer_id: str, version: str, rank: int = 10) -> None:
-        await store.take(peer_id, put([[rank, 0], [0, 0]], version=version), SHAPES, torch.device("cpu"))
+        await store.take(peer_id, put([[rank, 0], [0, 0]], version=version), SHAPES, lambda block: torch.device("cpu"))
 
     await take("a", "1")
     await take("b", "1")
@@ -209,7 +209,7 @@ def lora_of(span: Span, seed: int, version: str) -> tuple[PutLora, Adapter]:
     )
     weights = torch.randn(count, generator=torch.Generator().manual_seed(seed)) / 4
     request = PutLora(MODEL, FIRST, END, version, MODULES, encode_tensor(ranks), encode_tensor(weights))
-    return request, Adapter.of(request, shapes, torch.device("cpu"))
+    return request, Adapter.of(request, shapes, lambda block: torch.device("cpu"))
 
 
 async def test_passes_and_sessions_with_what_a_peer_has_put(saved: Callable[..., Path]) -> None:

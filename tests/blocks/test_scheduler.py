@@ -412,7 +412,7 @@ def test_sessions_about_to_come_back_are_waited_for_and_only_so_long(scheduler: 
     until = scheduler.next(now + 0.008)
     assert isinstance(until, float)
     assert sessions(started(scheduler, until)) == ["a", "b"]  # c is late
-    assert scheduler.next(until) is not None
+    assert len(scheduler) == 2, "until the round is finished"
 
 
 def test_when_all_are_there_nobody_is_waited_for(scheduler: Scheduler) -> None:
@@ -624,3 +624,73 @@ def test_what_was_done_tells_how_fast_it_was() -> None:
     assert isinstance(parts, list)
     scheduler.finished(parts, 3600.0, now + 3600)
     assert scheduler.done()["decode"].seconds - after.seconds < 5, "a machine that was suspended has not become slow"
+
+
+# Several devices: as many rounds under way
+
+
+def test_what_is_under_way_is_not_touched() -> None:
+    scheduler = make(devices=2)
+    first, long, training = step("first"), step("long", 1000, key="other"), a_pass(10, 100, weight=0.1)
+    scheduler.add(first, 0.0)
+    decode = started(scheduler, 0.0)
+    assert sessions(decode) == ["first"] and scheduler.next(0.0) is None
+    scheduler.add(training, 0.0)
+    passing = started(scheduler, 0.0)
+    assert passing[0].task is training and scheduler.next(0.0) is None, "a pass goes on where it was left"
+    scheduler.drop(first)
+    assert scheduler.finished(decode, 0.1, 0.1) == [] and len(scheduler) == 1
+    scheduler.add(long, 0.1)
+    chunks = [started(scheduler, 0.1)]
+    while chunks[-1][0].end < 1000:
+        chunks.append(started(scheduler, 0.1))
+        assert chunks[-1][0].start == chunks[-2][0].end, "a prompt goes on at once"
+    assert len(chunks) > 3 and scheduler.next(0.2) is None and len(scheduler) == 2
+    assert scheduler.expected_wait() == pytest.approx(scheduler._seconds_left(training))
+    assert scheduler.finished(passing, 0.1, 0.3) == []
+    assert started(scheduler, 0.3)[0].start == passing[0].end
+    done = [scheduler.finished(parts, 0.1, 0.4) for parts in chunks]
+    assert done == [*([[]] * (len(chunks) - 1)), [long]]
+
+
+def test_decodes_are_divided_among_devices_where_that_is_quicker() -> None:
+    """A pass of one token takes 0.1 s, one of 32 takes 0.2 s: few sessions stay together, many are divided."""
+    for number, rounds in ((4, [4]), (64, [32, 32]), (6, [6])):
+        scheduler = make(devices=2)
+        for session in range(number):
+            scheduler.add(step(f"s{session}"), 0.0)
+        found = []
+        while isinstance(parts := scheduler.next(0.0), list):
+            found.append(len(parts))
+        assert found == rounds
+
+
+def test_rounds_stay_as_large_while_sessions_come_and_go() -> None:
+    """Those under way and those about to come back count, so that halves are not divided again."""
+    scheduler, now = make(devices=2), 0.0
+    for session in range(64):
+        scheduler.add(step(f"s{session}"), now)
+    under_way, sizes = [started(scheduler, now), started(scheduler, now)], []
+    for _ in range(20):
+        parts = under_way.pop(0)
+        sizes.append(len(parts))
+        now += 0.1
+        scheduler.finished(parts, 0.2, now)
+        for part in parts:
+            scheduler.add(step(str(part.task.session)), now + 0.001)
+        under_way.append(started(scheduler, now + 0.001))
+    assert sizes == [32] * 20
+
+
+def test_a_prompt_that_is_alone_is_cut_so_that_all_devices_work_at_it() -> None:
+    whole, cut = make(), make(devices=2)
+    for scheduler in (whole, cut):
+        scheduler.add(step("prompt", 128), 0.0)
+    (alone,), (first,) = started(whole, 0.0), started(cut, 0.0)
+    assert alone.tokens == 128 and 32 <= first.tokens <= 64
+    pieces = [first]
+    while isinstance(parts := cut.next(0.0), list):
+        pieces += parts
+    assert sum(part.tokens for part in pieces) == 128
+    through = sum(seconds(part.tokens) / 2 for part in pieces) + seconds(pieces[-1].tokens) / 2
+    assert through < 0.9 * seconds(128)
