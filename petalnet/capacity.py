@@ -1,18 +1,23 @@
-"""What fits into this machine's memory: how many blocks of a model, and how many KV tokens beside them."""
+"""What fits into this machine's memory: how many blocks of a model, and how many KV tokens beside them.
+
+A device here is what `--device` names: one, or several over which the blocks go (see `devices`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from petalnet.devices import device_names, memory_of, split_blocks
 from petalnet.errors import UsageError
 from petalnet.routing.precision import describe_precision
 
 if TYPE_CHECKING:
-    from petalnet.blocks.span import Span
+    from petalnet.blocks.spread import AnySpan
     from petalnet.models.checkpoint import ModelSource
 
 DEVICE_SHARE = 0.9
@@ -38,7 +43,12 @@ def best_device() -> str:
 
 
 def require_device(device: str) -> None:
-    """Raises UsageError unless this machine, with this build of torch, has the device."""
+    """Raises UsageError unless this machine, with this build of torch, has the device, or each of several."""
+    for name in device_names(device):
+        _require_one(name)
+
+
+def _require_one(device: str) -> None:
     kind, _, number = device.partition(":")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -56,9 +66,19 @@ def require_device(device: str) -> None:
 
 def usable_memory(device: str, most: int | None) -> int:
     """Bytes on a device that a node may take: `most` where it is given, else its share of what is free."""
-    if most is not None:
-        return most
-    return int(_free_memory(device) * (DEVICE_SHARE if device.startswith("cuda") else MACHINE_SHARE))
+    return sum(_usable_each(device_names(device), None)) if most is None else most
+
+
+def _usable_each(devices: Sequence[str], most: int | None) -> list[int]:
+    """The same of each of several devices."""
+    return memory_of(
+        devices, {one: int(_free_memory(one) * (DEVICE_SHARE if one.startswith("cuda") else MACHINE_SHARE)) for one in devices}, most
+    )
+
+
+def _free_each(devices: Sequence[str], most: int | None) -> list[int]:
+    """What is free on each, or of `most` its part."""
+    return memory_of(devices, {one: _free_memory(one) for one in devices}, most)
 
 
 def graph_bytes(device: str, most: int | None) -> int:
@@ -68,7 +88,7 @@ def graph_bytes(device: str, most: int | None) -> int:
         most: a ceiling that somebody gave for these, of which graphs may take no more than an eighth; None where nobody did.
     """
     left = 1 - (DEVICE_SHARE if device.startswith("cuda") else MACHINE_SHARE)
-    wanted = int(_free_memory(device) * left * GRAPHS_SHARE)
+    wanted = int(sum(_free_each(device_names(device), None)) * left * GRAPHS_SHARE)
     return wanted if most is None else min(wanted, most // 8)
 
 
@@ -99,8 +119,9 @@ def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max
     """
     sizes = block_sizes(source, dtype, quantization)
     largest = max(sizes)
-    memory = usable_memory(device, max_memory)
-    count = min(int(memory * WEIGHTS_SHARE) // max(largest, 1), len(sizes))
+    each = _usable_each(device_names(device), max_memory)
+    memory = max(each)
+    count = min(sum(int(one * WEIGHTS_SHARE) // max(largest, 1) for one in each), len(sizes))
     if count == 0:
         raise UsageError(
             f"no block of {source.name} fits: one takes {largest / 1e9:.2f} GB in {describe(dtype, quantization)}, and "
@@ -121,8 +142,12 @@ def require_room(
 
     Looked at before anything is loaded: a CPU's memory is not refused when it is asked for, the machine ends the process later.
     """
-    free = _free_memory(device) if max_memory is None else max_memory
-    if sum(block_sizes(source, dtype, quantization)[first:end]) > free:
+    devices = device_names(device)
+    sizes = block_sizes(source, dtype, quantization)[first:end]
+    for count, free in zip(split_blocks(sizes, _usable_each(devices, max_memory)), _free_each(devices, max_memory), strict=True):
+        if sum(sizes[:count]) <= free:
+            sizes = sizes[count:]
+            continue
         raise too_large(source, first, end, dtype=dtype, device=device, max_memory=max_memory, quantization=quantization)
 
 
@@ -143,7 +168,17 @@ def too_large(
     )
 
 
-def kv_tokens(span: Span, source: ModelSource, *, device: str, max_memory: int | None, wanted: int | None) -> int:
+def spread(
+    source: ModelSource, first: int, end: int, *, dtype: torch.dtype, quantization: str, device: str, max_memory: int | None
+) -> list[int]:
+    """How many of blocks [first, end) go to each of the devices, by the memory that there is on each (`devices.split_blocks`)."""
+    devices = device_names(device)
+    if len(devices) == 1:
+        return [end - first]
+    return split_blocks(block_sizes(source, dtype, quantization)[first:end], _usable_each(devices, max_memory))
+
+
+def kv_tokens(span: AnySpan, source: ModelSource, *, device: str, max_memory: int | None, wanted: int | None) -> int:
     """Positions of KV cache to make room for beside a loaded span: `wanted`, or as many as fit. Each has an output beside it that the
     machine's memory keeps, whatever the device.
 
@@ -152,11 +187,17 @@ def kv_tokens(span: Span, source: ModelSource, *, device: str, max_memory: int |
     """
     kept_bytes = span.hidden_size * span.dtype.itemsize
     own_memory = device.startswith("cuda")  # apart from the machine's
-    bytes_per_token = span.kv_bytes_per_token + (0 if own_memory else kept_bytes)
-    memory = usable_memory(device, max_memory) if wanted is None or max_memory is not None else _free_memory(device)
+    stages, devices = span.stages, device_names(device)
+    if len(stages) < len(devices):  # some are not needed
+        devices = [str(stage.device) for stage in stages]
+    each = (_usable_each if wanted is None or max_memory is not None else _free_each)(devices, max_memory)
     if max_memory is not None:  # what is free on the device was counted with the weights in it, a ceiling was not
-        memory -= sum(block_sizes(source, span.dtype, span.quantization)[span.first : span.end])
-    fit, where = max(memory // max(bytes_per_token, 1), 0), f"on {device}"
+        sizes = block_sizes(source, span.dtype, span.quantization)
+        each = [memory - sum(sizes[stage.first : stage.end]) for memory, stage in zip(each, stages, strict=True)]
+    # A row has as many positions on each device.
+    beside_kv = 0 if own_memory else -(-kept_bytes // len(stages))
+    fit = min(max(memory, 0) // max(stage.kv_bytes_per_token + beside_kv, 1) for memory, stage in zip(each, stages, strict=True))
+    where = f"on {device}"
     fewer = "raise --max-memory or serve fewer blocks" if max_memory is not None else "serve fewer blocks"
     if own_memory:
         kept = int(_free_memory("cpu") * (MACHINE_SHARE if wanted is None else 1)) // kept_bytes

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import platformdirs
 
+from petalnet.devices import device_names
 from petalnet.errors import NoSwarmError, UsageError
 from petalnet.p2p.access import Access, read_peer_ids
 from petalnet.p2p.swarm_key import SwarmKey
@@ -66,9 +67,7 @@ def _choice(*options: str) -> Callable[[str], str]:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise ValueError("needs cpu, cuda, cuda:N or mps")
-    return text
+    return ",".join(device_names(text))
 
 
 def _rate(text: str) -> float | None:
@@ -214,7 +213,11 @@ class Settings:
         _choice("none", "int8", "nf4"), default="none", metavar="KIND",
         aliases=("--quant-type",), switches={"--load-in-8bit": ("int8", "none")},
     )  # fmt: skip
-    device: str | None = _setting("cpu, cuda, cuda:N or mps  [the best there is]", _device, metavar="DEVICE")
+    device: str | None = _setting(
+        "cpu, cuda, cuda:N or mps, or several over which the blocks go, such as cuda:0,cuda:1  [the best there is]",
+        _device,
+        metavar="DEVICE",
+    )
     throughput: float | None = _setting("auto (measured, then cached), or tokens/s to announce  [auto]", _rate, metavar="auto|RATE")
     attn_cache_tokens: int | None = _setting("KV tokens held per block  [from free memory]", _count, metavar="N")
     share_prefixes: bool = _setting("reuse what one peer's prompt computed for other peers' prompts that begin alike", _flag, default=False)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from petalnet.blocks.adapters import Adapter
     from petalnet.blocks.links import OpenStream
     from petalnet.blocks.service import BlockService
-    from petalnet.blocks.span import Span
+    from petalnet.blocks.spread import AnySpan
     from petalnet.blocks.throughput import Rates
     from petalnet.config import Settings
     from petalnet.models.adapters import AdapterSource
@@ -36,9 +36,10 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     import torch
 
     from petalnet.blocks.service import USUAL_RATES, BlockService
-    from petalnet.blocks.span import Span
+    from petalnet.blocks.spread import SpreadSpan
     from petalnet.blocks.throughput import Rates, measure
-    from petalnet.capacity import graph_bytes, kv_tokens, require_room, too_large
+    from petalnet.capacity import graph_bytes, kv_tokens, require_room, spread, too_large
+    from petalnet.devices import device_names
 
     # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
     beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
@@ -46,7 +47,9 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     precision: dict[str, Any] = {"dtype": model.dtype, "quantization": model.quantization}
     require_room(model.source, *span, **precision, device=model.device, max_memory=most)
     try:
-        blocks = Span.load(model.source, *span, **precision, device=model.device, may_pack=model.packs)
+        counts = spread(model.source, *span, **precision, device=model.device, max_memory=most)
+        devices = device_names(model.device)
+        blocks = SpreadSpan.load(model.source, *span, **precision, devices=devices, counts=counts, may_pack=model.packs)
         adapters = {adapter.label: _on_device(adapter, blocks) for adapter in model.adapters}
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise too_large(model.source, *span, **precision, device=model.device, max_memory=most) from error
@@ -74,15 +77,16 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     return Loaded(service, rates)
 
 
-def _on_device(source: AdapterSource, blocks: Span) -> Adapter:
+def _on_device(source: AdapterSource, blocks: AnySpan) -> Adapter:
     """An adapter's part for blocks that are loaded."""
     from petalnet.blocks.adapters import Adapter, LoraWeights
 
     loaded = source.load(blocks.first, blocks.end)
     return Adapter(
         {
-            block: {path: LoraWeights(a.to(blocks.device), b.to(blocks.device)) for path, (a, b) in layers.items()}
+            block: {path: LoraWeights(a.to(device), b.to(device)) for path, (a, b) in layers.items()}
             for block, layers in loaded.items()
+            for device in [blocks.device_of(block)]
         }
     )
 

@@ -76,6 +76,7 @@ def open_model(settings: Settings, name: str | None, manifest: Manifest | None =
     from petalnet.blocks.probe import require_splittable
     from petalnet.blocks.quantization import require_quantization
     from petalnet.capacity import best_device, require_device
+    from petalnet.devices import device_names
     from petalnet.models.anatomy import text_config
     from petalnet.models.cachedir import cache_dir
     from petalnet.models.checkpoint import ModelSource
@@ -98,7 +99,7 @@ def open_model(settings: Settings, name: str | None, manifest: Manifest | None =
         raise UsageError(f"--serve {settings.serve} is out of range: {source.name} has {count} blocks")
     packs = require_splittable(source.config).packs
     adapters = _open_adapters(settings, source)
-    dtype = pick_dtype(settings.dtype, source, device)
+    dtype = pick_dtype(settings.dtype, source, device_names(device)[0])
     key = model_key(source) if manifest is None else manifest.model_key
     return Model(source, key, count, dtype, device, packs, adapters, settings.quantization)
 

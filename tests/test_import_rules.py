@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "routing": {"errors", "version"},
     "p2p": {"errors", "routing", "version"},
     "models": BASE,
-    "config": {"errors", "p2p"},
+    "config": {"devices", "errors", "p2p"},
+    "devices": set(),
     "blocks": BASE | {"p2p", "models"},
     "client": BASE | {"config", "models", "p2p", "peering", "routing"},
     "http": {"errors"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "waking": set(),
     "peering": BASE | {"config", "p2p", "routing", "waking"},
     "announcing": {"errors", "routing", "version"},
-    "capacity": {"blocks", "errors", "models"},
+    "capacity": {"blocks", "devices", "errors", "models"},
     "linking": {"errors", "p2p", "peering", "routing"},
     "answering": {"blocks", "errors", "p2p"},
     "placing": BASE | {"routing"},
@@ -41,9 +42,23 @@ MAY_IMPORT = {
     "fetching": BASE | {"incoming", "models", "p2p", "peering", "routing", "sharing"},
     "manifests": BASE | {"models", "p2p", "peering", "routing"},
     "supply": BASE | {"config", "fetching", "models", "peering", "routing", "sharing"},
-    "loaded": {"blocks", "capacity", "config", "errors", "models", "serving"},
+    "loaded": {"blocks", "capacity", "config", "devices", "errors", "models", "serving"},
     "serving": BASE
-    | {"announcing", "answering", "blocks", "capacity", "config", "linking", "loaded", "models", "p2p", "peering", "placing", "routing"}
+    | {
+        "announcing",
+        "answering",
+        "blocks",
+        "capacity",
+        "config",
+        "devices",
+        "linking",
+        "loaded",
+        "models",
+        "p2p",
+        "peering",
+        "placing",
+        "routing",
+    }
     | {"supply"},
     "node": BASE
     | {"blocks", "client", "config", "http", "inspection", "manifests", "models", "overview", "p2p", "peering", "remembering", "serving"}
