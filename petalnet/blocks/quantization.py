@@ -31,8 +31,8 @@ CACHED = {4: 2**18, 2: 2**20}
 """By the bytes of a number: about so many weights a processor makes whole at a time, to multiply by them while they are in its cache. As
 measured with rows of 4096, it is slower by a half with a quarter or four times as many."""
 FEW_ROWS = 8
-"""Up to so many rows, a processor multiplies in bfloat16 with torch's kernel for int8 weights, which makes nothing whole: two to three times as
-fast as by weights in bfloat16, and slower from about ten rows on."""
+"""Up to so many rows, a processor multiplies in bfloat16 with torch's kernel for int8 weights, which makes nothing whole: one to three times
+as fast as by weights in bfloat16. It is slower for more."""
 LIKE_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in the library that compute what it computes, in another order of operations."""
 ROUTERS = ("gate", "router")
@@ -231,17 +231,6 @@ class NF4Linear(QuantizedLinear):
         shape = (count // GROUP, GROUP) if count % GROUP == 0 else (1, count)
         whole: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(numbers, scales, GROUP, "nf4", shape, dtype)
         return whole.view(end - first, self.in_features)
-
-    def multiply(self, input: torch.Tensor) -> torch.Tensor:
-        if self.weight.device.type != "cuda" or self.in_features % GROUP:
-            return super().multiply(input)
-        return self.multiply_fused(input)
-
-    def multiply_fused(self, input: torch.Tensor) -> torch.Tensor:
-        """The same by bitsandbytes' kernel, which makes the weights whole as it goes; on CUDA, where rows are of whole groups."""
-        shape = (self.out_features, self.in_features)
-        output: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(input, self.weight, shape, self.scales, GROUP, "nf4", bias=self.bias)
-        return output
 
     def _rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count = weight.numel()

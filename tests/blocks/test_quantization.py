@@ -126,13 +126,6 @@ def test_the_kernel_of_gpus_is_told_the_same(bias: torch.Tensor | None) -> None:
         torch.testing.assert_close(layer.multiply_rounded(input), layer.multiply(input), atol=1e-5, rtol=1e-5)
 
 
-def test_the_fused_kernel_is_given_what_it_takes() -> None:
-    layer = rounded("nf4", torch.randn(96, 128), torch.randn(96))
-    assert isinstance(layer, NF4Linear)
-    hidden = torch.randn(2, 3, 128)
-    torch.testing.assert_close(layer.multiply_fused(hidden), layer.multiply(hidden))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transposed_weight(kind: str) -> None:
     library = Conv1D(48, 32)
