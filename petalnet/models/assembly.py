@@ -211,11 +211,12 @@ class Assembly:
     def list_to_ask(self, peer: str) -> str | None:
         """A block whose list of chunks this peer is to be asked for now, which it then counts as; None where there is none."""
         for name, block in self._blocks.items():
-            if block.is_done or block.asked_list is not None or peer not in block.claims:
-                continue
-            if block.entry is not None and any(claim.list_digest == block.list_digest for claim in block.claims.values()):
-                continue
-            if block.claims[peer].list_digest == self._best_list(block):
+            if (
+                not block.is_done
+                and block.asked_list is None
+                and peer in block.claims
+                and block.claims[peer].list_digest == self._next_list(block)
+            ):
                 block.asked_list = peer
                 return name
         return None
@@ -307,11 +308,18 @@ class Assembly:
 
     # ---- within
 
-    def _best_list(self, block: _Block) -> str:
-        """Of the lists that peers go by, the one that most have the whole block by, then the one of most peers."""
+    def _next_list(self, block: _Block) -> str | None:
+        """The list by which a block should be put together, if that is not the one that counts now: the one that most have the whole block
+        by, then the one of most peers. One that counts already stays, unless nobody has what is missing by it and more go by another."""
         whole = Counter(claim.list_digest for claim in block.claims.values() if claim.held is None)
         some = Counter(claim.list_digest for claim in block.claims.values())
-        return max(some, key=lambda digest: (whole[digest], some[digest], self._random.random()))
+        best = max(some, key=lambda digest: (whole[digest], some[digest], self._random.random()), default=None)
+        now = block.list_digest
+        if now is None or best is None:
+            return best
+        if all(block.copies[index] for index in block.missing) or (whole[best], some[best]) <= (whole[now], some[now]):
+            return None
+        return best
 
     def _use(self, block: _Block, entry: BlockEntry) -> None:
         """Put a block together by this list; chunks that are the same as by the one before stay."""
