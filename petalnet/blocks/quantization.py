@@ -31,8 +31,8 @@ CACHED = {4: 2**18, 2: 2**20}
 """By the bytes of a number: about so many weights a processor makes whole at a time, to multiply by them while they are in its cache. As
 measured with rows of 4096, it is slower by a half with a quarter or four times as many."""
 FEW_ROWS = 8
-"""Up to so many rows, a processor multiplies in bfloat16 with torch's kernel for int8 weights, which makes nothing whole: one to three times
-as fast as by weights in bfloat16. It is slower for more."""
+"""Up to so many rows, a processor multiplies in bfloat16 with torch's kernel for int8 weights, which makes nothing whole: once to
+three times as fast as by weights in bfloat16. It is slower for more."""
 LIKE_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in the library that compute what it computes, in another order of operations."""
 ROUTERS = ("gate", "router")
