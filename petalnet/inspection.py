@@ -87,8 +87,8 @@ def ask_nodes() -> list[dict[str, Any]]:
     for path in sorted(_folder().glob("*.sock"), key=_made_at):
         try:
             found.append(_ask(path))
-        except ConnectionRefusedError:
-            logger.debug("the node of %s was killed", path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            logger.debug("the node of %s was killed, or has just ended", path)
         except (OSError, ValueError) as error:
             logger.warning("the node of %s does not answer: %s", path, error)
     return found
