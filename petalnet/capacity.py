@@ -28,7 +28,7 @@ WEIGHTS_SHARE = 0.7
 """Of a node's memory that `--serve auto` fills with weights: the rest is for KV entries and activations."""
 GRAPHS_SHARE = 0.25
 """Of the memory that a node leaves free, what graphs of training passes may take that wait for their backward passes; those of passes that
-are computed anew may take as much."""
+are computed anew may take as much, and so may captured decoding on a CUDA device."""
 FEWEST_KV_TOKENS = 256
 """A server that has no room for a short question and its answer is of no use to anybody."""
 MOST_KV_TOKENS = 1 << 22
@@ -90,6 +90,11 @@ def graph_bytes(device: str, most: int | None) -> int:
     left = 1 - (DEVICE_SHARE if device.startswith("cuda") else MACHINE_SHARE)
     wanted = int(sum(_free_each(device_names(device), None)) * left * GRAPHS_SHARE)
     return wanted if most is None else min(wanted, most // 8)
+
+
+def recording_bytes(device: str, most: int | None) -> int:
+    """Bytes on a device for decoding that is captured (see `blocks.captured`), beside all the rest; arguments as of `graph_bytes`."""
+    return graph_bytes(device, most) if device.startswith("cuda") else 0
 
 
 def _free_memory(device: str) -> int:

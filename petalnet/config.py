@@ -218,6 +218,10 @@ class Settings:
         _device,
         metavar="DEVICE",
     )
+    cuda_graphs: str = _setting(
+        "decode by captured CUDA graphs: on, off, or auto: where that is quicker, as tried at the start  [auto]",
+        _choice("auto", "on", "off"), default="auto", metavar="auto|on|off",
+    )  # fmt: skip
     throughput: float | None = _setting("auto (measured, then cached), or tokens/s to announce  [auto]", _rate, metavar="auto|RATE")
     attn_cache_tokens: int | None = _setting("KV tokens held per block  [from free memory]", _count, metavar="N")
     share_prefixes: bool = _setting("reuse what one peer's prompt computed for other peers' prompts that begin alike", _flag, default=False)

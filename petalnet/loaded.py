@@ -35,28 +35,35 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     """
     import torch
 
+    from petalnet.blocks.capture_trial import choose
     from petalnet.blocks.service import USUAL_RATES, BlockService
     from petalnet.blocks.spread import SpreadSpan
     from petalnet.blocks.throughput import Rates, measure
-    from petalnet.capacity import graph_bytes, kv_tokens, require_room, spread, too_large
+    from petalnet.capacity import graph_bytes, kv_tokens, recording_bytes, require_room, spread, too_large
     from petalnet.devices import device_names
 
     # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
     beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
+    devices = device_names(model.device)
+    if settings.cuda_graphs != "off":
+        beside += sum(recording_bytes(device, settings.max_memory) for device in devices)
     most = None if settings.max_memory is None else max(settings.max_memory - beside, 1)
     precision: dict[str, Any] = {"dtype": model.dtype, "quantization": model.quantization}
     require_room(model.source, *span, **precision, device=model.device, max_memory=most)
     try:
         counts = spread(model.source, *span, **precision, device=model.device, max_memory=most)
-        devices = device_names(model.device)
         blocks = SpreadSpan.load(model.source, *span, **precision, devices=devices, counts=counts, may_pack=model.packs)
         adapters = {adapter.label: _on_device(adapter, blocks) for adapter in model.adapters}
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise too_large(model.source, *span, **precision, device=model.device, max_memory=most) from error
     tokens = kv_tokens(blocks, model.source, device=model.device, max_memory=most, wanted=settings.attn_cache_tokens)
     blocks.speed_up()
+    captures = [
+        choose(stage, settings.cuda_graphs, most_bytes=recording_bytes(str(stage.device), settings.max_memory)) for stage in blocks.stages
+    ]
+    captured = any(choice.captured for choice in captures)
     rate = settings.throughput
-    rates = measure(blocks, model=model.key) if rate is None else Rates(rate, rate, rate)
+    rates = measure(blocks, model=model.key, captured=captured) if rate is None else Rates(rate, rate, rate)
     _ = blocks.digests  # computed here, on this thread, and kept by the span
     try:
         service = BlockService(
@@ -68,7 +75,11 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
             open_link=open_link,
             adapters=adapters,
             graph_bytes=graph_bytes(model.device, settings.max_memory),
+            captures=captures,
         )
+        for stage in blocks.stages:
+            if stage.captured is not None:
+                stage.captured.prepare(stage.first, stage.end)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UsageError(
             f"blocks {blocks.first}:{blocks.end} are loaded, but there is no memory left for {tokens} KV tokens on {model.device}: give a "

@@ -6,8 +6,8 @@ Nothing that changes from pass to pass may be a number in Python then: positions
 those buffers on the device.
 
 Passes are captured by **shape**: rows are padded to a power of two, and so is the number of pages in the longest row's table. Rows of
-padding write to the store's spare page and read from there, so that nothing of anybody's is touched. A shape is captured when it first
-occurs; recordings are bounded in number and in bytes, and the one that was used longest ago goes first.
+padding write to the store's spare page and read from there, so that nothing of anybody's is touched. Usual shapes are captured at the
+start, others when they first occur; recordings are bounded in number and in bytes, and the one that was used longest ago goes first.
 
 What is not captured goes the usual way: several new tokens a row (prompts, speculated tokens), padding among a row's tokens, prompts that
 are added to blocks, outputs of every block, adapters. Where capturing fails, everything does from then on.
@@ -36,6 +36,11 @@ MOST_ROWS = 64
 """Rows of a pass that is captured; with more, kernels take longer than Python does."""
 MOST_RECORDINGS = 64
 """There are seven numbers of rows, and tables for a million tokens double a dozen times: few servers ever see so many shapes."""
+
+
+USUAL_ROWS = (16, 8, 4, 2, 1)
+USUAL_PAGES = (8, 4, 2, 1)
+"""Shapes that are captured before anybody waits for them, the most frequent last: those are given up last."""
 
 
 class Recording(Protocol):
@@ -130,6 +135,14 @@ class CapturedDecode:
         self.replayed += 1
         output = self._output[0, : len(rows)].clone()  # since the next pass writes there
         return [[part.unsqueeze(1)] for part in output.split([len(step.hidden) for step in steps])]
+
+    def prepare(self, first: int, end: int) -> None:
+        """Capture the usual shapes of passes through blocks [first, end), by passes of nothing but padding."""
+        with torch.inference_mode():
+            for rows, pages in itertools.product(USUAL_ROWS, USUAL_PAGES):
+                shape = _Shape(first, end, rows, pages)
+                if self.failure is None and pages <= self._store.pages and shape not in self._captured:
+                    self._capture(shape, [])
 
     def _enter(self, steps: Sequence[SpanStep], rows: int, padded: int) -> None:
         """Bring the steps' inputs into the buffer: from the machine's memory in one transfer, not in one a step."""

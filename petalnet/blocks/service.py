@@ -7,7 +7,7 @@ any. A request that is wrong gets a typed error and harms nobody else; the strea
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from petalnet.blocks.adapters import Adapter
+from petalnet.blocks.capture_trial import Choice
 from petalnet.blocks.checks import Checks, Limits
 from petalnet.blocks.costs import SEED_TOKENS, Costs
 from petalnet.blocks.engine import Engine, Pipelined
@@ -96,6 +97,7 @@ class BlockService:
         open_link: OpenStream | None = None,
         adapters: Mapping[str, Adapter] = MappingProxyType({}),
         graph_bytes: int = GRAPH_BYTES,
+        captures: Sequence[Choice] = (),
     ) -> None:
         """Takes the memory for KV entries; blocks for as long as that takes.
 
@@ -107,6 +109,7 @@ class BlockService:
             open_link: from another server's id to a stream for steps to it; without it, outputs go to clients only.
             adapters: for the span's blocks, on its device.
             graph_bytes: memory for the graphs of passes whose gradients are to come, and as much for those that are computed anew.
+            captures: for each of the span's stages whether its decoding is captured; empty where that was not asked.
         Raises:
             MemoryError, torch.OutOfMemoryError: there is no memory for so many positions.
         """
@@ -114,6 +117,7 @@ class BlockService:
         self.model = model
         self.limits = limits or Limits()
         self.draining = False
+        self._captures = captures
         page_tokens = span.backend.page_tokens
         pages = -(-kv_tokens // page_tokens)
         store = span.make_store(pages)
@@ -216,6 +220,10 @@ class BlockService:
             "loras": {"versions": len(self.loras), "bytes": self.loras.nbytes},
             "links": asdict(self.link_counts),
             "recovery": asdict(self.recovery),
+            "cuda_graphs": [
+                {"device": str(stage.device), **asdict(choice), **(stage.captured.describe() if stage.captured is not None else {})}
+                for stage, choice in zip(self.span.stages, self._captures, strict=False)
+            ],
             "loop_delay_s": {"median": delay.median_s, "worst": delay.worst_s},
         }
 

@@ -50,15 +50,16 @@ class Rates:
     rounds: tuple[tuple[int, float], ...] = ()
 
 
-def measure(span: AnySpan, *, model: str) -> Rates:
+def measure(span: AnySpan, *, model: str, captured: bool = False) -> Rates:
     """The rates of a span; blocks for up to about half a second the first time.
 
     Args:
         span: must not be in use by another thread.
         model: the model's key, under which the result is remembered.
+        captured: whether the span captures its decoding.
     """
     machine = " ".join(_machine(stage.device) for stage in span.stages)
-    facts = f"{machine} {model} {span.dtype} {span.quantization} {len(span)} {span.packs} {torch.__version__} {__version__} 3"
+    facts = f"{machine} {model} {span.dtype} {span.quantization} {len(span)} {span.packs} {captured} {torch.__version__} {__version__} 3"
     key = blake3(facts.encode()).hexdigest()
     known = _parse(load_facts("throughput", key), time.time())
     if known is not None:

@@ -161,6 +161,23 @@ def test_padding_touches_nothing_of_anybodys(saved: Saved) -> None:
         assert not bool(entries[spare].isnan().any())
 
 
+def test_usual_shapes_are_captured_beforehand(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_module, "USUAL_ROWS", (2, 1))
+    monkeypatch.setattr(captured_module, "USUAL_PAGES", (64, 2, 1))
+    twins = Twins(saved("llama"))
+    one, two = twins.session(1, 12), twins.session(2, 3)
+    store = twins.span.store
+    held = slice(0, store.spare_page * store.page_tokens)
+    before = [entries[held].clone() for entries in (*store.keys, *store.values)]
+    twins.captured.prepare(FIRST, END)
+    assert len(twins.captured) == 4  # the store has no 64 pages
+    for entries, earlier in zip((*store.keys, *store.values), before, strict=True):
+        torch.testing.assert_close(entries[held], earlier, rtol=0, atol=0, equal_nan=True)
+    twins.decode(one)
+    twins.decode(two)
+    assert (len(twins.captured), twins.captured.replayed) == (4, 2)
+
+
 def test_what_is_not_finite_stays_in_its_row(saved: Saved) -> None:
     twins = Twins(saved("llama"))
     twins.close = CLOSE | {"equal_nan": True}
