@@ -124,6 +124,10 @@ class DistributedModel(DistributedGeneration):
 
         return set(self.state_dict()) - set(trained_parameters(self))  # type: ignore[attr-defined]
 
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, names: Any) -> None:
+        self.__dict__["_keys_to_ignore_on_save"] = names
+
     def close(self) -> None:
         """Leave the swarm. Copies of the model share the connection and cannot be used any more either."""
         blocks = self.remote_blocks
@@ -186,7 +190,8 @@ def _settle_layer_form(owner: Any, blocks: RemoteSequential) -> None:
         except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
             seen = f"{type(error).__name__}: {error}"
             continue
-        if opened.outputs and output.shape == opened.outputs[-1].shape:
+        # The width may be another one: some project what comes out of their layers to the width of their embeddings.
+        if opened.outputs and output.shape[:-1] == opened.outputs[-1].shape[:-1]:
             return
         seen = f"its output has the shape {list(output.shape)}"
     raise ModelError(f"{type(owner).__name__} does not run its layers as a plain list ({seen})")
