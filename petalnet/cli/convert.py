@@ -31,6 +31,8 @@ def _run(settings: Settings, output: Path, dtype: str, force: bool, push_to_hub:
     from petalnet.models.lean import import_transformers
 
     import_transformers()
+    from rich.filesize import decimal
+
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.convert import convert
     from petalnet.models.loading import DTYPES as TORCH_DTYPES
@@ -51,7 +53,7 @@ def _run(settings: Settings, output: Path, dtype: str, force: bool, push_to_hub:
         told = {"folder": str(made.folder), "model": made.manifest.name, "key": made.key, "num_blocks": blocks, "nbytes": made.nbytes}
         click.echo(json.dumps({**told, "url": url}, indent=1))
     else:
-        click.echo(f"{made.folder}: {made.manifest.name}, {blocks} blocks, {made.nbytes / 1e9:,.2f} GB; its key is {made.key}")
+        click.echo(f"{made.folder}: {made.manifest.name}, {blocks} blocks, {decimal(made.nbytes)}; its key is {made.key}")
         click.echo(f"on the hub: {url}" if url else f"serve it with: petalnet node {output} --serve auto")
     return 0
 

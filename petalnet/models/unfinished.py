@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from petalnet.errors import PetalnetError, UsageError
 from petalnet.models.manifest import MANIFEST_FILE
 
@@ -81,8 +83,8 @@ def require_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise PetalnetError(
-            f"the model takes {nbytes / 1e9:,.1f} GB, and the disk of {folder} has {free / 1e9:,.1f} GB left: make room there, or name a "
-            "folder on another disk"
+            f"the model takes {decimal(nbytes)}, and the disk of {folder} has {decimal(free)} left: make room there, or name a folder on "
+            "another disk"
         )
 
 

@@ -7,13 +7,15 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from petalnet.errors import ModelError, PetalnetError, UsageError
 from petalnet.models import convert as converting
@@ -143,7 +145,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 0))
-    with pytest.raises(PetalnetError, match=r"takes .* GB, and the disk of .* has 0\.0 GB left"):
+    with pytest.raises(PetalnetError, match=r"takes 17\.0 MB, and the disk of .*new has 0 bytes left"):
         convert(ModelSource.open(saved("llama")), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -197,3 +199,50 @@ def test_a_source_that_became_shorter_is_named(saved: Callable[[str], Path], tmp
     with pytest.raises(ModelError, match="model.safetensors of old"):
         convert(source, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+
+import torch
+
+from petalnet.models.checkpoint import ModelSource
+from petalnet.models.convert import convert
+from petalnet.models.identity import empty_model
+
+source, dtype, stopped, peak = ModelSource.open(sys.argv[1]), getattr(torch, sys.argv[3], None), threading.Event(), 0
+empty_model(source)
+
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+
+def watch():
+    global peak
+    while not stopped.wait(0.002):
+        peak = max(peak, anonymous())
+
+
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+convert(source, Path(sys.argv[2]), dtype=dtype)
+stopped.set()
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.long
+def test_little_memory(tmp_path: Path) -> None:
+    """Of a model of 150 MB whose largest tensor takes 16 MB: a few megabytes, or some copies of a tensor where its dtype changes."""
+    config = LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "old")
+    assert (tmp_path / "old/model.safetensors").stat().st_size > 140e6
+    for dtype, most in (("as it is", 20e6), ("bfloat16", 40e6)):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / "old"), str(tmp_path / dtype), dtype]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < most
