@@ -190,15 +190,18 @@ class CudaBackend(Backend):
     pads = True
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
-    def __init__(self, kernel: Callable[..., Any], *, sums_of_keys: bool) -> None:
+    def __init__(self, kernel: Callable[..., Any], *, sums_of_keys: bool, says_alone: bool = True) -> None:
         """
         Args:
             kernel: `varlen_attn`.
             sums_of_keys: whether it wants the sums of the numbers of keys beside each row's; implementations differ.
+            says_alone: whether it is told where each row has one query, from which nothing is hidden then. It reads keys once for all heads
+                that share them where it knows that.
         """
         super().__init__()
         self._kernel = kernel
         self._sums_of_keys = sums_of_keys
+        self._says_alone = says_alone
 
     def attend(
         self,
@@ -242,9 +245,7 @@ class CudaBackend(Backend):
             )
         store.write_heads(block, batch.slots, key, value)
         queries = query[0].transpose(0, 1)
-        # A row's one query is its last, so that nothing hides a key from it. Where the kernel is told so, it reads keys once for all heads
-        # that share them.
-        alone = call.most_queries == 1
+        alone = self._says_alone and call.most_queries == 1
         output: Tensor = self._kernel(
             queries if call.columns is None else queries.index_select(0, call.columns),
             store.keys[block].unflatten(0, (-1, store.page_tokens)),
@@ -298,8 +299,8 @@ def pick_backend(device: torch.device | str, dtype: torch.dtype) -> Backend:
         return Backend()
     from torch.nn.attention.varlen import varlen_attn  # half a second that servers on a CPU need not spend
 
-    for sums_of_keys in (True, False):
-        backend = CudaBackend(varlen_attn, sums_of_keys=sums_of_keys)
+    for says_alone, sums_of_keys in itertools.product((True, False), repeat=2):
+        backend = CudaBackend(varlen_attn, sums_of_keys=sums_of_keys, says_alone=says_alone)
         if is_right(backend, device, dtype):
             return backend
     log.warning("the kernel for paged attention does not work with this device and build of torch: attention is slower")

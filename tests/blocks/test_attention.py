@@ -405,6 +405,6 @@ def test_the_backend_of_a_device(monkeypatch):
     monkeypatch.setattr(backends, "is_right", lambda backend, device, dtype: not backend._sums_of_keys)
     picked = pick_backend("cuda:0", torch.bfloat16)
     assert type(picked) is CudaBackend
-    assert not picked._sums_of_keys
+    assert picked._says_alone and not picked._sums_of_keys
     monkeypatch.setattr(backends, "is_right", lambda backend, device, dtype: False)
     assert type(pick_backend("cuda:0", torch.bfloat16)) is Backend
