@@ -88,3 +88,22 @@ def test_where_it_does_not_work_the_usual_way_is_taken(saved: Saved, expected: l
     results, slow = run([saved("bloom"), saved("llama")], before="lean.DECORATORS = ()")
     assert results == expected
     assert "torch._dynamo" in slow
+
+
+def test_quantized_layers_do_without_the_compiler() -> None:
+    program = """
+import sys, torch
+compile_function, disable = torch.compile, torch._disable_dynamo
+from torch import nn
+from petalnet.blocks.quantization import Int8Linear, NF4Linear, require_quantization
+require_quantization("nf4")
+for kind in (Int8Linear, NF4Linear):
+    layer = kind(nn.Linear(64, 64, device="meta"))
+    layer.weight = layer.take_weight(torch.randn(64, 64))
+    layer.bias = None
+    layer(torch.randn(3, 64))
+assert "torch._dynamo" not in sys.modules and "kernels" not in sys.modules
+assert torch.compile is compile_function and torch._disable_dynamo is disable
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
