@@ -37,7 +37,7 @@ from petalnet.models.files import (
     read_tensors,
     read_windows,
 )
-from petalnet.models.remote_file import RangesIgnoredError, RemoteFile, explained
+from petalnet.models.remote_file import RangesIgnoredError, RemoteFile, explained, is_transport_error
 from petalnet.models.weight_cache import Filling, full_disk, readable, weight_cache
 
 logger = logging.getLogger(__name__)
@@ -98,17 +98,22 @@ class HubFiles(CheckpointFiles):
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError
 
-        if name not in self._small:
-            commit = next((path.parent.name for path in self._small.values() if path is not None), None)
-            found = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=commit) if commit else None
+        if name in self._small:
+            return self._small[name]
+        commit = next((path.parent.name for path in self._small.values() if path is not None), None)
+        revision = commit or self._revision
+        found = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=revision)
+        if commit is None or not isinstance(found, str) and found is not _CACHED_NO_EXIST:
             try:
-                if not isinstance(found, str) and found is not _CACHED_NO_EXIST:
-                    with self._explained(name):
-                        revision = commit or self._revision
-                        found = hf_hub_download(self.name, name, revision=revision, token=self._token, cache_dir=self._cache_dir)
-                self._small[name] = Path(found) if isinstance(found, str) else None
+                with self._explained(name):
+                    found = hf_hub_download(self.name, name, revision=revision, token=self._token, cache_dir=self._cache_dir)
             except EntryNotFoundError:
-                self._small[name] = None
+                found = None
+            except ModelError as error:
+                # Where a connection breaks off, the library does not look into its cache as it does where there is none at all.
+                if not isinstance(found, str) or not is_transport_error(error.__cause__):
+                    raise
+        self._small[name] = Path(found) if isinstance(found, str) else None
         return self._small[name]
 
     def has(self, file: str) -> bool:

@@ -64,8 +64,6 @@ class RemoteFile:
             ModelError: the hub sends something else than was asked for.
             OSError and the errors of the HTTP library: see `explained`.
         """
-        from huggingface_hub.errors import HfHubHTTPError
-
         failures = 0
         while start < end:
             try:
@@ -73,11 +71,9 @@ class RemoteFile:
                     start += len(part)
                     failures = 0
                     yield part
-            except HfHubHTTPError:
-                raise
-            except transport_error() as error:
+            except http_error() as error:
                 failures += 1
-                if failures > MOST_FAILURES:
+                if not is_transport_error(error) or failures > MOST_FAILURES:
                     raise
                 logger.info("the connection to the hub broke at byte %d of %s (%s): trying again", start, self.name, error)
                 time.sleep(min(2 ** (failures - 1), 8) if failures > 1 else 0)
@@ -113,12 +109,19 @@ class RemoteFile:
                 yield part
 
 
-def transport_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """What all errors of the hub library's HTTP library are; which library that is depends on the version."""
     from huggingface_hub import errors
 
     base: Any = errors.HfHubHTTPError.__bases__[0]
     return base
+
+
+def is_transport_error(error: BaseException | None) -> bool:
+    """Whether this is a failure of the network, rather than an answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, http_error()) and not isinstance(error, HfHubHTTPError)
 
 
 @contextmanager
@@ -155,7 +158,7 @@ def explained(repository: str, revision: str | None, what: str) -> Iterator[None
         raise ModelError(f"{repository} is neither a folder nor the id of a hub repository (owner/name)") from error
     except OfflineModeIsEnabled as error:
         raise ModelError(f"{unreachable}: this machine is set to stay offline (HF_HUB_OFFLINE)") from error
-    except (transport_error(), OSError) as error:
+    except (http_error(), OSError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{what} of {repository} cannot be fetched: {_one_line(error)}") from error

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
+import pytest
+
 COMMIT = "a" * 40
 REPOSITORY = "org/tiny"
 
@@ -37,6 +40,7 @@ class Manners:
         gated: nobody may read it.
         token: who reads has to send this one.
         redirect: files of weights are at another address, as on a content network.
+        down: it answers nothing.
     """
 
     break_after: int | None = None
@@ -49,6 +53,7 @@ class Manners:
     gated: bool = False
     token: str | None = None
     redirect: bool = False
+    down: bool = False
 
 
 class Hub(ThreadingHTTPServer):
@@ -94,8 +99,23 @@ class Hub(ThreadingHTTPServer):
 
     def environment(self, home: Path) -> dict[str, str]:
         """Of a process whose hub this is: huggingface_hub reads it when it is imported."""
-        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "0"}
         return os.environ | ours | {"OMP_NUM_THREADS": "1"}
+
+    def be_the_hub(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """Of this process."""
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        constants = "huggingface_hub.constants"
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(f"{constants}.{name}", value)
+        huggingface_hub.close_session()  # the next one reads the environment
 
     def run(self, home: Path, code: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a program for which this is the hub."""
@@ -134,6 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         match = re.fullmatch(rf"(?P<moved>/moved)?/{REPOSITORY}/resolve/(main|{COMMIT})/(?P<name>[^/]+)", self.path)
         manners = self.server.manners
+        if manners.down:
+            self.close_connection = True
+            return
         if match is None:
             known = self.path.startswith(f"/{REPOSITORY}/")
             return self._refuse(404, "RevisionNotFound" if known else "RepoNotFound")
