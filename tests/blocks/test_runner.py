@@ -86,7 +86,8 @@ class Rounds:
 
 @pytest.fixture(params=["llama", "bloom", "mistral", "gptj"])
 def rounds(request: pytest.FixtureRequest, saved: Callable[..., Path]) -> Rounds:
-    return Rounds(saved(request.param))
+    options = {"n_positions": 128} if request.param == "gptj" else {}
+    return Rounds(saved(request.param, **options))
 
 
 @pytest.fixture
