@@ -300,10 +300,11 @@ class _Run:
 
     async def _open_known(self) -> None:
         """Begin with the blocks whose chunks are known from where the model comes from."""
-        for name, block in sorted(self._wanted.items()):
-            if block.entry.chunks:
-                self._assembly.fix_list(name, block.entry)
-                await self.incoming.use_list(name, block.entry)
+        known = {name: block.entry for name, block in sorted(self._wanted.items()) if block.entry.chunks}
+        for name, entry in known.items():
+            self._assembly.fix_list(name, entry.list_digest)
+        for name, entry in known.items():
+            await self.incoming.use_list(name, entry)
 
     # ---- chunks
 

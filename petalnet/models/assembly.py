@@ -135,11 +135,9 @@ class Assembly:
         """Blocks that are not there yet."""
         return [name for name, block in self._blocks.items() if not block.is_done]
 
-    def fix_list(self, block: str, entry: BlockEntry) -> None:
-        """Only this list counts for a block: it comes from where the model comes from."""
-        wanted = self._blocks[block]
-        wanted.fixed = entry.list_digest
-        self._use(wanted, entry)
+    def fix_list(self, block: str, list_digest: str) -> None:
+        """Only the list of this digest counts for a block: it comes from where the model comes from. `use_list` is to follow."""
+        self._blocks[block].fixed = list_digest
 
     def restore(self, block: str, indices: Collection[int]) -> None:
         """These chunks are there already, by the list that counts."""

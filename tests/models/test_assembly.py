@@ -275,7 +275,8 @@ def test_a_list_that_is_known_beforehand_is_the_only_one_that_counts() -> None:
     entry, other = make_entry(0, 3), make_entry(0, 3, "other")
     block = name_of(entry)
     assembly = Assembly([block])
-    assembly.fix_list(block, entry)
+    assembly.fix_list(block, entry.list_digest)
+    assembly.use_list(block, entry)
     assembly.restore(block, {0})
     assembly.tell("other", block, other.list_digest, None)
     assert assembly.ask("other", 0.0) is None and not assembly.expelled
