@@ -240,6 +240,10 @@ class Settings:
     revision: str | None = _setting("of the model on the hub  [main]", metavar="REV")
     token: str | None = _setting("for the hub  [the stored login]", metavar="TOKEN")
     cache_dir: Path | None = _setting("where hub files are kept  [the hub's own cache]", _path, metavar="DIR")
+    max_disk_space: int | None = _setting(
+        "most disk space for weights that were fetched, such as 100GB; what was used least recently goes first  [no bound]",
+        _size, metavar="SIZE",
+    )  # fmt: skip
     share_weights: str = _setting(
         "give other servers the weights that this one has: yes, no, or auto, which leaves out local folders and gated models  [auto]",
         _choice("yes", "no", "auto"), default="auto", metavar="yes|no|auto",

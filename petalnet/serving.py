@@ -88,7 +88,13 @@ def open_model(settings: Settings, name: str | None, manifest: Manifest | None =
     require_device(device)
     require_quantization(settings.quantization)
     if manifest is None:
-        source = ModelSource.open(name, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
+        source = ModelSource.open(
+            name,
+            revision=settings.revision,
+            token=settings.token,
+            cache_dir=settings.cache_dir,
+            max_disk_space=settings.max_disk_space,
+        )
     else:
         source = ModelSource(manifest.name, SwarmFiles(manifest, cache_dir() / "models" / manifest.model_key))
     count = text_config(source.config).num_hidden_layers

@@ -62,8 +62,7 @@ class Supply:
         self._source = source
         self._model = model
         self._sharing = Sharing(peering.host, max_rate=settings.max_upload_rate)
-        most = getattr(settings, "max_disk_space", None)
-        self._cache = getattr(source.files, "cache", None) or weight_cache(most, settings.cache_dir)
+        self._cache = getattr(source.files, "cache", None) or weight_cache(settings.max_disk_space, settings.cache_dir)
         self._fetching = Fetching(peering, self._sharing, self._cache, model, max_rate=settings.max_download_rate)
         self._offered: set[int] = set()
         self.shares = False

@@ -75,6 +75,7 @@ def test_values(tmp_path: Path) -> None:
     assert settings.identity_path == Path.home() / "key"
     assert load(tmp_path, {"http": "[::1]:80"}).http == ("::1", 80)
     assert load(tmp_path, {"max_memory": "8gb"}).max_memory == 8 * 10**9
+    assert load(tmp_path, {"max_disk_space": "300GB"}).max_disk_space == 3 * 10**11
 
 
 @pytest.mark.parametrize("file", ["dtyp = 'float32'", "dtype = ['float32']", "initial_peers = '/a/b'", "dtype = ", "serve = '0:3'", "\xff"])

@@ -28,10 +28,6 @@ VERBS = {
     "version": "the versions of petalnet and of what it stands on",
 }
 
-NOT_YET = ("--max-disk-space",)
-"""Flags that people know from Petals or from petalnet's description, and that are still to come."""
-
-
 class _Verbs(click.Group):
     """A group that knows its verbs by name and loads `petalnet.cli.<verb>` for the one that is asked for."""
 
@@ -66,10 +62,6 @@ def run(arguments: Sequence[str]) -> int:
 
     try:
         status = cli.main(list(arguments), prog_name="petalnet", standalone_mode=False)
-    except click.NoSuchOption as error:
-        if error.option_name.replace("_", "-") in NOT_YET:
-            return _fail(f"this version of petalnet does not have {error.option_name} yet: leave it out", 2)
-        return _fail(error.format_message(), 2)
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):

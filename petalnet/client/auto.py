@@ -61,7 +61,8 @@ class AutoDistributedConfig:
         """A model's configuration, of the distributed class of its family.
 
         Args:
-            kwargs: `revision`, `token`, `cache_dir`, settings of `ClientSettings`, and attributes of the configuration to change.
+            kwargs: `revision`, `token`, `cache_dir`, `max_disk_space`, settings of `ClientSettings`, and attributes of the configuration to
+                change.
         """
         origin = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
         trained = TrainedPart.open(pretrained_model_name_or_path)

@@ -57,6 +57,7 @@ class DistributedModel(DistributedGeneration):
             dtype: of the local part (`torch_dtype` means the same); None or "auto" for the checkpoint's.
             allowed_servers, blocked_servers, request_timeout, connect_timeout, max_retries, show_route, …: see `ClientSettings`.
             revision, token, cache_dir: as `huggingface_hub` understands them.
+            max_disk_space: bytes that weights fetched from the hub may take on this machine's disk; None for no bound.
             base_model: of a folder with a trained part, where its base model is, if no longer where it was.
             others: attributes of the configuration to change, e.g. num_labels.
         Raises:

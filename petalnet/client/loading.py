@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SOURCE_ARGUMENTS = ("revision", "token", "cache_dir")
+SOURCE_ARGUMENTS = ("revision", "token", "cache_dir", "max_disk_space")
 IGNORED_ARGUMENTS = {
     "low_cpu_mem_usage": (True, False, None),
     "trust_remote_code": (False, None),
@@ -146,7 +146,7 @@ def _load(
     always = trained_names(model, () if trained is None else trained.parameters)
     backbone.origin = Origin(name, origin.get("revision"), key, base_vocabulary, as_fields(source.config), always)
     if model.can_generate():
-        model.generation_config = _generation_config(source, origin, model.generation_config)
+        model.generation_config = _generation_config(source, model.generation_config)
     carry(plain, settings, name_or_path)
     model.name_or_path = str(name_or_path)
     return model
@@ -222,11 +222,9 @@ def _device(device_map: Any) -> torch.device:
     return torch.device("cpu" if device_map is None else device_map)
 
 
-def _generation_config(source: ModelSource, origin: dict[str, Any], default: Any) -> Any:
+def _generation_config(source: ModelSource, default: Any) -> Any:
     """The generation settings that lie beside the model; `default` where there are none."""
     from transformers import GenerationConfig
 
-    try:
-        return GenerationConfig.from_pretrained(source.folder or source.name, **origin)
-    except OSError:
-        return default
+    file = source.file("generation_config.json")
+    return default if file is None else GenerationConfig.from_pretrained(file.parent)

@@ -29,6 +29,8 @@ from petalnet.models.filling import INCOMPLETE, PROGRESS, Filling, beside
 
 logger = logging.getLogger(__name__)
 
+FOLDER = "petalnet-weights"
+"""Its name says whose it is, since it may stand in the folder of the hub's own cache."""
 LOCK, USES = ".lock", "use-"
 _KEY = re.compile(r"[0-9A-Za-z][\w\-]{0,199}", re.ASCII)
 
@@ -232,8 +234,8 @@ def least_recently_used(entries: Iterable[Entry], room: int) -> list[Entry]:
 
 def weight_cache(most_bytes: int | None, cache_dir: str | Path | None = None) -> WeightCache:
     """The cache of this machine, or the one in the folder that was given for files from the hub."""
-    folder = own_cache_dir() / "weights" if cache_dir is None else Path(cache_dir).expanduser() / "petalnet-weights"
-    return WeightCache(folder, most_bytes)
+    base = own_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    return WeightCache(base / FOLDER, most_bytes)
 
 
 def full_disk(folder: Path, lacking: int | None = None) -> UsageError:

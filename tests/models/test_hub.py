@@ -145,7 +145,7 @@ def test_the_bound_on_the_disk_holds_while_blocks_come_and_go(hub: Hub, cache_fo
     most = int(2.5 * block_bytes(hub.folder, 0, 1))
     for first in (0, 2, 4):
         assert load(REPOSITORY, first, first + 2, max_disk_space=most) == load(hub.folder, first, first + 2)
-        assert sum(file.stat().st_size for file in (cache_folder / "weights").iterdir()) <= most
+        assert sum(file.stat().st_size for file in (cache_folder / "petalnet-weights").iterdir()) <= most
     hub.forget()
     load(REPOSITORY, 4, 6, max_disk_space=most)
     assert hub.weights_sent == 0

@@ -38,7 +38,7 @@ def kept(cache: WeightCache) -> set[str]:
 
 
 def test_a_file_is_there_once_it_is_whole(tmp_path: Path) -> None:
-    cache = WeightCache(tmp_path / "weights", None)
+    cache = WeightCache(tmp_path / "some", None)
     assert cache.find("one") is None
     with cache.filling("one", 1000) as filling:
         assert filling.path.stat().st_size == filling.size == 1000
@@ -196,7 +196,7 @@ def test_a_damaged_list_of_uses_does_not_stop_anybody(tmp_path: Path) -> None:
 
 
 def test_where_it_is(cache_folder: Path, tmp_path: Path) -> None:
-    assert weight_cache(None).folder == cache_folder / "weights"
+    assert weight_cache(None).folder == cache_folder / "petalnet-weights"
     assert weight_cache(5, tmp_path / "hub").folder == tmp_path / "hub" / "petalnet-weights"
 
 
