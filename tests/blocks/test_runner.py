@@ -86,7 +86,7 @@ class Rounds:
 
 @pytest.fixture(params=["llama", "bloom", "mistral", "gptj"])
 def rounds(request: pytest.FixtureRequest, saved: Callable[..., Path]) -> Rounds:
-    options = {"n_positions": 128} if request.param == "gptj" else {}
+    options = {"n_positions": 256} if request.param == "gptj" else {}
     return Rounds(saved(request.param, **options))
 
 
