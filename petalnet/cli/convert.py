@@ -42,7 +42,13 @@ def _run(settings: Settings, output: Path, dtype: str, force: bool, push_to_hub:
     if push_to_hub is not None:
         repository = Repository(push_to_hub, token=settings.token, private=private, replace=force)
         repository.check()
-    source = ModelSource.open(settings.model, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
+    source = ModelSource.open(
+        settings.model,
+        revision=settings.revision,
+        token=settings.token,
+        cache_dir=settings.cache_dir,
+        max_disk_space=settings.max_disk_space,
+    )
     with _bar(as_json) as progress:
         made = convert(
             source, output.expanduser().absolute(), dtype=TORCH_DTYPES.get(dtype), name=push_to_hub, replace_model=force, progress=progress
@@ -60,20 +66,25 @@ def _run(settings: Settings, output: Path, dtype: str, force: bool, push_to_hub:
 
 @contextmanager
 def _bar(silent: bool) -> Iterator[Progress]:
-    """What draws how far it is on standard error, where that is a terminal."""
+    """What draws how far it is on standard error, where that is a terminal. What is fetched from a hub is drawn as part of it."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal) as drawn:
-        task = drawn.add_task("writing", total=None)
-        yield lambda done, total: drawn.update(task, completed=done, total=total)
+    disable_progress_bars("petalnet.fetch")
+    try:
+        with Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal) as drawn:
+            task = drawn.add_task("writing", total=None)
+            yield lambda done, total: drawn.update(task, completed=done, total=total)
+    finally:
+        enable_progress_bars("petalnet.fetch")
 
 
 command = SettingsCommand(
     "convert",
-    settings=["model", "revision", "token", "cache_dir"],
+    settings=["model", "revision", "token", "cache_dir", "max_disk_space"],
     params=[
         click.Option(
             ["output", "--output"],
@@ -101,5 +112,6 @@ command = SettingsCommand(
     model in Hugging Face format that every program reads, and unless --dtype is given the same model: servers of the one and of the other
     work together.
 
-    Nothing is left where it is interrupted. It takes as much room as the model, and little memory.""",
+    Nothing is left where it is interrupted. It takes as much room as the model, and little memory; what is fetched from the hub stays in
+    the cache beside that, within --max-disk-space.""",
 )

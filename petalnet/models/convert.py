@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -174,45 +175,57 @@ def _write_file(source: ModelSource, path: Path, pieces: Sequence[_Piece], count
         start += piece.info.nbytes
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    found = source.local([piece.name for piece in pieces])
+    source.local([piece.name for piece in pieces])
     with path.open("xb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         for piece in pieces:
-            for part in _bytes_of(source, piece, found[piece.name]):
+            for part in _bytes_of(source, piece):
                 stream.write(part)
                 counter.add(len(part))
         _settle(stream)
 
 
-def _bytes_of(source: ModelSource, piece: _Piece, tensor: LocalTensor) -> Iterator[bytes | memoryview]:
+def _bytes_of(source: ModelSource, piece: _Piece) -> Iterator[memoryview]:
     if piece.info == piece.stored:
-        yield from _copied(source, piece.name, tensor)
+        yield from _copied(source, piece.name)
     else:
         import torch
 
-        stored = source.read([piece.name])[piece.name]
-        yield stored.to(getattr(torch, STORED_DTYPES[piece.info.dtype])).contiguous().flatten().view(torch.uint8).numpy().data
+        tensor = source.read_copy(piece.name).to(getattr(torch, STORED_DTYPES[piece.info.dtype]))
+        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _copied(source: ModelSource, name: str, tensor: LocalTensor) -> Iterator[memoryview]:
-    """A tensor's bytes, a few megabytes at a time; read, not mapped, which would count as memory of this process."""
-    left = tensor.end - tensor.start
-    buffer = memoryview(bytearray(min(COPY_BYTES, left)))
+def _copied(source: ModelSource, name: str) -> Iterator[memoryview]:
+    """A tensor's bytes, a few megabytes at a time; read, not mapped, which would count as memory of this process.
+
+    Raises:
+        ModelError: the file is gone, or shorter than it was.
+    """
     try:
-        stream = tensor.path.open("rb", buffering=0)
-        stream.seek(tensor.start)
-    except OSError as error:
-        raise ModelError(f"{tensor.path.name} of {source.name} cannot be read: {error.strerror or error}") from error
-    with stream:
-        while left:
-            try:
+        tensor, stream = _opened(source, name)
+        with stream:
+            left = tensor.end - tensor.start
+            buffer = memoryview(bytearray(min(COPY_BYTES, left)))
+            while left:
                 count = stream.readinto(buffer[:left])
-            except OSError as error:
-                raise ModelError(f"{tensor.path.name} of {source.name} cannot be read: {error.strerror or error}") from error
-            if not count:
-                raise ModelError(f"{tensor.path.name} of {source.name} has become shorter: it ends within {name}")
-            yield buffer[:count]
-            left -= count
+                if not count:
+                    raise ModelError(f"{tensor.path.name} of {source.name} has become shorter: it ends within {name}")
+                yield buffer[:count]
+                left -= count
+    except OSError as error:
+        raise ModelError(f"the tensor {name} of {source.name} cannot be read: {error.strerror or error}") from error
+
+
+def _opened(source: ModelSource, name: str) -> tuple[LocalTensor, FileIO]:
+    """A tensor, and its file at its beginning."""
+    tensor = source.local([name])[name]
+    try:
+        stream = FileIO(tensor.path)
+    except FileNotFoundError:  # a node on this machine made room in the cache at just this moment
+        tensor = source.local([name])[name]
+        stream = FileIO(tensor.path)
+    stream.seek(tensor.start)
+    return tensor, stream
 
 
 def _write_others(source: ModelSource, folder: Path, dtype: torch.dtype | None) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from petalnet.models.files import INDEX_FILE
 from petalnet.models.identity import block_digests, empty_model, model_key
 from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, Manifest
 from petalnet.models.unfinished import UNFINISHED
+from tests.models.hub_server import REPOSITORY, serving
 
 from .conftest import LAYERS
 
@@ -79,6 +81,17 @@ def test_from_several_files_and_from_pytorchs_own(saved: Callable[[str], Path], 
     for origin in ("sharded", "pickled"):
         made = convert(ModelSource.open(tmp_path / origin), tmp_path / f"{origin}-new")
         assert made.key == key and not list(made.folder.glob("*.bin"))
+
+
+def test_from_a_hub_with_little_room_in_the_cache(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block: what was written makes room for what comes next, and no byte is fetched twice."""
+    with serving(saved("llama")) as hub:
+        hub.be_the_hub(monkeypatch, tmp_path / "home")
+        source = ModelSource.open(REPOSITORY, max_disk_space=60_000)
+        made = convert(source, tmp_path / "new")
+        assert made.key == model_key(ModelSource.open(saved("llama"))) and made.manifest.name == REPOSITORY
+        assert made.nbytes > 2 * 60_000 and hub.weights_sent < 1.1 * made.nbytes
+    huggingface_hub.close_session()
 
 
 def test_another_dtype_is_another_model(saved: Callable[[str], Path], tmp_path: Path) -> None:
