@@ -1,6 +1,6 @@
 """What two devices in one box gain: sessions and prompts on one device, and on two that work at a time.
 
-Run: python -m benchmarks.devices [--tokens-s 500] [--sessions 1 2 4 8] [--fixed]
+Run: python -m benchmarks.devices [--tokens-s 20] [--sessions 1 2 4 8] [--fixed]
 
 The blocks are tiny, and each sleeps for as long as a block of a real model would compute: so long a token, or with `--fixed` so long a
 pass, however many tokens share it, as where reading the weights takes the time. Whatever else there is, the compute thread, threads of
@@ -23,19 +23,20 @@ from petalnet.blocks.scheduler import Task
 from petalnet.blocks.service import BlockService
 from petalnet.blocks.sessions import Session
 from petalnet.blocks.spread import SpreadSpan
+from petalnet.blocks.throughput import Rates
 from petalnet.blocks.work import StepWork
 from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.session_messages import Step
 from petalnet.p2p.tensors import encode_tensor
 
-HIDDEN, BLOCKS, PROMPT = 32, 8, 256
-SECONDS = 4.0
+HIDDEN, BLOCKS, PROMPT = 32, 8, 128
+SECONDS = 6.0
 """For which sessions decode."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens-s", type=float, default=500.0, help="what all blocks do one token after another, tokens/s")
+    parser.add_argument("--tokens-s", type=float, default=20.0, help="what all blocks do one token after another, tokens/s")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--fixed", action="store_true", help="a pass takes the same time, however many tokens are in it")
     options = parser.parse_args()
@@ -61,7 +62,9 @@ async def measure(source: ModelSource, counts: Sequence[int], block_s: float, fi
         _ = stage.packs, stage.kv_shapes  # tried before the blocks are slow
         for block in stage._blocks:
             block.register_forward_pre_hook(lambda module, args: time.sleep(block_s * (1 if fixed else args[0].shape[1])))
-    service = BlockService(span, model="benchmark", kv_tokens=8192)
+    pass_s = [BLOCKS * block_s * (1 if fixed else tokens) for tokens in (1, 4, 16, 32)]  # what a server measures at its start
+    rates = Rates(1 / pass_s[0], 32 / pass_s[3], 32 / pass_s[3], rounds=((4, pass_s[1]), (16, pass_s[2])))
+    service = BlockService(span, model="benchmark", kv_tokens=8192, rates=rates)
     found: dict[str, float] = {}
     async with trio.open_nursery() as nursery:
         await nursery.start(service.engine.run)

@@ -56,8 +56,8 @@ def test_serve(tmp_path: Path, text: str, value: object) -> None:
     ("name", "text"),
     [
         ("serve", "12:0"), ("serve", "3:3"), ("serve", "0"), ("serve", "-1"), ("serve", "a:b"), ("dtype", "float8"), ("device", "tpu"),
-        ("throughput", "fast"), ("throughput", "nan"), ("throughput", "-3"), ("attn_cache_tokens", "0"), ("max_memory", "much"),
-        ("max_memory", "0GB"), ("http", "localhost"), ("http", "127.0.0.1:99999"), ("log_level", "loud"),
+        ("device", "cpu,cuda"), ("throughput", "fast"), ("throughput", "nan"), ("throughput", "-3"), ("attn_cache_tokens", "0"),
+        ("max_memory", "much"), ("max_memory", "0GB"), ("http", "localhost"), ("http", "127.0.0.1:99999"), ("log_level", "loud"),
         ("public_name", "  "), ("public_name", "a\x1b[1m"), ("public_name", "x" * 65),
     ],
 )  # fmt: skip

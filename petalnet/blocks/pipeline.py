@@ -1,7 +1,6 @@
 """A thread for each device of a span, so that all of them compute at a time, each on another round.
 
-Rounds go from thread to thread; each thread takes what comes in that order. At most as many are under way as there are devices: more would
-only wait before the slowest.
+Rounds go from thread to thread; each thread takes what comes in that order.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ import torch
 from petalnet.blocks.rounds import Round
 
 log = logging.getLogger(__name__)
+
+WAITING = 1
+"""Rounds that may be under way beyond one a device. Rounds are not alike: a short one is soon done on the first device, and the first would
+be idle while that one waits for the second. More would only wait before the slowest."""
 
 
 class Pipeline:
@@ -53,7 +56,7 @@ class Pipeline:
     @property
     def has_room(self) -> bool:
         """Whether a round that begins now would run at once: those that come in meanwhile may still join a later one."""
-        return self.under_way < len(self._devices) and not self._at_first
+        return self.under_way < len(self._devices) + WAITING and not self._at_first
 
     def start(self, begun: Round) -> None:
         """Have a round's visits run; where it has none, it is done."""

@@ -84,7 +84,7 @@ class Round:
         self.devices: list[int] = []
         self.seconds = 0.0
         self._stages = stages
-        # Of a pass, which part and units; None for steps. No functions of this object's, which would be cycles that only the collector ends.
+        # Of a pass, which part and units; None for steps. Not its own functions: cycles like that are ended by the collector alone.
         self._visits: list[tuple[Part, int, int] | None] = []
 
     def add(self, entry: Entry) -> None:
