@@ -42,7 +42,7 @@ WINDOW = 5
 TOLERANCE = 1e-3
 """Relative to the outputs' size, in float32. Correct splits differ by 1e-6 (1e-4 where scores are large), wrong ones by 1e-2 and more."""
 SMALL_SIZES = {
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_size"), 96),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim", "n_inner", "ffn_hidden_size", "ffn_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 16),
     "vocab_size": 64,

@@ -121,15 +121,16 @@ def partition(model: PreTrainedModel, names: Iterable[str]) -> Partition:
     for name in sorted(names):
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         match = in_model.match(renamed)
-        if match is None:
+        if match is None or int(match[1]) >= len(blocks):
             client.append(name)
-            continue
-        if int(match[1]) >= len(blocks):  # layers for guessing further tokens (multi-token prediction), which the library does not run
             continue
         index = int(match[1])
         blocks[index].append(name)
         written = in_file.match(name)
         prefixes[index] = written[0] if written and written[1] == match[1] else ""
+    # Layers for guessing further tokens (multi-token prediction), which the library does not run.
+    beyond = {prefix.removesuffix(f"{index}.") for index, prefix in enumerate(prefixes) if prefix}
+    client = [name for name in client if not any(re.match(re.escape(prefix) + r"\d+\.", name) for prefix in beyond)]
     return Partition(tuple(client), tuple(map(tuple, blocks)), tuple(prefixes))
 
 

@@ -69,6 +69,14 @@ def test_names_are_sorted_with_and_without_prefix(auto_class: type, prefix: str)
     assert parts.prefixes == tuple(f"{prefix}h.{i}." for i in range(12))
 
 
+def test_layers_beyond_the_models_belong_to_nobody() -> None:
+    """As checkpoints have them that were trained to guess several tokens ahead."""
+    model = empty(AutoModel, "llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=4)
+    parts = partition(model, ["model.norm.weight", *(f"model.layers.{i}.input_layernorm.weight" for i in range(3))])
+    assert parts.client == ("model.norm.weight",)
+    assert [len(block) for block in parts.blocks] == [1, 1]
+
+
 def test_experts_that_are_stored_one_by_one_belong_to_their_layer() -> None:
     model = empty(AutoModel, "mixtral", num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_local_experts=4)
     names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.w{w}.weight" for i in range(2) for e in range(4) for w in (1, 2, 3)]
