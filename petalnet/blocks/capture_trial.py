@@ -44,7 +44,7 @@ def choose(span: Span, wanted: str, *, most_bytes: int, recorder: Recorder | Non
     choice = _choose(span, wanted, most_bytes, recorder)
     if not choice.captured:
         span.capture(None)
-    level = logging.INFO if span.device.type == "cuda" else logging.DEBUG
+    level = logging.INFO if span.device.type == "cuda" or wanted == "on" else logging.DEBUG
     log.log(level, "decoding on %s is%s captured as CUDA graphs: %s", span.device, "" if choice.captured else " not", choice.why)
     return choice
 
