@@ -28,6 +28,7 @@ from petalnet.models.identity import block_digests, empty_model, model_key
 from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, Manifest
 from petalnet.models.unfinished import UNFINISHED
 from tests.models.hub_server import REPOSITORY, serving
+from tests.swarm.family_rows import ROWS, Row, save
 
 from .conftest import LAYERS
 
@@ -54,6 +55,19 @@ def test_it_stays_the_same_model(family: str, saved: Callable[[str], Path], tmp_
     assert told[-1] == (made.nbytes, made.nbytes) and [done for done, _ in told] == sorted(done for done, _ in told)
     old, again = weights(saved(family)), weights(made.folder)
     assert old.keys() == again.keys() and all(torch.equal(old[name], again[name]) for name in old)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_family_stays_the_same_model(row: Row, tmp_path: Path) -> None:
+    """Whatever layout its files have: as it is, and rounded as the library would round it."""
+    source = ModelSource.open(save(row, tmp_path / "old"))
+    made, rounded = convert(source, tmp_path / "new"), convert(source, tmp_path / "rounded", dtype=torch.bfloat16)
+    assert made.key == model_key(source) == model_key(ModelSource.open(made.folder)) != rounded.key
+    for dtype, folder in ((torch.float32, made.folder), (torch.bfloat16, rounded.folder)):
+        old, new = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype).state_dict() for path in (tmp_path / "old", folder))
+        assert old.keys() == new.keys()
+        assert all(old[name].dtype == new[name].dtype and torch.equal(old[name], new[name]) for name in old)
 
 
 def test_a_server_reads_only_the_files_of_its_blocks(saved: Callable[[str], Path], tmp_path: Path) -> None:
