@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 
 from petalnet import capacity
 from petalnet.blocks.span import Span
+from petalnet.blocks.spread import SpreadSpan
 from petalnet.capacity import WEIGHTS_SHARE, block_sizes, blocks_that_fit, kv_tokens, require_room, too_large
 from petalnet.errors import UsageError
 from petalnet.models.checkpoint import DEMO_MODEL, ModelSource
@@ -107,3 +109,41 @@ def test_graphs_take_of_what_is_left_free(monkeypatch: pytest.MonkeyPatch) -> No
     assert capacity.graph_bytes("cpu", None) == 2 << 30
     assert capacity.graph_bytes("cuda:0", None) == pytest.approx(2 << 30, rel=1e-6)
     assert capacity.graph_bytes("cpu", 4 << 30) == 1 << 29
+
+
+def test_several_devices(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = max(block_sizes(source, torch.float32))
+    free = {"cpu": 10**12, "cuda:0": 8 * size, "cuda:1": 4 * size}
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: free[device])
+    both: dict[str, Any] = {"device": "cuda:0,cuda:1", "dtype": torch.float32}
+    assert capacity.usable_memory("cuda:0,cuda:1", None) == pytest.approx(0.9 * 12 * size, abs=2)
+    assert capacity.usable_memory("cpu,cpu", None) == capacity.usable_memory("cpu", None), "which are one memory"
+    assert blocks_that_fit(source, **both, max_memory=None) == 5 + 2
+    assert blocks_that_fit(source, **both, max_memory=int(3.01 * size / WEIGHTS_SHARE)) == 2 + 1
+    assert capacity.spread(source, 0, 12, **both, quantization="none", max_memory=None) == [8, 4]
+    assert capacity.spread(source, 0, 3, **both, quantization="none", max_memory=None) == [2, 1]
+    require_room(source, 0, 12, **both, max_memory=None)
+    free["cuda:1"] = size // 2
+    require_room(source, 0, 8, **both, max_memory=None)
+    with pytest.raises(UsageError, match=r"blocks 0:9 of .* do not fit into the memory of cuda:0,cuda:1: .* 5 blocks would fit: --serve 5"):
+        require_room(source, 0, 9, **both, max_memory=None)
+    assert capacity.graph_bytes("cuda:0,cuda:1", None) == pytest.approx(0.025 * 8.5 * size, rel=1e-3)
+
+
+def test_kv_tokens_on_several_devices(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token has entries on each device: the fullest decides."""
+    span = SpreadSpan.load(source, 0, 4, devices=["cpu", "cpu"], counts=[3, 1])
+    kept = source.config.hidden_size * 4
+    free = {"cpu": 10**12, "cuda:0": 100_000 * 3 * 2 * kept, "cuda:1": 20_000 * 2 * kept}
+    monkeypatch.setattr(capacity, "_free_memory", lambda device: free[device])
+
+    def fitting(device: str, memory: int | None = None, wanted: int | None = None) -> int:
+        return kv_tokens(span, source, device=device, max_memory=memory, wanted=wanted)
+
+    assert fitting("cuda:0,cuda:1") == 18_000
+    assert fitting("cuda:0,cuda:1", wanted=20_000) == 20_000
+    with pytest.raises(UsageError, match="on cuda:0,cuda:1 there is memory for 20000 KV tokens, not for 20001"):
+        fitting("cuda:0,cuda:1", wanted=20_001)
+    # Of a ceiling each gets its part, from which its blocks' weights go; outputs are kept beside them, half of each in either.
+    weights = max(block_sizes(source, torch.float32)[:4])
+    assert fitting("cpu,cpu", 2 * (3 * weights + 700 * (3 * 2 * kept + kept // 2))) == 700

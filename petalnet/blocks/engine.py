@@ -417,7 +417,9 @@ class Engine:
                 continue
             self._leave(part.task)
             if isinstance(result, outcome.Value):
-                result = outcome.Value(Result(result.value, max(0.0, now - asker.submitted - asker.compute_s), asker.compute_s))
+                there_s = now - asker.submitted
+                compute_s = min(asker.compute_s, there_s)  # on several devices, rounds of one task overlap
+                result = outcome.Value(Result(result.value, there_s - compute_s, compute_s))
             answers.append((asker, _hearable(result)))
         self._tell(answers, _RoundDone(now, seconds, sum(map(_tokens, parts)), len(parts)))
         if now - self._estimated > ESTIMATE_GAP_S:
