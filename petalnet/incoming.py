@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
@@ -84,6 +85,7 @@ class Incoming:
         self._blame = blame
         self._open: dict[str, _Open] = {}
         self._opening: dict[str, trio.Lock] = {}
+        self._opening_or_closing = threading.Lock()
         self._closed = False
 
     @property
@@ -106,7 +108,7 @@ class Incoming:
             opened = self._open.get(name)
             try:
                 if opened is None:
-                    opened = self._open[name] = await in_thread(self._open_file, entry)
+                    opened = await in_thread(self._open_file, name, entry)
                 async with opened.lock:
                     opened.file.entry = entry
                     opened.written = await trio.to_thread.run_sync(opened.file.held)
@@ -121,12 +123,15 @@ class Incoming:
         self._sharing.share(entry, opened.file.payload, lambda: opened.written)
         self._look_at(name)
 
-    def _open_file(self, entry: BlockEntry) -> _Open:
+    def _open_file(self, name: str, entry: BlockEntry) -> _Open:
         closing = ExitStack()
-        file = closing.enter_context(filling_block(self._cache, entry))
-        if self._closed:  # it took so long that nobody waits any more
-            closing.close()
-        return _Open(file, closing, set(), 0, Counter(), trio.Lock())
+        opened = _Open(closing.enter_context(filling_block(self._cache, entry)), closing, set(), 0, Counter(), trio.Lock())
+        with self._opening_or_closing:
+            if self._closed:  # it took so long that nobody waits any more
+                self._let_go(name, opened)
+            else:
+                self._open[name] = opened
+        return opened
 
     async def write(self, peer: str, ask: Ask, data: bytes) -> None:
         """Put a chunk, which is what was asked for, into its block's file."""
@@ -199,11 +204,17 @@ class Incoming:
 
     def close(self) -> None:
         """Let go of what is not whole: it stays for the next time, except where it cannot be written. Blocks."""
-        self._closed = True
-        for opened in self._open.values():
+        with self._opening_or_closing:
+            self._closed = True
+        for name, opened in self._open.items():
             self._sharing.withhold(opened.file.entry)
-            with suppress(OSError) if self.failure is not None else nullcontext():
-                opened.closing.close()
+            self._let_go(name, opened)
         if self.failure is not None:
             for name in self.assembly.open_blocks:
                 self._cache.discard(key_of_block(name))
+
+    def _let_go(self, name: str, opened: _Open) -> None:
+        with suppress(OSError) if self.failure is not None else nullcontext():
+            opened.closing.close()
+        if self.failure is not None:
+            self._cache.discard(key_of_block(name))
