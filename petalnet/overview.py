@@ -58,6 +58,7 @@ def _server(record: ServerRecord, view: SwarmView, now: float) -> dict[str, Any]
         "dtype": record.dtype,
         "quantization": record.quantization,
         "adapters": list(record.adapters),
+        "shares": record.shares,
         "version": record.version,
         **{rate: round(getattr(record, rate), 1) for rate in RATES},
         "free_kv_tokens": record.free_kv_tokens,

@@ -53,6 +53,8 @@ def _show(nodes: list[dict[str, Any]], now: float) -> None:
             for line in (describe_links(node["engine"]), describe_recovery(node["engine"])):
                 if line:
                     click.echo(line)
+        if line := describe_weights(node.get("weights") or {}):
+            click.echo(line)
         if not peers:
             continue
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -114,6 +116,18 @@ def describe_recovery(engine: dict[str, Any]) -> str:
         f"of chains that lost a server: {recovery['resumed']} times between other neighbours, "
         f"{recovery['replayed_tokens']} tokens sent once more, {recovery['rebuilt_tokens']} rebuilt"
     )
+
+
+def describe_weights(weights: dict[str, Any]) -> str:
+    """Which weights a server gives to others and what it got from them, in a line; "" where there is neither."""
+    parts = []
+    if weights.get("shares"):
+        blocks = weights["blocks_shared"]
+        parts.append(f"shares weights of {blocks} block{'s' * (blocks != 1)}, {describe_bytes(weights['bytes_served'])} given so far")
+    if weights.get("bytes_fetched"):
+        givers = len(weights["fetched_from"])
+        parts.append(f"{describe_bytes(weights['bytes_fetched'])} of weights came from {givers} server{'s' * (givers != 1)}")
+    return "; ".join(parts)
 
 
 def describe_path(peer: dict[str, Any]) -> str:

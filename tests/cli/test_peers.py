@@ -11,7 +11,15 @@ import pytest
 import trio
 
 from petalnet.cli import run
-from petalnet.cli.peers import describe_age, describe_bytes, describe_engine, describe_links, describe_path, describe_recovery
+from petalnet.cli.peers import (
+    describe_age,
+    describe_bytes,
+    describe_engine,
+    describe_links,
+    describe_path,
+    describe_recovery,
+    describe_weights,
+)
 from petalnet.inspection import serve_inspection
 
 PEER = {
@@ -125,3 +133,11 @@ def test_words() -> None:
     assert [describe_age(seconds) for seconds in (-1, 59.4, 200, 7200, 200_000)] == ["0 s", "59 s", "3 min", "2 h", "2 d"]
     assert describe_path(STRANGER | {"relay": None}) == "from relay …?"
     assert describe_path(PEER | {"addr": "/ip6/::1/tcp/5"}) == "to [::1]:5"
+
+
+def test_what_went_to_others_and_came_from_them_of_weights() -> None:
+    weights = {"shares": True, "blocks_shared": 6, "bytes_served": 99_381_248, "chunks_served": 24, "bytes_fetched": 0, "fetched_from": {}}
+    assert describe_weights({}) == "" == describe_weights(weights | {"shares": False})
+    assert describe_weights(weights) == "shares weights of 6 blocks, 99.4 MB given so far"
+    fetched = {"shares": False, "bytes_fetched": 2_500_000, "fetched_from": {"A": 1, "B": 2_499_999}}
+    assert describe_weights(weights | fetched) == "2.5 MB of weights came from 2 servers"
