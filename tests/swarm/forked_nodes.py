@@ -19,7 +19,6 @@ def become(task: dict[str, Any]) -> None:
     """Be `petalnet` with these arguments, and end."""
     status = 1
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
@@ -49,7 +48,6 @@ def main() -> None:
     import petalnet.p2p.libp2p_host
     import petalnet.serving  # noqa: F401
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that end leave nothing behind
     print("ready", flush=True)
     started = []
     for line in sys.stdin:
@@ -60,8 +58,8 @@ def main() -> None:
         started.append(process)
         print(process, flush=True)
     for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 if __name__ == "__main__":
