@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def _run(settings: Settings, output: Path, dtype: str, force: bool, push_to_hub:
         click.echo(json.dumps({**told, "url": url}, indent=1))
     else:
         click.echo(f"{made.folder}: {made.manifest.name}, {blocks} blocks, {decimal(made.nbytes)}; its key is {made.key}")
-        click.echo(f"on the hub: {url}" if url else f"serve it with: petalnet node {output} --serve auto")
+        click.echo(f"on the hub: {url}" if url else f"serve it with: petalnet node {shlex.quote(str(output))} --serve auto")
     return 0
 
 

@@ -22,7 +22,7 @@ from petalnet.models.anatomy import partition
 from petalnet.models.checkpoint import ModelSource
 from petalnet.models.files import DTYPE_BYTES, INDEX_FILE, LocalTensor, TensorInfo
 from petalnet.models.identity import client_digest, empty_model
-from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, BlockEntry, Manifest, describe_block
+from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, MAX_MANIFEST_BYTES, BlockEntry, Manifest, describe_block
 from petalnet.models.unfinished import CONFIG_FILE, require_room, unfinished
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ CLIENT_FILE = "client.safetensors"
 BLOCK_FILE = "block-{:03}.safetensors"
 OTHER_FILES = (
     *(CONFIG_FILE, "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("video_preprocessor_config.json", "qwen.tiktoken"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json"),
     *("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
@@ -122,7 +123,9 @@ def convert(
             blocks.append(replace(entry, chunks=payload.chunks(CHUNK_BYTES)))
         config = json.loads((new / CONFIG_FILE).read_bytes())
         manifest = Manifest((name or source.name)[:128], config, client_digest(written), tuple(blocks))
-        _write(new / MANIFEST_FILE, manifest.to_json())
+        text = manifest.to_json()
+        # Of the largest models the chunks' digests alone take more than a manifest may; peers then ask each other for them, block by block.
+        _write(new / MANIFEST_FILE, text if len(text) <= MAX_MANIFEST_BYTES else manifest.without_chunks().to_json())
     return Converted(folder, manifest, manifest.model_key, counter.total)
 
 

@@ -85,6 +85,15 @@ def test_the_manifest_tells_every_chunk(saved: Callable[[str], Path], tmp_path: 
     assert all(len(block.chunks) == -(-block.nbytes // CHUNK_BYTES) > 0 for block in read.blocks)
 
 
+def test_a_manifest_that_would_be_too_long_leaves_out_the_chunks(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converting, "MAX_MANIFEST_BYTES", 1000)
+    made = convert(ModelSource.open(saved("llama")), tmp_path / "new")
+    read = Manifest.parse((made.folder / MANIFEST_FILE).read_bytes())
+    assert read == made.manifest.without_chunks() and read.model_key == made.key
+
+
 def test_from_several_files_and_from_pytorchs_own(saved: Callable[[str], Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved("llama"))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
