@@ -82,6 +82,7 @@ def open_model(settings: Settings, name: str | None, manifest: Manifest | None =
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.identity import model_key
     from petalnet.models.loading import pick_dtype
+    from petalnet.models.prequantized import stored_quantization
     from petalnet.models.swarm_files import SwarmFiles
 
     device = settings.device or best_device()
@@ -107,7 +108,9 @@ def open_model(settings: Settings, name: str | None, manifest: Manifest | None =
     adapters = _open_adapters(settings, source)
     dtype = pick_dtype(settings.dtype, source, device_names(device)[0])
     key = model_key(source) if manifest is None else manifest.model_key
-    return Model(source, key, count, dtype, device, packs, adapters, settings.quantization)
+    quantization = settings.quantization if settings.quantization != "none" else stored_quantization(source.config)
+    require_quantization(quantization)
+    return Model(source, key, count, dtype, device, packs, adapters, quantization)
 
 
 def _open_adapters(settings: Settings, source: ModelSource) -> tuple[AdapterSource, ...]:

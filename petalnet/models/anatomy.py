@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from petalnet.errors import ModelError
+from petalnet.models.prequantized import weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -119,7 +120,7 @@ def partition(model: PreTrainedModel, names: Iterable[str]) -> Partition:
     blocks: list[list[str]] = [[] for _ in layers.layers]
     prefixes = [""] * len(blocks)
     for name in sorted(names):
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        renamed, _ = rename_source_key(weight_of(name, model.config), renamings, converters, model.base_model_prefix, known)
         match = in_model.match(renamed)
         if match is None or int(match[1]) >= len(blocks):
             client.append(name)

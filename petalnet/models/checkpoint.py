@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from petalnet.errors import ModelError
 from petalnet.models.files import Files, FolderFiles, LocalTensor, TensorInfo, read_tensors
+from petalnet.models.prequantized import require_readable
 
 if TYPE_CHECKING:
     import torch
@@ -96,9 +97,11 @@ class ModelSource:
         if file is None:
             raise ModelError(f"{self.name} has no config.json: not a model in Hugging Face format")
         try:
-            return AutoConfig.from_pretrained(file.parent)
+            config = AutoConfig.from_pretrained(file.parent)
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise ModelError(f"the configuration of {self.name} cannot be used: {str(error).splitlines()[0]}") from error
+        require_readable(config, self.name)
+        return config
 
     def file(self, name: str) -> Path | None:
         """Another file of the model (e.g. "generation_config.json"), fetched if need be; None where there is none of that name."""

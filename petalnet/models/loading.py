@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
@@ -24,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import Partition, partition
-from petalnet.models.mapped import torch_dtypes
+from petalnet.models.mapped import give_back_freed, torch_dtypes
+from petalnet.models.prequantized import rounded_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -169,6 +171,7 @@ def build(
     if prepare is not None:
         prepare(model)
     missing = load_tensors(model, _tensors(model, source, tuple(wanted), dtype, torch.device(device)), dtype=dtype, device=device)
+    give_back_freed()
     state = model.state_dict(keep_vars=True)
     loaded = frozenset(name for name in state if name not in missing)
     with _LIBRARY_PATCHED:
@@ -181,22 +184,28 @@ def build(
 
 
 def _tensors(model: nn.Module, source: ModelSource, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Tensors of a checkpoint, for `load_tensors`: mapped where they stay as they are, else to be read."""
+    """Tensors of a checkpoint, for `load_tensors`: mapped where they stay as they are, else to be read, or to be made."""
+    from transformers.pytorch_utils import Conv1D
+
     source.local(names)  # all at once, where they have to be fetched
+    rounded = rounded_weights(source, names, transposed=any(isinstance(module, Conv1D) for module in model.modules()))
+    parts = {part for one in rounded.values() for part in one.parts.values()}
     stays = device.type == "cpu" and not _takers(model)
-    kept = [name for name in names if stays and torch_dtypes().get(source.info(name).dtype) == dtype]
+    plain = [name for name in names if name not in parts]
+    kept = [name for name in plain if stays and torch_dtypes().get(source.info(name).dtype) == dtype]
     mapped = source.read(kept)
-    return {name: mapped[name] if name in mapped else _Unread(source, name) for name in names}
+    read = {name: mapped[name] if name in mapped else _Unread(partial(source.read_copy, name)) for name in plain}
+    return read | {name: _Unread(partial(one.read, source, dtype)) for name, one in rounded.items()}
 
 
 class _Unread:
     """A tensor of a checkpoint that is read where the library slices it, which is when its turn comes."""
 
-    def __init__(self, source: ModelSource, name: str) -> None:
-        self._source, self._name = source, name
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
+        self._read = read
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._source.read_copy(self._name)[index]
+        return self._read()[index]
 
 
 class TakesWeight(Protocol):
