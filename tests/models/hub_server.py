@@ -6,6 +6,7 @@ Its manners can be made bad: connections that break, ranges that are ignored or 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -157,6 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
         if manners.down:
             self.close_connection = True
             return
+        if self.path == f"/api/models/{REPOSITORY}":
+            if manners.token is not None and "Authorization" not in self.headers:
+                return self._refuse(401, "RepoNotFound")
+            about = {"id": REPOSITORY, "sha": COMMIT, "private": manners.token is not None, "gated": "auto" if manners.gated else False}
+            return self._send("", 200, {"Content-Type": "application/json"}, json.dumps(about).encode())
         if match is None:
             known = self.path.startswith(f"/{REPOSITORY}/")
             return self._refuse(404, "RevisionNotFound" if known else "RepoNotFound")
