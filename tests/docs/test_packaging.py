@@ -28,6 +28,19 @@ def test_the_image_is_made_of_files_that_are_there() -> None:
     assert (ROOT / "petalnet").is_dir() and {"README.md", "LICENSE"} <= let_in  # what the package's metadata is made of
 
 
+def test_the_commands_of_the_image_are_shell() -> None:
+    commands = re.findall(r"^RUN ((?:.*\\\n)*.*)$", DOCKERFILE, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        subprocess.run(["sh", "-n", "-c", command], check=True)
+    torch = next(command for command in commands if "DEVICE" in command)
+    for device, says in (("cpu", "download.pytorch.org/whl/cpu torch=="), ("cuda", "install torch==")):
+        tried = torch.replace("/opt/petalnet/bin/pip", "echo")
+        done = subprocess.run(["sh", "-c", tried], env={**os.environ, "DEVICE": device}, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and says in done.stdout
+    assert subprocess.run(["sh", "-c", torch], env={**os.environ, "DEVICE": "gpu"}, cwd=ROOT, capture_output=True).returncode == 1
+
+
 def test_the_image_runs_without_rights_and_keeps_its_state() -> None:
     from petalnet.config import config_path, state_dir
 
