@@ -25,7 +25,7 @@ from petalnet.errors import UsageError
 QUANTIZATIONS = ("none", "int8", "nf4")
 GROUP = 64
 """Weights that share a scale in nf4."""
-PIECE = 2**20
+PIECE = 2**18
 """About so many weights are rounded at a time."""
 CACHED = {4: 2**18, 2: 2**20}
 """By the bytes of a number: about so many weights a processor makes whole at a time, to multiply by them while they are in its cache. As

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,11 +76,12 @@ def read_tensor(tensor: LocalTensor) -> torch.Tensor:
 
     Raises: as `map_tensors`.
     """
-    import torch
-
     size = tensor.end - tensor.start
-    memory = torch.empty(size, dtype=torch.uint8)
-    left = memoryview(memory.numpy())
+    if size == 0:
+        return _tensor(tensor.path.name, tensor, b"", 0)
+    # Of the kernel: the allocator keeps what is given back to it, and by how much that is, it takes more for later tensors.
+    memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    left = memoryview(memory)
     with tensor.path.open("rb", buffering=0) as stream:
         stream.seek(tensor.start)
         while left:
@@ -86,10 +89,13 @@ def read_tensor(tensor: LocalTensor) -> torch.Tensor:
             if not count:
                 raise ModelError(f"{tensor.path.name} is too short: was it downloaded whole?")
             left = left[count:]
-    dtype = torch_dtypes().get(tensor.dtype)
-    if dtype is None:
-        raise ModelError(f"{tensor.path.name} has a tensor of dtype {tensor.dtype}, which cannot be computed with")
-    return memory.view(dtype).view(tensor.shape)
+    return _tensor(tensor.path.name, tensor, memory, 0)
+
+
+def give_back_freed() -> None:
+    """Have the C library give back to the kernel what this process has freed; where there is another one, nothing happens."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _runs(tensors: Mapping[str, LocalTensor]) -> Iterator[tuple[Path, list[tuple[str, LocalTensor]]]]:
