@@ -41,6 +41,7 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     from petalnet.blocks.throughput import Rates, measure
     from petalnet.capacity import graph_bytes, kv_tokens, recording_bytes, require_room, spread, too_large
     from petalnet.devices import device_names
+    from petalnet.models.manifest import require_listed
 
     # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
     beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
@@ -64,7 +65,7 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     captured = any(choice.captured for choice in captures)
     rate = settings.throughput
     rates = measure(blocks, model=model.key, captured=captured) if rate is None else Rates(rate, rate, rate)
-    _ = blocks.digests  # computed here, on this thread, and kept by the span
+    require_listed(model.source, model.key, blocks.first, blocks.digests)  # computed here, on this thread, and kept by the span
     try:
         service = BlockService(
             blocks,

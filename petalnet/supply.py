@@ -21,7 +21,7 @@ from petalnet.fetching import Brought, Fetching, Wanted
 from petalnet.models.block_file import key_of_block
 from petalnet.models.cachedir import load_facts, store_facts
 from petalnet.models.hub import HubFiles
-from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, BlockEntry, Manifest, describe_block
+from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, BlockEntry, Manifest, describe_block, read_manifest
 from petalnet.models.payload import Payload
 from petalnet.models.swarm_files import SwarmFiles
 from petalnet.models.weight_cache import readable, weight_cache
@@ -170,11 +170,8 @@ class Supply:
 
     def _own_manifest(self) -> Manifest | None:
         """The manifest that lies beside the model's files, if there is one."""
-        path = self._source.file(MANIFEST_FILE)
-        if path is None:
-            return None
-        manifest = Manifest.parse(path.read_bytes())
-        if manifest.model_key != self._model or len(manifest.blocks) != len(self._parts.blocks):
+        manifest = read_manifest(self._source, self._model)
+        if manifest is not None and len(manifest.blocks) != len(self._parts.blocks):
             raise ModelError(f"the manifest of {self._source.name} ({MANIFEST_FILE}) is that of another model: remove it, or make it anew")
         return manifest
 

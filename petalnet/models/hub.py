@@ -37,7 +37,7 @@ from petalnet.models.files import (
     read_tensors,
     read_windows,
 )
-from petalnet.models.remote_file import RangesIgnoredError, RemoteFile, explained, is_transport_error
+from petalnet.models.remote_file import RangesIgnoredError, RemoteFile, explained, is_unreachable
 from petalnet.models.weight_cache import Filling, full_disk, readable, weight_cache
 
 logger = logging.getLogger(__name__)
@@ -110,8 +110,13 @@ class HubFiles(CheckpointFiles):
             except EntryNotFoundError:
                 found = None
             except ModelError as error:
+                if not is_unreachable(error.__cause__):
+                    raise
+                if commit is not None:  # the repository is here, as far as it was needed so far
+                    logger.info("whether %s has a file %s cannot be told without the hub: going on without", self.name, name)
+                    return None
                 # Where a connection breaks off, the library does not look into its cache as it does where there is none at all.
-                if not isinstance(found, str) or not is_transport_error(error.__cause__):
+                if not isinstance(found, str):
                     raise
         self._small[name] = Path(found) if isinstance(found, str) else None
         return self._small[name]

@@ -238,6 +238,41 @@ def make_manifest(source: ModelSource, *, progress: Callable[[int, int], None] |
     return Manifest.of(source, blocks)
 
 
+def read_manifest(source: ModelSource, key: str) -> Manifest | None:
+    """The manifest that lies beside a model's files; None where there is none.
+
+    Args:
+        key: the model's.
+
+    Raises:
+        ModelError: it is damaged, or that of another model.
+    """
+    path = source.file(MANIFEST_FILE)
+    if path is None:
+        return None
+    manifest = Manifest.parse(path.read_bytes())
+    if manifest.model_key != key:
+        raise ModelError(f"the manifest of {source.name} ({MANIFEST_FILE}) is that of another model: remove it, or make it anew")
+    return manifest
+
+
+def require_listed(source: ModelSource, key: str, first: int, digests: Sequence[str]) -> None:
+    """Raises ModelError where blocks from `first` on are others than the manifest beside the model's files lists, if there is one.
+
+    What was fetched of such a block is not used again.
+    """
+    manifest = read_manifest(source, key)
+    for index, digest in enumerate(digests, first):
+        if manifest is None or (index < len(manifest.blocks) and manifest.blocks[index].digest == digest):
+            continue
+        what = f"block {index} of {source.name} is not what its manifest ({MANIFEST_FILE}) says"
+        if source.folder is not None:
+            raise ModelError(f"{what}: the files are damaged, or were changed since; make it anew, or remove it")
+        prefix = manifest.blocks[index].prefix if index < len(manifest.blocks) else ""
+        source.files.forget([name for name in source.tensor_names() if prefix and name.startswith(prefix)])
+        raise ModelError(f"{what}: start again to fetch it anew")
+
+
 def describe_block(source: ModelSource, parts: Partition, index: int) -> tuple[BlockEntry, Payload]:
     """One block of a model whose files are here, without the digests of its chunks, and where its payload lies.
 

@@ -124,6 +124,13 @@ def is_transport_error(error: BaseException | None) -> bool:
     return isinstance(error, http_error()) and not isinstance(error, HfHubHTTPError)
 
 
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether this says that there is no way to the hub, rather than what it has."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return is_transport_error(error) or isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
+
+
 @contextmanager
 def explained(repository: str, revision: str | None, what: str) -> Iterator[None]:
     """Turns what goes wrong between us and a hub into one line that says what to do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,6 +26,7 @@ from petalnet.models.files import FolderFiles, LocalTensor, Place
 from petalnet.models.filling import Filling
 from petalnet.models.hub import HubFiles, segments
 from petalnet.models.identity import block_digests, empty_model, model_key
+from petalnet.models.manifest import MANIFEST_FILE, make_manifest, require_listed
 from tests.models.hub_server import COMMIT, REPOSITORY, Hub, is_weights, serving
 from tests.peft_adapters import save_adapter
 
@@ -174,6 +176,7 @@ def test_without_the_hub_what_was_fetched_still_loads(hub: Hub, monkeypatch: pyt
     found = identity(REPOSITORY, 1, 5)
     hub.manners.down = True
     assert identity(REPOSITORY, 1, 5) == found
+    assert ModelSource.open(REPOSITORY).file("generation_config.json") is None
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert identity(REPOSITORY, 1, 5) == found
     line = "the hub cannot be reached to fetch model.safetensors of org/tiny, and not all of it is on this machine: .*offline"
@@ -294,6 +297,26 @@ def test_what_turns_out_damaged_is_fetched_anew(hub: Hub) -> None:
     assert load(REPOSITORY, 1, 2) != load(hub.folder, 1, 2)
     source.files.forget(names)
     assert load(REPOSITORY, 1, 2) == load(hub.folder, 1, 2)
+
+
+def test_blocks_have_to_be_those_of_the_manifest(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    hub.folder = shutil.copytree(repository, tmp_path / "listed")
+    require_listed(ModelSource.open(hub.folder), model_key(ModelSource.open(hub.folder)), 0, ["no manifest, no rules"])
+    (hub.folder / MANIFEST_FILE).write_bytes(make_manifest(ModelSource.open(repository)).to_json())
+    key, *digests = identity(REPOSITORY, 2, 4)
+    require_listed(ModelSource.open(REPOSITORY), key, 2, digests)
+    source = ModelSource.open(REPOSITORY)
+    with pytest.raises(ModelError, match="^block 3 of org/tiny is not what its manifest .* says: start again to fetch it anew$"):
+        require_listed(source, key, 2, [digests[0], "0" * 64])
+    hub.forget()
+    load(REPOSITORY, 2, 4)
+    assert hub.weights_sent == block_bytes(hub.folder, 3, 4), "what was fetched of it is gone"
+    with pytest.raises(
+        ModelError, match="^block 2 of listed is not what its manifest .* says: the files are damaged, or were changed since"
+    ):
+        require_listed(ModelSource.open(hub.folder), key, 2, ["0" * 64])
+    with pytest.raises(ModelError, match="is that of another model: remove it, or make it anew"):
+        require_listed(ModelSource.open(hub.folder), "0" * 64, 2, digests)
 
 
 def test_a_legacy_checkpoint_is_the_same_model(hub: Hub, repository: Path, tmp_path: Path) -> None:
