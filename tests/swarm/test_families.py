@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 import petalnet
 from petalnet.blocks.probe import probe
 
+from .clients import join
 from .family_rows import LAYERS, ROWS, Row, ids, padded, save
 from .fleet import Fleet
 
@@ -81,6 +82,7 @@ def test_family(row: Row, fleet: Fleet) -> None:
             path, initial_peers=peers, dtype=torch.float32, show_route=False
         ) as remote:
             assert isinstance(remote, type(local)) and type(remote).__name__ == f"Distributed{type(local).__name__}"
+            join(remote)
             found.prefill = compare_prefill(local, remote)
             found.decode = max(compare_answers(local, remote, ids(1, 9, seed=1), None), compare_answers(local, remote, *padded("left")))
             found.sessions = compare_sessions(local, remote)
@@ -125,6 +127,13 @@ def test_classes_by_name() -> None:
         )
     with pytest.raises(AttributeError, match="DistributedNothing"):
         _ = petalnet.DistributedNothing
+
+
+def test_what_is_no_text_is_refused() -> None:
+    with torch.device("meta"):
+        model = petalnet.DistributedGemma3ForConditionalGeneration(next(row for row in ROWS if row.family == "gemma3").config())
+    with pytest.raises(ValueError, match="pixel_values is not possible: of a gemma3 model, the swarm runs the text part alone"):
+        model(input_ids=ids(1, 4, seed=0), pixel_values=torch.zeros(1, 3, 28, 28))
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -203,6 +212,7 @@ def compare_classification(path: Path, peers: list[str]) -> float:
         path, initial_peers=peers, dtype=torch.float32, num_labels=LABELS, show_route=False
     ) as remote:
         assert isinstance(remote, type(local))
+        join(remote)
         remote.score.load_state_dict(local.score.state_dict())
         outputs = [model(tokens, attention_mask=mask, labels=labels, use_cache=False) for model in (local, remote)]
         gradients = [
