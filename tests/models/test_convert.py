@@ -197,6 +197,23 @@ def test_what_a_killed_conversion_left_is_no_model_and_cleared_away(saved: Calla
     assert not left.exists() and digests(ModelSource.open(made.folder))
 
 
+def test_a_folder_whose_files_are_moved_is_no_model_until_all_are(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, move = tmp_path / "new", Path.replace
+    shutil.copytree(saved("bloom"), folder)
+
+    def moved(path: Path, target: Path) -> None:
+        if target.parent == folder:
+            with pytest.raises(ModelError, match="no config.json"):
+                ModelSource.open(folder)
+        move(path, target)
+
+    monkeypatch.setattr(Path, "replace", moved)
+    made = convert(ModelSource.open(saved("llama")), folder, replace_model=True)
+    assert model_key(ModelSource.open(folder)) == made.key
+
+
 def test_a_folder_that_holds_something_is_replaced_only_on_demand(saved: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "new"
     shutil.copytree(saved("bloom"), folder)
