@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from tests.blocks.spans import spread_over
+
 LAYERS = 4
 _BASE = {
     "vocab_size": 99,
@@ -97,6 +99,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folders[key]
 
     return folder
+
+
+@pytest.fixture(autouse=True)
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Over how many devices spans are loaded; modules with the mark `spans.DEVICES` run with more than one as well."""
+    count: int = getattr(request, "param", 1)
+    if count > 1:
+        spread_over(count, monkeypatch)
+    return count
 
 
 @pytest.fixture(autouse=True)

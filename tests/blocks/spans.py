@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,17 +12,16 @@ from petalnet.blocks.spread import SpreadSpan
 from petalnet.models.checkpoint import ModelSource
 
 DEVICES = pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)], indirect=True, ids=["one-device", "two-devices"])
-"""For modules that are worth running with both; their autouse fixture calls `spread_over`."""
+"""`pytestmark` of modules that are run with spans over two devices as well."""
 
 
 def spread_over(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have `Span.load` load the first half of the blocks to one device and the others to another."""
+    """Have `Span.load` load blocks to so many devices, about as many to each."""
     load = Span.load
 
     def load_spread(source: ModelSource, first: int, end: int, **options: Any) -> Any:
-        middle = (first + end) // 2
-        if devices == 1 or middle == first:
-            return load(source, first, end, **options)
-        return SpreadSpan([load(source, first, middle, **options), load(source, middle, end, **options)])
+        cuts = sorted({first + (end - first) * number // devices for number in range(devices + 1)})
+        stages = [load(source, begin, stop, **options) for begin, stop in pairwise(cuts)]
+        return stages[0] if len(stages) == 1 else SpreadSpan(stages)
 
     monkeypatch.setattr(Span, "load", load_spread)

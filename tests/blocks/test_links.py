@@ -37,6 +37,9 @@ from petalnet.p2p.session_messages import (
 )
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from tests.blocks.chained import HIDDEN, LOOPBACK, MODEL, Chain, chain_of, eventually, receive
+from tests.blocks.spans import DEVICES
+
+pytestmark = DEVICES
 
 X = torch.randn(3, 100, HIDDEN, generator=torch.Generator().manual_seed(3))
 
@@ -270,7 +273,7 @@ async def test_a_failed_computation_ends_the_session_and_its_links(two: Chain, m
     async with two.session() as session:
         await session.run(X[:, :60], 0)
         with monkeypatch.context() as broken:
-            broken.setattr(two.servers[1].service.span, "step", lambda *args, **kwargs: 1 // 0)
+            broken.setattr(two.servers[1].service.span.stages[-1], "step", lambda *args, **kwargs: 1 // 0)
             await session.streams[0].send(session.step(X[:, 60:], 60))
             await session.refused(1, 2, "server", "computation failed: ZeroDivisionError")
             assert await session.streams[1].receive() is None

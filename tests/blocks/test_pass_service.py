@@ -27,7 +27,10 @@ from petalnet.p2p.messages import Error
 from petalnet.p2p.pass_messages import Backward, BackwardDone, DropGraphs, Forward, ForwardDone
 from petalnet.p2p.protocols import FORWARD
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
+from tests.blocks.spans import DEVICES
 from tests.blocks.test_service import END, FIRST, HIDDEN, MASK, MODEL, Served, ask, eventually, refused, run_step, serving, whole
+
+pytestmark = DEVICES
 
 GENERATOR = torch.Generator().manual_seed(7)
 X = torch.randn(3, 10, HIDDEN, generator=GENERATOR)

@@ -23,6 +23,9 @@ from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.fields import Blob
 from petalnet.p2p.pass_messages import Backward, Forward
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
+from tests.blocks.spans import DEVICES
+
+pytestmark = DEVICES
 
 HIDDEN, FIRST, END, ROWS, LENGTH = 32, 1, 4, 4, 20
 GENERATOR = torch.Generator().manual_seed(3)

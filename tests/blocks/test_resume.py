@@ -40,6 +40,9 @@ from petalnet.p2p.session_messages import (
 )
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from tests.blocks.chained import HIDDEN, LOOPBACK, Chain, ClientSession, Server, chain_of, eventually, receive
+from tests.blocks.spans import DEVICES
+
+pytestmark = DEVICES
 
 X = torch.randn(3, 160, HIDDEN, generator=torch.Generator().manual_seed(3))
 
@@ -275,14 +278,15 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, span: Span) -> None:
         self.entered, self.free = threading.Event(), threading.Event()
-        step = span.step
+        last = span.stages[-1]
+        step = last.step
 
         def held(*args: Any) -> Any:
             self.entered.set()
             assert self.free.wait(10)
             return step(*args)
 
-        monkeypatch.setattr(span, "step", held)
+        monkeypatch.setattr(last, "step", held)
 
 
 async def test_a_replay_of_any_number_gives_way_to_a_resume(alone: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +578,7 @@ async def test_outputs_that_are_not_finite_are_the_servers_own_fault(two_of_bloo
         await session.run(X[:, :100], 0)
         for index, server in enumerate(chain.servers):
             with monkeypatch.context() as broken:
-                span = server.service.span
+                span = server.service.span.stages[-1]
                 step = span.step
                 broken.setattr(span, "step", lambda *args, step=step: [[output / 0 for output in outputs] for outputs in step(*args)])
                 await session.streams[0].send(session.step(X[:, 100:], 100))

@@ -20,6 +20,9 @@ from petalnet.p2p.messages import Error
 from petalnet.p2p.session_messages import KEEP_NONE, LinkDown, Replay, Resume, Resumed, SessionOpened, StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
 from tests.blocks.chained import HIDDEN, Chain, ClientSession, Server, chain_of, receive
+from tests.blocks.spans import DEVICES
+
+pytestmark = DEVICES
 
 ROWS, LONGEST = 2, 150
 CUTS = (1, 3)

@@ -23,6 +23,9 @@ from petalnet.blocks.work import StepWork
 from petalnet.models.checkpoint import ModelSource
 from petalnet.p2p.session_messages import UNIT_TOKENS, Step
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
+from tests.blocks.spans import DEVICES
+
+pytestmark = DEVICES
 
 HIDDEN, FIRST, END = 32, 1, 3
 X = torch.randn(4, 150, HIDDEN, generator=torch.Generator().manual_seed(3))
@@ -34,8 +37,7 @@ class Rounds:
     def __init__(self, folder: Path, *, pages: int = 64, share_prefixes: bool = False) -> None:
         self.span, self.twin = (Span.load(ModelSource.open(folder), FIRST, END) for _ in range(2))
         page_tokens = self.span.backend.page_tokens
-        store = KVStore(self.span.kv_shapes, pages=pages, page_tokens=page_tokens, dtype=torch.float32, device="cpu")
-        self.span.attach(store)
+        self.span.attach(self.span.make_store(pages))
         self.pool = PagePool(pages, page_tokens)
         self.prefixes = PrefixCache(self.pool)
         self.runner = Runner(self.span, self.pool, self.prefixes, share_prefixes=share_prefixes)
@@ -158,7 +160,7 @@ def test_blocks_in_part(llama: Rounds) -> None:
 def test_a_failed_pass_is_the_fault_of_one(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad, large = llama.session(), llama.session(), llama.session()
     tasks = [llama.task(session, X[:1, :10], 0) for session in (good, bad, large)]
-    step = llama.span.step
+    step = llama.span.stages[0].step
 
     def failing(steps: Any, *blocks: int) -> Any:
         if any(one.rows.tables == bad.kv.tables for one in steps):
@@ -167,7 +169,7 @@ def test_a_failed_pass_is_the_fault_of_one(llama: Rounds, monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("too much")
         return step(steps, *blocks)
 
-    monkeypatch.setattr(llama.span, "step", failing)
+    monkeypatch.setattr(llama.span.stages[0], "step", failing)
     outcomes = llama.runner.run([Part(task, 0, 10) for task in tasks])
     close(decode_tensor(outcomes[0].unwrap()), llama.whole(X[:1, :10])[-1])  # type: ignore[union-attr]
     with pytest.raises(ZeroDivisionError):
@@ -182,7 +184,7 @@ def test_a_failed_pass_is_the_fault_of_one(llama: Rounds, monkeypatch: pytest.Mo
 
 def test_a_pass_that_ran_out_of_memory_leaves_it_to_the_next(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [llama.task(llama.session(), X[:1, :10], 0) for _ in range(3)]
-    step, held = llama.span.step, []
+    step, held = llama.span.stages[0].step, []
 
     def failing(steps: Any, *blocks: int) -> Any:
         assert [one() for one in held] == [None] * len(held)
@@ -192,7 +194,7 @@ def test_a_pass_that_ran_out_of_memory_leaves_it_to_the_next(llama: Rounds, monk
             raise torch.OutOfMemoryError("too much")
         return step(steps, *blocks)
 
-    monkeypatch.setattr(llama.span, "step", failing)
+    monkeypatch.setattr(llama.span.stages[0], "step", failing)
     outcomes = llama.runner.run([Part(task, 0, 10) for task in tasks])
     assert [isinstance(one, outcome.Value) for one in outcomes] == [False, True, True] and len(held) == 4
 

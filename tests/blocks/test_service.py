@@ -27,6 +27,9 @@ from petalnet.p2p.pass_messages import Backward, Forward
 from petalnet.p2p.protocols import FORWARD, INFERENCE, Protocol
 from petalnet.p2p.session_messages import NAME_BYTES, Attach, Attached, OpenSession, SessionOpened, Step, StepDone
 from petalnet.p2p.tensors import decode_tensor, encode_tensor
+from tests.blocks.spans import DEVICES
+
+pytestmark = DEVICES
 
 HIDDEN, MODEL, FIRST, END = 32, "key", 1, 3
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
@@ -532,7 +535,7 @@ async def test_a_failed_computation_ends_only_its_session(served: Served, monkey
     async with served.session() as good, served.session() as bad:
         await run_step(good, X[:, :4], 0)
         with monkeypatch.context() as broken:
-            broken.setattr(served.service.span, "step", lambda *args, **kwargs: 1 // 0)
+            broken.setattr(served.service.span.stages[-1], "step", lambda *args, **kwargs: 1 // 0)
             await refused(bad, step(X, 0), "server", "computation failed: ZeroDivisionError")
             assert await bad.receive() is None
         torch.testing.assert_close(await run_step(good, X[:, 4:], 4), whole(served.span, X)[0][:, 4:], atol=1e-5, rtol=1e-4)
