@@ -63,6 +63,8 @@ NEWS_S = 0.5
 CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 60.0
 """For what takes a peer no effort; a chunk may take as long as the peer's owner allows, and is asked elsewhere meanwhile."""
+IDLE_S = 30.0
+"""After which a peer that gave nothing makes room for another one."""
 AGAIN_S, LONGEST_AGAIN_S = 5.0, 120.0
 """Seconds until a peer is asked again that had nothing or was lost: the first time, doubled up to the longest."""
 REPORT_EVERY_S = 10.0
@@ -167,6 +169,7 @@ class _Run:
         self._assembly = Assembly(self._wanted)
         self.incoming = Incoming(self._assembly, fetching.cache, fetching.sharing, blame=self._expel)
         self._peers: dict[str, trio.CancelScope] = {}
+        self._useful_at: dict[str, float] = {}
         self._again_at: dict[str, tuple[float, float]] = {}
         self._news = trio.Event()
         self._nursery: trio.Nursery
@@ -219,7 +222,12 @@ class _Run:
             free.sort(key=lambda record: (-self._promise(record), random.random()))
             for record in free[: MOST_PEERS - len(self._peers)]:
                 self._peers[record.peer_id] = trio.CancelScope()
+                self._useful_at[record.peer_id] = now
                 self._nursery.start_soon(self._ask_peer, record)
+            if len(free) > MOST_PEERS - len(self._peers) and self._peers:
+                idlest = min(self._peers, key=lambda peer: self._useful_at[peer])
+                if now - self._useful_at[idlest] > IDLE_S:
+                    self._peers[idlest].cancel()
             await trio.sleep(LOOK_EVERY_S)
 
     def _promise(self, record: ServerRecord) -> int:
@@ -244,7 +252,7 @@ class _Run:
         except* PetalnetError as group:
             logger.debug("no weights from peer %s for the moment: %s", peer, _first(group))
         finally:
-            del self._peers[peer]
+            del self._peers[peer], self._useful_at[peer]
             self._assembly.leave(peer)
             _, before = self._again_at.get(peer, (0.0, 0.0))
             pause = min(max(2 * before, AGAIN_S), LONGEST_AGAIN_S)
@@ -340,6 +348,7 @@ class _Run:
         if outcome is Outcome.WRONG:
             raise ProtocolError(f"chunk {ask.index} of a block is not what it said it had", peer)
         self._fetching.bytes_fetched[peer] += len(data)
+        self._useful_at[peer] = trio.current_time()
         if outcome is Outcome.TAKE:
             with trio.CancelScope(shield=True):  # it counts as there from now on, whatever becomes of the peer
                 await self.incoming.write(peer, ask, data)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HUB_INSTEAD_S = 20.0
+HUB_INSTEAD_S = 10.0
 """Without anything new from peers, after which the rest comes from the hub."""
 HUB_WITHIN_S = 10.0
 WINDOWS = 4
@@ -64,18 +64,19 @@ class Supply:
         self._sharing = Sharing(peering.host, max_rate=settings.max_upload_rate)
         self._cache = getattr(source.files, "cache", None) or weight_cache(settings.max_disk_space, settings.cache_dir)
         self._fetching = Fetching(peering, self._sharing, self._cache, model, max_rate=settings.max_download_rate)
+        self._offers = False
         self._offered: set[int] = set()
         self.shares = False
 
     async def open(self) -> None:
         """Decide whether to share, and answer who asks from now on."""
-        self.shares = await in_thread(self._may_share)
+        self.shares = self._offers = await in_thread(self._may_share)
         if self._settings.share_weights == "no":
             return
         self._sharing.open()
         if isinstance(self._source.files, SwarmFiles):
             self._sharing.give_manifest(self._model, self._source.files.manifest)
-        elif self.shares and self._source.folder is not None:
+        elif self._offers and self._source.folder is not None:
             self._sharing.make_manifest(self._model)
 
     @contextmanager
@@ -107,7 +108,7 @@ class Supply:
 
     async def offer(self, first: int, end: int) -> None:
         """Share the blocks that are served, and of a folder all that it holds; returns once all of them can be had. Fails never."""
-        if not self.shares:
+        if not self._offers:
             return
         try:
             if self._source.folder is None:
@@ -133,11 +134,12 @@ class Supply:
         return isinstance(files, SwarmFiles) or (isinstance(files, HubFiles) and _is_public(files.name))
 
     async def _offer_folder(self) -> None:
-        if len(self._offered) == len(self._parts.blocks):
+        parts = await in_thread(lambda: self._parts)
+        if len(self._offered) == len(parts.blocks):
             return
         manifest = None
         try:
-            entries = await self._offer(range(len(self._parts.blocks)))
+            entries = await self._offer(range(len(parts.blocks)))
             manifest = await in_thread(Manifest.of, self._source, entries)
         finally:
             self._sharing.give_manifest(self._model, manifest)
@@ -190,12 +192,13 @@ class Supply:
         return BlockEntry(digest, tensors, sum(info.nbytes for _, info in infos), prefix=prefix)
 
     async def _bring(self, entries: Mapping[int, BlockEntry], *, patience_s: float = float("inf"), compare: bool = False) -> None:
+        parts = await in_thread(lambda: self._parts)
         brought = await self._fetching.bring([Wanted(entry) for entry in entries.values()], patience_s=patience_s)
         for index, entry in entries.items():
             found = brought.get(Wanted(entry).name)
             if found is None or (compare and not await in_thread(self._is_as_on_hub, index, found)):
                 continue
-            self._source.add_file(found.path, {self._parts.prefixes[index] + name: name for name, _, _ in entry.tensors})
+            self._source.add_file(found.path, {parts.prefixes[index] + name: name for name, _, _ in entry.tensors})
             self.shares |= self._settings.share_weights != "no"
 
     def _is_as_on_hub(self, index: int, found: Brought) -> bool:

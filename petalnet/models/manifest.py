@@ -43,6 +43,8 @@ MAX_TENSORS = 1 << 15
 MAX_BLOCK_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
 MAX_NAME = 128
+MOST_IN_CONFIG = {"layer": MAX_BLOCKS, "position": 1 << 24}
+"""By what is in a field's name: as many layers as blocks, and positions for the longest contexts of today's models (10 million)."""
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
@@ -180,15 +182,20 @@ class Manifest:
         """The key under which the model's servers are found.
 
         Raises:
-            ModelError: the configuration is of no family that the library knows.
+            ModelError: the configuration is of no family that the library knows, or of a model of another number of blocks.
         """
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+        from petalnet.models.anatomy import text_config
+
         try:
             config = CONFIG_MAPPING[self.config["model_type"]].from_dict(dict(self.config))
+            count = text_config(config).num_hidden_layers
         except Exception as error:  # whatever a stranger's configuration makes the library's classes raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"the configuration in the manifest of {self.name} cannot be used: {reason}") from error
+        if count != len(self.blocks):
+            raise ModelError(f"the manifest of {self.name} lists {len(self.blocks)} blocks, and its configuration says {count}")
         return key_of(config_hash(config), self.client_digest)
 
     def without_chunks(self) -> Manifest:
@@ -214,7 +221,9 @@ class Manifest:
         if type(name) is not str or len(name) > MAX_NAME or not name.isprintable():
             raise ModelError(f"a manifest needs a name: printable text of at most {MAX_NAME} characters")
         blocks = tuple(BlockEntry._of(block) for block in _list(fields.get("blocks"), MAX_BLOCKS, "blocks"))
-        return cls(name, _table(fields.get("config"), "the configuration in a manifest"), _hex(fields.get("client_digest")), blocks)
+        config = _table(fields.get("config"), "the configuration in a manifest")
+        _require_bounds(config)
+        return cls(name, config, _hex(fields.get("client_digest")), blocks)
 
 
 def make_manifest(source: ModelSource, *, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -313,6 +322,20 @@ def _table(value: Any, what: str) -> dict[str, Any]:
     if type(value) is not dict:
         raise ModelError(f"{what} is not a table of fields")
     return value
+
+
+def _require_bounds(config: Any, key: str = "") -> None:
+    """Raises ModelError where a configuration has a number by which the library would make endless lists of layers, or of positions."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            _require_bounds(value, name)
+    elif isinstance(config, list):
+        for value in config:
+            _require_bounds(value, key)
+    elif type(config) is int:
+        most = next((most for part, most in MOST_IN_CONFIG.items() if part in key), MAX_BLOCK_BYTES)
+        if not -most <= config <= most:
+            raise ModelError(f"the configuration in a manifest has {key} = {config}; {most} is the most that is believed")
 
 
 def _list(value: Any, most: int, what: str) -> list[Any]:
