@@ -14,9 +14,11 @@ import torch
 
 from petalnet.devices import device_names, memory_of, split_blocks
 from petalnet.errors import UsageError
+from petalnet.fitting import MOST_KV_TOKENS, WEIGHTS_SHARE, Room
 from petalnet.routing.precision import describe_precision
 
 if TYPE_CHECKING:
+    from petalnet.blocks.kv import KVShape
     from petalnet.blocks.spread import AnySpan
     from petalnet.models.checkpoint import ModelSource
 
@@ -24,15 +26,11 @@ DEVICE_SHARE = 0.9
 """Of an accelerator's free memory that a node takes by itself: the rest is for the library's own buffers."""
 MACHINE_SHARE = 0.5
 """Of a machine's free memory that a node takes by itself: it is shared with everything else that runs there."""
-WEIGHTS_SHARE = 0.7
-"""Of a node's memory that `--serve auto` fills with weights: the rest is for KV entries and activations."""
 GRAPHS_SHARE = 0.25
 """Of the memory that a node leaves free, what graphs of training passes may take that wait for their backward passes; those of passes that
 are computed anew may take as much, and so may captured decoding on a CUDA device."""
 FEWEST_KV_TOKENS = 256
 """A server that has no room for a short question and its answer is of no use to anybody."""
-MOST_KV_TOKENS = 1 << 22
-"""A bound for tiny models, whose KV entries would fit by the hundred million."""
 
 
 def best_device() -> str:
@@ -116,23 +114,62 @@ def block_sizes(source: ModelSource, dtype: torch.dtype, quantization: str = "no
     return [stored_bytes(layer, dtype) for layer in layers]
 
 
-def blocks_that_fit(source: ModelSource, *, dtype: torch.dtype, device: str, max_memory: int | None, quantization: str = "none") -> int:
-    """How many consecutive blocks of a model fit, wherever they lie in it; at most all.
+def blocks_that_fit(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    max_memory: int | None,
+    quantization: str = "none",
+    kv_tokens: int | None = None,
+) -> int:
+    """How many consecutive blocks of a model fit, wherever they lie in it, beside so many KV tokens (see `Room.blocks`); at most all.
 
     Raises:
         UsageError: not even one does.
     """
     sizes = block_sizes(source, dtype, quantization)
-    largest = max(sizes)
-    each = _usable_each(device_names(device), max_memory)
-    memory = max(each)
-    count = min(sum(int(one * WEIGHTS_SHARE) // max(largest, 1) for one in each), len(sizes))
+    room = room_for(source, max(sizes), dtype=dtype, device=device, max_memory=max_memory)
+    count = min(room.blocks(kv_tokens), len(sizes))
     if count == 0:
+        there = max(room.devices) * (WEIGHTS_SHARE if kv_tokens is None else 1)
+        what = "weights" if kv_tokens is None else f"it and {kv_tokens} KV tokens"
+        flags = "--max-memory, --dtype, --quantization" + ("" if kv_tokens is None else ", --attn-cache-tokens")
         raise UsageError(
-            f"no block of {source.name} fits: one takes {largest / 1e9:.2f} GB in {describe(dtype, quantization)}, and "
-            f"{memory * WEIGHTS_SHARE / 1e9:.2f} GB of {device} memory are there for weights (--max-memory, --dtype, --quantization)"
+            f"no block of {source.name} fits: one takes {room.block / 1e9:.2f} GB in {describe(dtype, quantization)}, and "
+            f"{there / 1e9:.2f} GB of {device} memory are there for {what} ({flags})"
         )
     return count
+
+
+def room_for(source: ModelSource, block_bytes: int, *, dtype: torch.dtype, device: str, max_memory: int | None) -> Room:
+    """What the memory of a node's devices has to hold where a block's weights take so much."""
+    from petalnet.models.anatomy import text_config
+
+    kept = 0 if device.startswith("cuda") else text_config(source.config).hidden_size * dtype.itemsize
+    kv = max(shape.bytes(dtype) for shape in kv_shapes(source))
+    return Room(tuple(_usable_each(device_names(device), max_memory)), block_bytes, kv, kept)
+
+
+def kv_shapes(source: ModelSource) -> list[KVShape]:
+    """What a position takes in each block of a model. Reads no weights."""
+    from transformers import AutoModel
+
+    from petalnet.blocks.kv import KVShape
+    from petalnet.blocks.span import Span
+    from petalnet.models.anatomy import text_config
+    from petalnet.models.loading import construct, resolve_class
+
+    config = deepcopy(source.config)
+    text = text_config(config)
+    try:  # without numbers, in the dtype for which all layers have a way to compute; shapes do not depend on it
+        model = construct(resolve_class(AutoModel, config), config, torch.bfloat16)
+        return Span(model, 0, text.num_hidden_layers, dtype=torch.bfloat16, device=torch.device("meta")).kv_shapes
+    except Exception:
+        # The family's own code raises whatever it raises where it looks at numbers that are not there. Most have these fields.
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return [KVShape(heads, size, size)] * text.num_hidden_layers
 
 
 def describe(dtype: torch.dtype, quantization: str) -> str:

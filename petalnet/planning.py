@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from petalnet.fitting import Room
-
 if TYPE_CHECKING:
-    from petalnet.blocks.kv import KVShape
     from petalnet.models.checkpoint import ModelSource
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -69,29 +65,27 @@ class Plan:
 
 
 def make_plan(
-    source: ModelSource, *, dtype: torch.dtype, quantization: str, device: str, memory: Sequence[int], kv_tokens: int | None = None
+    source: ModelSource, *, dtype: torch.dtype, quantization: str, device: str, max_memory: int | None = None, kv_tokens: int | None = None
 ) -> Plan:
-    """What a model takes of a machine.
+    """What a model takes of this machine.
 
     Args:
         dtype, quantization: what a node would take.
-        device: what to call the machine's devices.
-        memory: bytes for weights and KV tokens on each of them.
+        device: one, or several as `--device` names them.
+        max_memory: bytes for weights and KV tokens on all of them; None for the usual share of what is free.
         kv_tokens: room that is to be there beside the blocks; None for what is left of the memory.
     """
     from petalnet.blocks.quantization import QUANTIZATIONS
-    from petalnet.capacity import FEWEST_KV_TOKENS, block_sizes
-    from petalnet.models.anatomy import text_config
+    from petalnet.capacity import FEWEST_KV_TOKENS, block_sizes, room_for, usable_memory
 
-    hidden, count = text_config(source.config).hidden_size, text_config(source.config).num_hidden_layers
+    memory, quantized = usable_memory(device, max_memory), quantized_share(source)
     wanted = FEWEST_KV_TOKENS if kv_tokens is None else kv_tokens
-    shapes, quantized = kv_shapes(source), quantized_share(source)
     found = []
     for each in dict.fromkeys((*DTYPES, dtype)):
-        kv = max(shape.bytes(each) for shape in shapes)
         for kind in QUANTIZATIONS if each == dtype else ("none",):
             sizes = block_sizes(source, each, kind)
-            room = Room(tuple(memory), max(sizes), kv, 0 if device.startswith("cuda") else hidden * each.itemsize)
+            count = len(sizes)
+            room = room_for(source, max(sizes), dtype=each, device=device, max_memory=memory)
             blocks = min(room.blocks(kv_tokens), count)
             tokens = room.tokens(blocks) if blocks else 0
             if tokens < wanted:
@@ -104,14 +98,14 @@ def make_plan(
                     block_bytes=room.block,
                     model_bytes=sum(sizes),
                     quantized=0.0 if kind == "none" else quantized,
-                    kv_bytes=kv,
+                    kv_bytes=room.kv,
                     blocks=blocks,
                     kv_tokens=tokens,
                     machines=-(-count // blocks) if blocks else None,
                 )
             )
     found.sort(key=lambda one: -one.model_bytes)
-    return Plan(source.name, count, device, sum(memory), kv_tokens, tuple(found))
+    return Plan(source.name, count, device, memory, kv_tokens, tuple(found))
 
 
 def quantized_share(source: ModelSource) -> float:
@@ -126,24 +120,3 @@ def quantized_share(source: ModelSource) -> float:
     layers = find_layers(construct(resolve_class(AutoModel, config), config, torch.bfloat16)).layers
     rounded = [module.weight.numel() for layer in layers for path, module in layer.named_modules() if is_quantizable(path, module)]
     return sum(rounded) / max(sum(parameter.numel() for parameter in layers.parameters()), 1)
-
-
-def kv_shapes(source: ModelSource) -> list[KVShape]:
-    """What a position takes in each block of a model."""
-    from transformers import AutoModel
-
-    from petalnet.blocks.kv import KVShape
-    from petalnet.blocks.span import Span
-    from petalnet.models.anatomy import text_config
-    from petalnet.models.loading import construct, resolve_class
-
-    config = deepcopy(source.config)
-    text = text_config(config)
-    try:  # without numbers, in the dtype for which all layers have a way to compute; shapes do not depend on it
-        model = construct(resolve_class(AutoModel, config), config, torch.bfloat16)
-        return Span(model, 0, text.num_hidden_layers, dtype=torch.bfloat16, device=torch.device("meta")).kv_shapes
-    except Exception:
-        # The family's own code raises whatever it raises where it looks at numbers that are not there. Most have these fields.
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return [KVShape(heads, size, size)] * text.num_hidden_layers

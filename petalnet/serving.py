@@ -270,6 +270,7 @@ class Server:
             device=model.device,
             max_memory=self._settings.max_memory,
             quantization=model.quantization,
+            kv_tokens=self._settings.attn_cache_tokens,
         )
 
     # ---- what others hear

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalnet.blocks.span import Span
+from petalnet.capacity import blocks_that_fit, kv_shapes
 from petalnet.cli import run
 from petalnet.fitting import MOST_KV_TOKENS, WEIGHTS_SHARE, Room
 from petalnet.models.checkpoint import ModelSource
-from petalnet.planning import kv_shapes, make_plan, quantized_share
+from petalnet.planning import make_plan, quantized_share
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_kv_shapes_are_found_without_numbers(source: ModelSource) -> None:
 
 def test_a_plan(source: ModelSource) -> None:
     memory = 10 * 2**20
-    plan = make_plan(source, dtype=torch.float32, quantization="nf4", device="cpu", memory=[memory])
+    plan = make_plan(source, dtype=torch.float32, quantization="nf4", device="cpu", max_memory=memory)
     names = [(one.dtype, one.quantization) for one in plan.precisions]
     assert names == [("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "nf4")]
     assert [one.chosen for one in plan.precisions] == [False, False, False, True]
@@ -66,11 +67,13 @@ def test_a_plan(source: ModelSource) -> None:
 
 
 def test_a_plan_for_many_tokens_and_for_too_little_memory(source: ModelSource) -> None:
-    plan = make_plan(source, dtype=torch.float32, quantization="none", device="cpu", memory=[10 * 2**20], kv_tokens=3000)
+    plan = make_plan(source, dtype=torch.float32, quantization="none", device="cpu", max_memory=10 * 2**20, kv_tokens=3000)
     exact = plan.precisions[0]
     assert exact.blocks == (10 * 2**20 - 3000 * 640) // (exact.block_bytes + 3000 * 1280) < 5
     assert exact.kv_tokens >= 3000
-    none = make_plan(source, dtype=torch.float32, quantization="none", device="cpu", memory=[1000]).precisions
+    fit = blocks_that_fit(source, dtype=torch.float32, device="cpu", max_memory=10 * 2**20, kv_tokens=3000)
+    assert fit == exact.blocks, "which is what `--serve auto` goes by"
+    none = make_plan(source, dtype=torch.float32, quantization="none", device="cpu", max_memory=1000).precisions
     assert all((one.blocks, one.kv_tokens, one.machines) == (0, 0, None) for one in none)
 
 

@@ -37,7 +37,7 @@ def _make(settings: Settings) -> Plan:
     from petalnet.models.lean import import_transformers
 
     import_transformers()
-    from petalnet.capacity import best_device, require_device, usable_memory
+    from petalnet.capacity import best_device, require_device
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.loading import pick_dtype
     from petalnet.planning import make_plan
@@ -50,7 +50,7 @@ def _make(settings: Settings) -> Plan:
         dtype=pick_dtype(settings.dtype, source, device),
         quantization=settings.quantization,
         device=device,
-        memory=[usable_memory(device, settings.max_memory)],
+        max_memory=settings.max_memory,
         kv_tokens=settings.attn_cache_tokens,
     )
 
