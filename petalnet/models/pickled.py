@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 CONVERT = "convert it to safetensors"
+DAMAGED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, zipfile.BadZipFile)
+"""What PyTorch raises at a damaged archive, or at a pickle that is none."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ def read(path: Path, what: str) -> dict[str, StoredTensor]:
     except ModelError:
         raise
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{what} holds more than tensors, and could run code if it were read: {CONVERT} where you trust it") from error
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{what} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{what} is damaged, or holds more than tensors and could run code: {CONVERT} where you trust it") from error
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{what} cannot be read: {reason}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{what} holds no table of tensors: {CONVERT}")
     size = path.stat().st_size
