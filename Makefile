@@ -1,5 +1,5 @@
 # Every target makes its own virtual environment in .venv first (scripts/setup_venv.sh); the second time that takes no time.
-.PHONY: help venv demo test test-long lint format reference clean
+.PHONY: help venv demo test test-long lint format reference families clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -14,6 +14,7 @@ help:
 	@echo "make test-long   the long tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make reference   docs/api.md, from the docstrings and the table of settings"
+	@echo "make families    the table of docs/models.md, from a test that serves each family (minutes)"
 	@echo "make venv        only the virtual environment, .venv"
 	@echo "make clean       remove .venv and caches"
 
@@ -39,6 +40,10 @@ format: venv
 
 reference: venv
 	$(BIN)/python scripts/make_api_reference.py
+
+families: venv
+	folder=$$(mktemp -d) && PETALNET_FAMILIES_RESULTS=$$folder $(TEST_ENV) $(BIN)/python -m pytest -q -m long tests/swarm/test_families.py \
+		&& $(BIN)/python scripts/make_families_table.py $$folder
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

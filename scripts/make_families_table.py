@@ -1,9 +1,9 @@
 """Write the table of families in docs/models.md from what tests/swarm/test_families.py has found.
 
-    PETALNET_FAMILIES_RESULTS=FOLDER python -m pytest tests/swarm/test_families.py
+    PETALNET_FAMILIES_RESULTS=FOLDER python -m pytest -m long tests/swarm/test_families.py
     python scripts/make_families_table.py FOLDER
 
-A row that has no result, because its test failed or did not run, is an error: the table says nothing that was not tried.
+`make families` does both. A row that has no result, because its test failed or did not run, is an error: the table says nothing that was not tried.
 """
 
 from __future__ import annotations

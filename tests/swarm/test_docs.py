@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md", "docs/nodes.md", "docs/reachability.md", "docs/using-the-swarm.md", "docs/your-own-swarm.md", "docs/surviving.md",
     "docs/incentives.md", "docs/fine-tuning.md", "docs/getting-started.md", "docs/your-own-model.md",
+    "docs/models.md",
 )  # fmt: skip
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*PAGES, "Makefile")}
 COMMANDS = [line for name in PAGES for line in re.findall(r"^    (petalnet [^#\n]+)", TEXTS[name], re.MULTILINE)]
