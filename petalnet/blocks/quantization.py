@@ -102,15 +102,16 @@ class QuantizedLinear(nn.Linear):
 
     kind: str
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         """
         Args:
             layer: an `nn.Linear`, or the library's `Conv1D`, whose weight is transposed.
         """
-        self.transposed = not isinstance(layer, nn.Linear)
-        outputs, inputs = reversed(layer.weight.shape) if self.transposed else layer.weight.shape  # type: ignore[arg-type]
+        transposed = not isinstance(layer, nn.Linear)
+        outputs, inputs = layer.weight.shape[::-1] if transposed else layer.weight.shape
         super().__init__(inputs, outputs, bias=layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        self.transposed = transposed
+        self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("scales", torch.empty(0, device="meta"), persistent=False)
         self.eval()
 

@@ -60,7 +60,7 @@ def import_bitsandbytes() -> types.ModuleType:
     try:
         sys.modules["kernels"] = None  # type: ignore[assignment]
         torch.compile = _no_compiler
-        torch._disable_dynamo = _unchanged
+        torch._disable_dynamo = _unchanged  # type: ignore[assignment]
         library_log.setLevel(logging.ERROR)  # it warns that it lacks the program from the hub
         return importlib.import_module("bitsandbytes")
     finally:

@@ -273,7 +273,7 @@ class _HandOver:
         for name in list(tensors):
             value = tensors.pop(name)
             value = value[0] if isinstance(value, list) else value
-            owner, _ = _owner(model, name)
+            owner = _owner(model, name)[0]
             converted[name] = owner.take_weight(value) if self.param_needs_quantization(model, name) else value  # type: ignore[operator]
         return converted
 
