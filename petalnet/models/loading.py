@@ -212,7 +212,7 @@ class TakesWeight(Protocol):
     """A module of a model that makes something else of the tensor of its `weight`."""
 
     def take_weight(self, weight: torch.Tensor) -> nn.Parameter:
-        """What becomes the parameter: made of what the checkpoint has, which is on the module's device and in the model's dtype."""
+        """What becomes the parameter: made of what the checkpoint has, in the dtype that it has there, on the module's device."""
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], *, dtype: torch.dtype, device: str | torch.device = "cpu") -> set[str]:
@@ -229,9 +229,10 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], *, dtype: t
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
+    takers = _takers(model)
     load_config = LoadStateDictConfig(
-        hf_quantizer=_HandOver() if _takers(model) else None,
-        dtype=dtype,
+        hf_quantizer=_HandOver() if takers else None,
+        dtype=None if takers else dtype,  # without one, what is not handed over is converted to the dtype that its parameter has on meta
         device_map={"": torch.device(device)},
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
