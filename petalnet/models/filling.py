@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -73,9 +74,10 @@ class Filling:
         return self._final
 
     def close(self) -> None:
-        """Note what was written since the last note, so that it counts later on."""
+        """Note what was written since the last note, so that it counts later on; what cannot be noted is fetched again."""
         if self._unsaved and self.path.exists():
-            self._save()
+            with contextlib.suppress(OSError):
+                self._save()
 
     def _save(self) -> None:
         """What the notes say has to be on the disk before they are: else a power failure leaves zeros that count as weights."""

@@ -10,6 +10,7 @@ list counts as long as its owner holds the lock of the same name, which ends wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -87,7 +88,7 @@ class WeightCache:
     def keeping(self) -> Iterator[None]:
         """Within this, whatever this cache's object finds or fills stays on the disk. To be used around a load; several may overlap."""
         name = f"{USES}{uuid.uuid4().hex}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with _locked(self.folder / f"{name}{LOCK}"):
             self._uses[name] = set()
             try:
@@ -115,8 +116,15 @@ class WeightCache:
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key) or key.startswith(USES):
             raise ValueError(f"{key!r} cannot be the key of a file")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         return self.folder / key
+
+    def _make_folder(self) -> None:
+        """Raises UsageError where fetched files cannot be kept there."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
@@ -129,8 +137,11 @@ class WeightCache:
             if key not in keys:
                 keys.add(key)
                 temporary = self.folder / f"{name}.new"
-                temporary.write_text(json.dumps(sorted(keys)))
-                temporary.replace(self.folder / f"{name}.json")
+                try:
+                    temporary.write_text(json.dumps(sorted(keys)))
+                    temporary.replace(self.folder / f"{name}.json")
+                except OSError as error:
+                    raise (full_disk(self.folder) if error.errno == errno.ENOSPC else _unusable(self.folder, error)) from error
 
     def _make_room(self, size: int, key: str) -> None:
         """Remove what was used least recently until there is room for the file of a key. Raises UsageError where that is not enough."""
@@ -177,7 +188,12 @@ class WeightCache:
         for path in self.folder.iterdir():
             if path.name.startswith((".", USES)) or path.suffix not in ("", INCOMPLETE):
                 continue
-            status, key = path.stat(), path.name.removesuffix(INCOMPLETE)
+            key = path.name.removesuffix(INCOMPLETE)
+            if not path.exists():  # it became whole just now
+                path = self.folder / key
+            if not path.exists():
+                continue
+            status = path.stat()
             if path.suffix == INCOMPLETE:
                 filled = _is_held(beside(self.folder / key, LOCK))
                 there = _allocated(path)
@@ -244,6 +260,11 @@ def full_disk(folder: Path, lacking: int | None = None) -> UsageError:
     return UsageError(f"the disk that {folder} is on is full{more}. Free some, or set PETALNET_CACHE_DIR to a folder on another disk")
 
 
+def _unusable(folder: Path, error: OSError) -> UsageError:
+    reason = error.strerror or type(error).__name__
+    return UsageError(f"what is fetched cannot be kept in {folder}: {reason}. Set PETALNET_CACHE_DIR to a folder of your own")
+
+
 def readable(nbytes: int) -> str:
     """Bytes for people to read."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2f} MB"
@@ -270,12 +291,15 @@ def _locked(path: Path, *, timeout: float = -1, waiting: str = "") -> Iterator[N
     """Hold a lock. `waiting` is told once where somebody else holds it. Raises Timeout after `timeout` seconds, unless that is negative."""
     lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=0 if waiting else timeout)
-    except Timeout:
-        if not waiting:
-            raise
-        logger.info("%s", waiting)
-        lock.acquire(timeout=timeout)
+        try:
+            lock.acquire(timeout=0 if waiting else timeout)
+        except Timeout:
+            if not waiting:
+                raise
+            logger.info("%s", waiting)
+            lock.acquire(timeout=timeout)
+    except PermissionError as error:
+        raise _unusable(path.parent, error) from error
     try:
         yield
     finally:

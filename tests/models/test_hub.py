@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -154,6 +155,21 @@ def test_the_bound_on_the_disk_holds_while_blocks_come_and_go(hub: Hub, cache_fo
     with pytest.raises(UsageError, match=r"^--max-disk-space: what is to be loaded takes .* raise it, or serve fewer blocks$"):
         load(REPOSITORY, 0, 3, max_disk_space=most)
     assert hub.weights_sent == 0, "nothing is fetched that has no room in the end"
+
+
+def test_a_disk_that_is_full_in_the_middle_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Filling.note
+
+    def no_space(filling: Filling, start: int, end: int) -> None:
+        if hub.weights_sent > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        note(filling, start, end)
+
+    monkeypatch.setattr(Filling, "note", no_space)
+    with pytest.raises(
+        UsageError, match="^the disk that .* is on is full. Free some, or set PETALNET_CACHE_DIR to a folder on another disk$"
+    ):
+        load(REPOSITORY, 1, 3)
 
 
 def test_what_other_nodes_remove_meanwhile_is_fetched_again(hub: Hub, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,14 @@ def test_a_damaged_list_of_uses_does_not_stop_anybody(tmp_path: Path) -> None:
     assert kept(cache) == {"two"}
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = WeightCache(tmp_path / "file" / "weights", None)
+    for use in (lambda: cache.find("one"), lambda: put(cache, "one"), lambda: cache.keeping().__enter__()):
+        with pytest.raises(UsageError, match="^what is fetched cannot be kept in .*: Not a directory. Set PETALNET_CACHE_DIR to a folder"):
+            use()
+
+
 def test_where_it_is(cache_folder: Path, tmp_path: Path) -> None:
     assert weight_cache(None).folder == cache_folder / "petalnet-weights"
     assert weight_cache(5, tmp_path / "hub").folder == tmp_path / "hub" / "petalnet-weights"
