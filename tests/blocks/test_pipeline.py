@@ -148,7 +148,28 @@ async def test_the_next_piece_of_a_prompt_follows_on_the_heels_of_the_one_before
     assert began.passed >= 5
 
 
-async def test_what_else_touches_sessions_waits_for_all_rounds_under_way(served: Served) -> None:
+async def test_calls_come_after_the_rounds_under_way_and_before_later_tasks(served: Served) -> None:
+    order: list[str] = []
+    began, may_go = Gate(), Gate()
+    served.on_step(0, lambda steps: began.open())
+
+    def second(steps: list[Any]) -> None:
+        may_go.wait(1)
+        order.append("round")
+
+    served.on_step(1, second)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(served.step, served.open(), X[:1, :8], 0)
+        await trio.to_thread.run_sync(began.wait, 1)
+        served.engine.call(order.append, "call")
+        nursery.start_soon(served.step, served.open(), X[:1, :8], 0)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await trio.to_thread.run_sync(lambda: list(order)) == [] and began.passed == 1
+        may_go.open()
+    assert order == ["round", "call", "round"]
+
+
+async def test_a_task_that_is_withdrawn_runs_to_its_end_before_what_is_asked_later(served: Served) -> None:
     """A session that ends while its prompt is computed, and another that then needs its pages; a call in between."""
     order: list[str] = []
     began, may_go = Gate(), Gate()
@@ -266,11 +287,11 @@ class Client:
         served.service.sessions.close(session)
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon"])
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gptj", {"n_positions": 160})], ids=["packed", "one by one"])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 8))])
-async def test_sessions_do_not_notice(saved: Callable[..., Path], family: str, seed: int) -> None:
+async def test_sessions_do_not_notice(saved: Callable[..., Path], family: str, options: dict[str, Any], seed: int) -> None:
     """With little room, so that pages change hands all the time. Threads are held up now and then, so that they meet in many ways."""
-    async with serving(saved(family), pages=44, share_prefixes=True) as served:
+    async with serving(saved(family, **options), pages=44, share_prefixes=True) as served:
         chance = random.Random(seed)
         for device in (0, 1):
             served.on_step(device, lambda steps: time.sleep(chance.choice((0.0, 0.0, 0.002))))
