@@ -3,7 +3,8 @@
     PETALNET_FAMILIES_RESULTS=FOLDER python -m pytest -m long tests/swarm/test_families.py
     python scripts/make_families_table.py FOLDER
 
-`make families` does both. A row that has no result, because its test failed or did not run, is an error: the table says nothing that was not tried.
+`make families` does both. A row that has no result, because its test failed or did not run, is an error: the table says nothing that was
+not tried.
 """
 
 from __future__ import annotations
