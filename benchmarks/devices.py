@@ -1,6 +1,6 @@
 """What two devices in one box gain: sessions and prompts on one device, and on two that work at a time.
 
-Run: python -m benchmarks.devices [--tokens-s 20] [--sessions 1 2 4 8] [--fixed]
+Run: python benchmarks/devices.py [--tokens-s 20] [--sessions 1 2 4 8] [--fixed]
 
 The blocks are tiny, and each sleeps for as long as a block of a real model would compute: so long a token, or with `--fixed` so long a
 pass, however many tokens share it, as where reading the weights takes the time. Whatever else there is, the compute thread, threads of
