@@ -120,6 +120,7 @@ class Round:
         """Have the whole round failed."""
         for entry in self.entries:
             entry.error = entry.error or error
+            entry.copied = entry.copied and not entry.copies
         self.outcomes.update((part, outcome.Error(error)) for part in self.parts if part in self.outcomes)
 
     def _visit(self, device: int, units: tuple[Part, int, int] | None) -> None:
@@ -132,7 +133,7 @@ class Round:
 
     def _run_steps(self, stage: Span) -> None:
         for entry in self.entries:
-            if entry.copies and entry.error is None:
+            if entry.copies and entry.copied:  # whatever else has failed: the row's pages are these now, on each device
                 self._copy(entry, stage)
         packs: dict[Hashable, list[Entry]] = {}
         for entry in self.entries:

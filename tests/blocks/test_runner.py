@@ -331,6 +331,33 @@ def test_pages_that_were_not_copied_are_not_found(llama: Rounds, monkeypatch: py
     assert llama.runner.attach(llama.session(), [NAMES[0]]) == 0
 
 
+def test_what_was_copied_for_a_pass_that_failed_is_found(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = llama.session()
+    hidden = X[[0, 0]]
+    llama.step(session, hidden[:1, :70], 0, names=[NAMES[0][:1]])
+    llama.step(session, hidden[:, 70:71], 70, order=[0, 0])
+    llama.prefixes.forget(session.kv.tables[1][0])
+    copy, step = KVStore.copy_pages, llama.span.stages[0].step
+    copied: list[Any] = []
+
+    def noting(store: KVStore, *args: Any) -> None:
+        copied.append(args)
+        copy(store, *args)
+
+    def failing(*args: Any) -> Any:
+        return 1 // 0 if copied else step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(KVStore, "copy_pages", noting)
+        patch.setattr(llama.span.stages[0], "step", failing)
+        for position in range(71, 80):
+            llama.step(session, hidden[:, position : position + 1], position)
+    llama.close(session)
+    other = llama.session()
+    assert llama.runner.attach(other, [NAMES[0]]) == UNIT_TOKENS
+    close(llama.step(other, X[:1, 64:], 64), llama.whole(X[:1])[-1][:, 64:])
+
+
 def test_what_is_kept_makes_room_for_sessions(saved: Callable[..., Path]) -> None:
     rounds = Rounds(saved("llama"), pages=160 // 32 + 4)
     assert rounds.span.backend.page_tokens == 32
