@@ -100,7 +100,8 @@ def test_a_file_imports_only_what_its_part_may(path: Path) -> None:
         assert top != "libp2p" or part == "p2p", "only p2p imports libp2p"
         assert part != "routing" or top not in ("torch", "trio", "socket"), "routing is pure"
         assert top != "torch" or part != "p2p" or path.name == "tensors.py", "of p2p only tensors imports torch"
-        assert top != "pickle", "no pickle anywhere"
+        if (path.name, name) not in (("pickled.py", "pickle"), ("pickled.py", "pickle.UnpicklingError")):
+            assert top != "pickle", "no pickle anywhere, but for the name of an error"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A block that comes chunk by chunk: a safetensors file of canonical names in the cache of weights, which counts once it is whole and right."""
+"""A block that comes chunk by chunk: a safetensors file of canonical names in the weight cache, which counts once it is whole and right."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ storage where its bytes are in the file. So the tensors of these files are mappe
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # the name of an error, nothing else of it
 from typing import TYPE_CHECKING, Any
 
 from petalnet.errors import ModelError
@@ -51,7 +51,7 @@ def read(path: Path, what: str) -> dict[str, StoredTensor]:
         found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except ModelError:
         raise
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ModelError(f"{what} is damaged, or holds more than tensors and could run code: {CONVERT} where you trust it") from error
     except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
