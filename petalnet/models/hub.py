@@ -89,7 +89,7 @@ class HubFiles(CheckpointFiles):
         self._token = token
         self._cache_dir = cache_dir
         self._small: dict[str, Path | None] = {}
-        self._wholes: dict[str, Path] = {}
+        self._wholes: dict[str, Path | None] = {}
         self._remotes: dict[str, RemoteFile | None] = {}
         self._headers: dict[str, Mapping[str, Place]] = {}
         self._segments: dict[str, Mapping[str, Segment]] = {}
@@ -105,7 +105,7 @@ class HubFiles(CheckpointFiles):
         found = try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=revision)
         if commit is None or not isinstance(found, str) and found is not _CACHED_NO_EXIST:
             try:
-                with self._explained(name):
+                with self._explained(name, may_lack=True):
                     found = hf_hub_download(self.name, name, revision=revision, token=self._token, cache_dir=self._cache_dir)
             except EntryNotFoundError:
                 found = None
@@ -192,9 +192,7 @@ class HubFiles(CheckpointFiles):
 
         if file not in self._wholes:
             path = try_to_load_from_cache(self.name, file, cache_dir=self._cache_dir, revision=self._commit)
-            if not isinstance(path, str):
-                return None
-            self._wholes[file] = Path(path)
+            self._wholes[file] = Path(path) if isinstance(path, str) else None
         return self._wholes[file]
 
     def _fetch_whole(self, file: str) -> Path:
@@ -204,7 +202,7 @@ class HubFiles(CheckpointFiles):
         with self._explained(file):
             path = hf_hub_download(self.name, file, revision=self._commit, token=self._token, cache_dir=self._cache_dir)
         self._wholes[file] = Path(path)
-        return self._wholes[file]
+        return Path(path)
 
     def _remote(self, file: str) -> RemoteFile | None:
         """Where a file of weights is and how large, which is remembered: a commit does not change. None where it has none of that name."""
@@ -218,7 +216,7 @@ class HubFiles(CheckpointFiles):
         url = hf_hub_url(self.name, file, revision=self._commit)
         if not known:
             try:
-                with self._explained(file):
+                with self._explained(file, may_lack=True):
                     found = get_hf_file_metadata(url, token=self._token, library_name="petalnet", retry_on_errors=True)
                 known = {"etag": found.etag, "size": found.size}
             except EntryNotFoundError:
@@ -321,8 +319,8 @@ class HubFiles(CheckpointFiles):
                 raise full_disk(self.cache.folder) from error
             raise
 
-    def _explained(self, what: str) -> AbstractContextManager[None]:
-        return explained(self.name, self._revision, what)
+    def _explained(self, what: str, *, may_lack: bool = False) -> AbstractContextManager[None]:
+        return explained(self.name, self._revision, what, may_lack=may_lack)
 
 
 def segments(places: Mapping[str, Place], key: str) -> dict[str, Segment]:

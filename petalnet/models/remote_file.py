@@ -132,11 +132,12 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def explained(repository: str, revision: str | None, what: str) -> Iterator[None]:
+def explained(repository: str, revision: str | None, what: str, *, may_lack: bool = False) -> Iterator[None]:
     """Turns what goes wrong between us and a hub into one line that says what to do.
 
     Raises:
-        ModelError: instead of all of the hub's and the network's errors, but for a missing file's (EntryNotFoundError).
+        ModelError: instead of all of the hub's and the network's errors.
+        EntryNotFoundError: with `may_lack`, the repository has no such file.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -153,8 +154,10 @@ def explained(repository: str, revision: str | None, what: str) -> Iterator[None
         yield
     except LocalEntryNotFoundError as error:
         raise ModelError(f"there is no folder {repository}, and the hub cannot be reached to fetch a repository of that name") from error
-    except EntryNotFoundError:
-        raise
+    except EntryNotFoundError as error:
+        if may_lack:
+            raise
+        raise ModelError(f"{repository} lacks the file {what}") from error
     except GatedRepoError as error:
         raise ModelError(f"{repository} is gated: accept its terms on the hub and log in, or pass a token") from error
     except RevisionNotFoundError as error:

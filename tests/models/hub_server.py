@@ -75,6 +75,7 @@ class Hub(ThreadingHTTPServer):
         self.manners = Manners()
         self.requests: list[tuple[str, str]] = []
         self.sent: Counter[str] = Counter()
+        self.counting = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -212,8 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[: manners.break_after]
             manners.breaks_left -= 1
             self.close_connection = True
+        with self.server.counting:  # before anybody can have got it
+            self.server.sent[name] += len(content)
         self.wfile.write(content)
-        self.server.sent[name] += len(content)
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)

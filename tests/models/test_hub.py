@@ -305,6 +305,16 @@ def test_a_file_that_is_not_there(hub: Hub, repository: Path, tmp_path: Path) ->
         load(REPOSITORY, 1, 3, revision=COMMIT)
 
 
+def test_a_file_that_disappears(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    hub.folder = shutil.copytree(repository, tmp_path / "moved")
+    source = ModelSource.open(REPOSITORY)
+    assert "lm_head.weight" in source.tensor_names()
+    (hub.folder / "model.safetensors").unlink()
+    for use in (lambda: source.read(["lm_head.weight"]), lambda: model_key(source)):
+        with pytest.raises(ModelError, match="^org/tiny lacks the file model.safetensors$"):
+            use()
+
+
 def test_what_turns_out_damaged_is_fetched_anew(hub: Hub) -> None:
     source = ModelSource.open(REPOSITORY)
     names = [name for name in source.tensor_names() if in_blocks(name, 1, 2)]
