@@ -195,6 +195,28 @@ def test_a_kept_graph_holds_no_weights(saved: Callable[..., Path]) -> None:
     assert taken[0] <= taken[1]
 
 
+def test_each_weight_is_rounded_before_the_next_is_read(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, tuple[int, ...]]] = []
+    read, take = ModelSource.read_copy, QuantizedLinear.take_weight
+
+    def noted_read(source: ModelSource, name: str) -> torch.Tensor:
+        tensor = read(source, name)
+        if tensor.ndim == 2:
+            events.append(("read", tuple(tensor.shape)))
+        return tensor
+
+    def noted_take(layer: QuantizedLinear, weight: torch.Tensor) -> nn.Parameter:
+        events.append(("rounded", tuple(weight.shape)))
+        return take(layer, weight)
+
+    monkeypatch.setattr(ModelSource, "read_copy", noted_read)
+    monkeypatch.setattr(QuantizedLinear, "take_weight", noted_take)
+    span = Span.load(ModelSource.open(saved("llama")), 1, 3, dtype=torch.bfloat16, quantization="int8")
+    assert len(events) == 2 * 2 * 7 and events[::2] == [("read", shape) for _, shape in events[1::2]]
+    kinds = {weight.dtype for block in span._blocks for weight in block.parameters()}
+    assert kinds == {torch.int8, torch.bfloat16}, "the rest is in the dtype that was asked for"
+
+
 def test_what_speeds_up_linear_layers_leaves_these_alone(saved: Callable[..., Path]) -> None:
     span = Span.load(ModelSource.open(saved("llama")), 0, 1, quantization="int8")
     span.speed_up()
