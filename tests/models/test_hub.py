@@ -36,10 +36,10 @@ BLOCKS = 6
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 5 MB in one file, of which a block takes 0.6 MB and the embeddings, like the head, 0.8 MB."""
+    """A model of 8 MB in one file, of which a block takes 0.9 MB and the embeddings, like the head, 1 MB."""
     folder = tmp_path_factory.mktemp("repository")
     config = transformers.AutoConfig.for_model(
-        "llama", vocab_size=1600, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
+        "llama", vocab_size=1600, hidden_size=160, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2,
         num_hidden_layers=BLOCKS, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -81,11 +81,11 @@ def identity(model: str | Path, first: int, end: int) -> tuple[str, ...]:
 def test_blocks_cost_hardly_more_bytes_than_their_own(hub: Hub) -> None:
     found = identity(REPOSITORY, 1, 5)
     own, read = block_bytes(hub.folder, 1, 5), hub.weights_sent
-    samples = 2 * 65536 + 128 * 4  # of the embeddings, of the head, and the final norm
+    samples = 2 * 65536 + 160 * 4  # of the embeddings, of the head, and the final norm
     header = int.from_bytes((hub.folder / "model.safetensors").read_bytes()[:8], "little") + 8
-    print(f"bytes read from the hub over the blocks' own: {read / own:.3f} (and {(read - samples) / own:.3f} without samples)")
+    print(f"bytes read from the hub over the blocks' own: {read / own:.3f}")
     assert read == own + samples + header
-    assert (read - samples) / own <= 1.01, "of a model that is not tiny, samples are nothing"
+    assert read / own <= 1.05
     hub.forget()
     assert identity(REPOSITORY, 1, 5) == found
     assert hub.weights_sent == 0 and not hub.fetched, "all of it is in the cache by now"
@@ -94,7 +94,7 @@ def test_blocks_cost_hardly_more_bytes_than_their_own(hub: Hub) -> None:
 
 def test_of_several_files_only_those_are_opened_that_hold_something(hub: Hub, repository: Path, tmp_path: Path) -> None:
     hub.folder = tmp_path / "sharded"
-    transformers.AutoModelForCausalLM.from_pretrained(repository).save_pretrained(hub.folder, max_shard_size="700KB")
+    transformers.AutoModelForCausalLM.from_pretrained(repository).save_pretrained(hub.folder, max_shard_size="1100KB")
     assert load(REPOSITORY, 1, 2) == load(repository, 1, 2)
     index = json.loads((hub.folder / "model.safetensors.index.json").read_text())
     needed = {file for name, file in index["weight_map"].items() if in_blocks(name, 1, 2)}
