@@ -310,7 +310,9 @@ class HubFiles(CheckpointFiles):
                 for start, end in filling.lacking:
                     file.seek(start)
                     for part in remote.stream(segment.start + start, segment.start + end):
-                        file.write(part)
+                        left = memoryview(part)
+                        while left:  # a disk that is nearly full takes what it can, and says no to the rest
+                            left = left[file.write(left) or 0 :]
                         filling.note(start, start + len(part))
                         start += len(part)
                         bar.update(len(part))

@@ -66,11 +66,14 @@ class RemoteFile:
         """
         failures = 0
         while start < end:
+            before = start
             try:
                 for part in self._request(start, end):
                     start += len(part)
                     failures = 0
                     yield part
+                if start == before:
+                    raise ModelError(f"the hub sends nothing of {self.name} of {self.repository} where there should be {end - start} bytes")
             except http_error() as error:
                 failures += 1
                 if not is_transport_error(error) or failures > MOST_FAILURES:

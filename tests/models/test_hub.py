@@ -172,6 +172,20 @@ def test_a_disk_that_is_full_in_the_middle_is_told(hub: Hub, monkeypatch: pytest
         load(REPOSITORY, 1, 3)
 
 
+def test_a_disk_that_takes_only_a_part_of_what_is_written(hub: Hub, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NearlyFull(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(memoryview(data)[:1000])
+
+    whole = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        return NearlyFull(path, "r+") if mode == "r+b" else whole(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert load(REPOSITORY, 1, 2) == load(repository, 1, 2)
+
+
 def test_what_other_nodes_remove_meanwhile_is_fetched_again(hub: Hub, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ModelSource.open(REPOSITORY)
     names = [name for name in source.tensor_names() if in_blocks(name, 1, 2)]
