@@ -33,6 +33,9 @@ Measured with int8 rows of 4096 on one core: float32 is slower by a half with fo
 FEW_ROWS = 8
 """Up to so many rows, a processor multiplies in bfloat16 with torch's kernel for int8 weights, which makes nothing whole: once to
 three times as fast as by weights in bfloat16. It is slower for more."""
+STEP = 16
+"""Numbers of a row that this kernel reads at a time, at aligned addresses alone. It does not look whether a row is so many times as long,
+and reads beyond its end where it is not."""
 LIKE_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in the library that compute what it computes, in another order of operations."""
 ROUTERS = ("gate", "router")
@@ -179,8 +182,10 @@ class Int8Linear(QuantizedLinear):
         weight, on_cpu = self.weight, self.weight.device.type == "cpu"
         if not on_cpu:
             output = F.linear(input, weight.to(input.dtype))
-        elif input.dtype is torch.bfloat16 and input.numel() <= FEW_ROWS * self.in_features:
-            flat = input.reshape(-1, self.in_features)
+        elif input.dtype is torch.bfloat16 and input.numel() <= FEW_ROWS * self.in_features and self.in_features % STEP == 0:
+            flat = input.reshape(-1, self.in_features).contiguous()
+            if flat.data_ptr() % (STEP * flat.element_size()):  # part of another tensor
+                flat = flat.clone()
             ones = torch.ones(self.out_features, dtype=input.dtype)  # its scales would be rounded to the input's dtype
             output = torch.ops.aten._weight_int8pack_mm(flat, weight, ones).view(*input.shape[:-1], self.out_features)
         else:

@@ -118,6 +118,19 @@ def test_a_layer_multiplies_by_what_its_weight_stands_for(kind: str, rows: int, 
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [40, 64, 100])
+def test_a_layer_takes_rows_of_any_length_wherever_they_lie_in_memory(kind: str, size: int) -> None:
+    """Kernels that want neither must not be given them: they read past the end, or end the process."""
+    layer = rounded(kind, torch.randn(33, size))
+    wide = torch.randn(2, 3, 2 * size + 8, dtype=torch.bfloat16)
+    for hidden in (wide[..., 8 : size + 8], wide[:, :1, 4 : size + 4], wide[0, :, :size].t().contiguous().t(), wide[0, :0, :size]):
+        with torch.inference_mode():
+            output = layer(hidden).float()
+        exact = F.linear(hidden.float(), layer.dequantized(torch.float32))
+        torch.testing.assert_close(output, exact, atol=3e-2 * size**0.5, rtol=3e-2)
+
+
 @pytest.mark.parametrize("bias", [None, torch.randn(70)])
 def test_the_kernel_of_gpus_is_told_the_same(bias: torch.Tensor | None) -> None:
     layer = rounded("nf4", torch.randn(70, 2 * GROUP), bias)
