@@ -7,7 +7,6 @@ it. Page tables, kept prefixes and kept outputs belong to this thread, and to th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import outcome
@@ -164,9 +163,9 @@ class Runner:
         kv = work.session.kv
         step = work.part(part.start, part.end)
         copies = kv.prepare(part.end - part.start)
-        entry = Entry(part, replace(step, rows=kv.snapshot()), copies)
+        step.rows = kv.snapshot()
         kv.advance(part.end - part.start)
-        return entry
+        return Entry(part, step, copies)
 
     def _finish_copies(self, entry: Entry) -> None:
         """Copy among the kept outputs what was copied on the devices. Nobody may find the pages that the rows have where that failed: they

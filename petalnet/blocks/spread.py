@@ -252,7 +252,9 @@ def run_stage(
         for each step its outputs so far, on several devices: the last one, or with `all_hidden` one a block.
     """
     entering = [
-        replace(
+        step
+        if not outputs and step.prompts is None
+        else replace(
             step,
             hidden=outputs[-1] if outputs else step.hidden,
             prompts=None if step.prompts is None else step.prompts[begin - first : stop - first],
