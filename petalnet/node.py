@@ -207,6 +207,8 @@ class Node:
         if self._settings.model is None and self._initial_peers:
             key, name = await self._model_of_swarm()
             manifest = None if name is None else await model.find_manifest(self._peering, key)
+            if name is not None and manifest is None:
+                logger.info("no server here shares all of %s (--share-weights yes would): looking for it on the hub", name)
             opening.start_soon(model.open, name, manifest)
             if (await model.wait()).key != key:
                 raise UsageError(f"this swarm serves {name or 'the demo model'}, but with other weights than are here: name the MODEL")

@@ -62,7 +62,8 @@ class Supply:
         self._source = source
         self._model = model
         self._sharing = Sharing(peering.host, max_rate=settings.max_upload_rate)
-        self._cache = getattr(source.files, "cache", None) or weight_cache(settings.max_disk_space, settings.cache_dir)
+        own = weight_cache(settings.max_disk_space, settings.cache_dir)
+        self._cache = source.files.cache if isinstance(source.files, HubFiles) else own
         self._fetching = Fetching(peering, self._sharing, self._cache, model, max_rate=settings.max_download_rate)
         self._offers = False
         self._offered: set[int] = set()
