@@ -35,7 +35,8 @@ WHOLE_SAMPLE_BYTES, WINDOW_BYTES = 64 * 1024, 16 * 1024
 VOLATILE_FIELDS = frozenset(
     (
         *("_name_or_path", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
-        *("_attn_implementation", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+        *("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
         *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
     )
 )

@@ -12,6 +12,7 @@ Manifests come from strangers too: reading one checks every field, and its sizes
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from blake3 import blake3
 
 from petalnet.errors import ModelError
 from petalnet.models.files import DTYPE_BYTES
-from petalnet.models.identity import block_digests, client_digest, config_hash, empty_model, key_of
+from petalnet.models.identity import VOLATILE_FIELDS, block_digests, client_digest, config_hash, empty_model, key_of
 from petalnet.models.payload import Payload
 
 if TYPE_CHECKING:
@@ -43,8 +44,17 @@ MAX_TENSORS = 1 << 15
 MAX_BLOCK_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
 MAX_NAME = 128
-MOST_IN_CONFIG = {"layer": MAX_BLOCKS, "position": 1 << 24}
-"""By what is in a field's name: as many layers as blocks, and positions for the longest contexts of today's models (10 million)."""
+MOST_IN_CONFIG = {
+    **{"layer": MAX_BLOCKS, "label": 1 << 16},
+    **dict.fromkeys(("position", "size", "dim", "embd", "d_model"), 1 << 24),
+    **dict.fromkeys(("head", "expert"), 1 << 16),
+}
+"""By what is in a field's name: as many layers as blocks, and positions for the longest contexts of today's models (10 million). Of what is
+as long as one of these numbers says, lists and tables are made before any weight is looked at."""
+MAX_DEPTH = 16
+"""Of tables within tables of a configuration."""
+CODE_FIELDS = frozenset(("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"))
+"""Fields of a configuration, or of one within it, by which the library finds code to run, some of it on a hub."""
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
@@ -189,7 +199,7 @@ class Manifest:
         from petalnet.models.anatomy import text_config
 
         try:
-            config = CONFIG_MAPPING[self.config["model_type"]].from_dict(dict(self.config))
+            config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.plain_config())
             count = text_config(config).num_hidden_layers
         except Exception as error:  # whatever a stranger's configuration makes the library's classes raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -197,6 +207,14 @@ class Manifest:
         if count != len(self.blocks):
             raise ModelError(f"the manifest of {self.name} lists {len(self.blocks)} blocks, and its configuration says {count}")
         return key_of(config_hash(config), self.client_digest)
+
+    def plain_config(self) -> dict[str, Any]:
+        """A copy of the configuration without what the model's key does not cover: whoever gave the manifest may have put there what they
+        like. A dtype is left, where it is one that models are run in.
+        """
+        dtypes = {key: value for key in ("dtype", "torch_dtype") if (value := self.config.get(key)) in ("float32", "bfloat16", "float16")}
+        kept = {key: value for key, value in self.config.items() if key not in VOLATILE_FIELDS}
+        return {**_without_code(kept), **dtypes}
 
     def without_chunks(self) -> Manifest:
         """The same model without the digests of chunks, which are a hundredth of a per mille of it but most of a manifest."""
@@ -324,16 +342,24 @@ def _table(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def _require_bounds(config: Any, key: str = "") -> None:
+def _without_code(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _without_code(value) for key, value in config.items() if key not in CODE_FIELDS}
+    return [_without_code(value) for value in config] if isinstance(config, list) else config
+
+
+def _require_bounds(config: Any, key: str = "", depth: int = 0) -> None:
     """Raises ModelError where a configuration has a number by which the library would make endless lists of layers, or of positions."""
+    if depth > MAX_DEPTH:
+        raise ModelError(f"the configuration in a manifest has more than {MAX_DEPTH} tables within each other")
     if isinstance(config, dict):
         for name, value in config.items():
-            _require_bounds(value, name)
+            _require_bounds(value, name, depth + 1)
     elif isinstance(config, list):
         for value in config:
-            _require_bounds(value, key)
-    elif type(config) is int:
-        most = next((most for part, most in MOST_IN_CONFIG.items() if part in key), MAX_BLOCK_BYTES)
+            _require_bounds(value, key, depth + 1)
+    elif type(config) in (int, float):
+        most = next((most for part, most in MOST_IN_CONFIG.items() if part in key), MAX_BLOCK_BYTES if type(config) is int else math.inf)
         if not -most <= config <= most:
             raise ModelError(f"the configuration in a manifest has {key} = {config}; {most} is the most that is believed")
 
@@ -358,6 +384,6 @@ def _hex(value: Any) -> str:
 
 def _tensor(value: Any) -> tuple[str, str, tuple[int, ...]]:
     name, dtype, shape = _list(value, 3, "tensors") if type(value) is list and len(value) == 3 else ("", "", [])
-    if type(name) is not str or not _NAME.fullmatch(name) or type(dtype) is not str or dtype not in DTYPE_BYTES:
+    if type(name) is not str or not _NAME.fullmatch(name) or name == "__metadata__" or type(dtype) is not str or dtype not in DTYPE_BYTES:
         raise ModelError("a tensor in a manifest is not a name, a dtype and a shape")
     return name, dtype, tuple(_integer(dimension, MAX_BLOCK_BYTES) for dimension in _list(shape, MAX_DIMENSIONS, "dimensions"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -41,10 +42,19 @@ class SwarmFiles(Files):
         if name != "config.json":
             return None
         path = self._folder / name
-        content = json.dumps({key: value for key, value in self.manifest.config.items() if key != "auto_map"})  # which names code to run
-        if not path.exists() or path.read_text() != content:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
+        content = json.dumps(self.manifest.plain_config()).encode()
+        try:
+            if not path.exists() or path.read_bytes() != content:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                temporary = self._folder / f".{name}-{uuid.uuid4().hex}"  # other nodes on this machine may be reading it
+                try:
+                    temporary.write_bytes(content)
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelError(f"the configuration of {self.manifest.name} cannot be kept in {self._folder}: {reason}") from error
         return path
 
     def tensors(self) -> Mapping[str, TensorInfo]:

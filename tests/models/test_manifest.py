@@ -116,6 +116,10 @@ WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("config", "text_config"), {"n_layer": 5000}),
     (("config", "max_position_embeddings"), 1 << 31),
     (("config", "layers"), [1, -5000]),
+    (("config", "num_labels"), 10**9),
+    (("config", "head_dim"), 1e12),
+    (("config", "rope_theta"), float("nan")),
+    (("config", "text_config"), json.loads("[" * 100 + "]" * 100)),
     (("client_digest",), "A" * 64),
     (("blocks",), {}),
     (("blocks",), []),
@@ -132,6 +136,7 @@ WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("blocks", 0, "tensors", 0), ["x", "BF16"]),
     (("blocks", 0, "tensors", 0, 0), "y"),
     (("blocks", 0, "tensors", 0, 0), "x/y"),
+    (("blocks", 0, "tensors", 0, 0), "__metadata__"),
     (("blocks", 0, "tensors", 0, 1), "F7"),
     (("blocks", 0, "tensors", 0, 1), ["BF16"]),
     (("blocks", 0, "tensors", 0, 2), [3, True]),
@@ -189,3 +194,15 @@ def test_a_manifest_with_a_configuration_that_is_none_has_no_key(config: dict[st
     fields = manifest_fields() | {"config": config}
     with pytest.raises(ModelError, match="configuration"):
         _ = Manifest.parse(json.dumps(fields).encode()).model_key
+
+
+def test_what_the_key_does_not_cover_is_not_believed(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """A peer may add to a manifest what leaves its key as it is: which code runs the model, or what it gives beside its states."""
+    made = make_manifest(ModelSource.open(saved("llama")))
+    more = {"_attn_implementation": "stranger/kernel", "experts_implementation": "stranger", "num_labels": 60_000, "dtype": "hub"}
+    more |= {"auto_map": {"AutoConfig": "stranger/code--config.Config"}, "output_hidden_states": True}
+    theirs = Manifest.parse(replace(made, config=made.config | more).to_json())
+    assert theirs.model_key == made.model_key
+    config = ModelSource(theirs.name, SwarmFiles(theirs, tmp_path)).config
+    assert (config._attn_implementation, config.num_labels, config.dtype, config.output_hidden_states) == (None, 2, None, False)
+    assert "stranger" not in (tmp_path / "config.json").read_text() and not list(tmp_path.glob(".*"))
