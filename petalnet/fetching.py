@@ -113,7 +113,7 @@ class Fetching:
         """Get blocks: those that are in the cache, and the others from peers.
 
         Args:
-            patience_s: seconds without anything new after which what is lacking is given up.
+            patience_s: seconds without anything new after which what is lacking is given up; 0 to ask no peers at all.
 
         Returns:
             those that are here, by `Wanted.name`; all of them, unless patience ended.
@@ -121,15 +121,19 @@ class Fetching:
             UsageError: there is no room for them on the disk.
         """
         self.cache.require(sum(block.entry.nbytes + len(block.entry.header) for block in wanted))
-        found = {}
+        found, lacking = {}, []
         for block in wanted:
             cached = await in_thread(find_block, self.cache, block.entry.digest)
-            if cached is not None:
-                path, entry, payload = cached
-                self.sharing.share(entry, payload)
-                found[block.name] = Brought(path, entry, {})
-        lacking = [block for block in wanted if block.name not in found]
-        if lacking:
+            if cached is None:
+                lacking.append(block)
+                continue
+            path, entry, payload = cached
+            if entry.tensors != block.entry.tensors:
+                logger.warning("servers announce a block that is another model's (%s): it is not used", block.name)
+                continue
+            self.sharing.share(entry, payload)
+            found[block.name] = Brought(path, entry, {})
+        if lacking and patience_s > 0:
             found.update(await self._bring(lacking, patience_s))
         return found
 
@@ -278,6 +282,8 @@ class _Run:
                 if not len(answer.lists) == len(answer.held) == len(batch) or any(len(digest) not in (0, 32) for digest in answer.lists):
                     raise ProtocolError("what it has makes no sense", peer)
                 for name, digest, bits in zip(batch, answer.lists, answer.held, strict=True):
+                    if 8 * len(bits) >= self._wanted[name].entry.num_chunks + 8:
+                        raise ProtocolError("it says that it has more chunks than there are", peer)
                     gives |= bool(digest)
                     self._assembly.tell(peer, name, digest.hex(), indices_of(bits) if bits else None)
             while (lacking := self._assembly.list_to_ask(peer)) is not None:
@@ -295,7 +301,7 @@ class _Run:
             self._assembly.take_list(peer, name, None)
             return
         try:
-            entry = BlockEntry.decode(bytes(answer.entry.data))
+            entry = await in_thread(_decode, bytes(answer.entry.data))
             believed = self._assembly.take_list(peer, name, entry)
         except (ModelError, WrongList) as error:
             raise ProtocolError(f"a list of chunks is wrong: {error}", peer) from error
@@ -396,6 +402,13 @@ async def _request(stream: Stream, request: Message, kind: type[T]) -> T:
     if not isinstance(answer, kind):
         raise ProtocolError(f"a message {answer.name} is no answer to {request.name}", stream.peer_id)
     return answer
+
+
+def _decode(data: bytes) -> BlockEntry:
+    """A list of chunks, with its digest worked out: both take a while where it is long. Raises ModelError."""
+    entry = BlockEntry.decode(data)
+    _ = entry.list_digest
+    return entry
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -18,7 +18,6 @@ import trio
 from petalnet.errors import PetalnetError
 from petalnet.models.block_file import BlockFile, filling_block, key_of_block
 from petalnet.models.weight_cache import WeightCache, full_disk
-from petalnet.threads import in_thread
 
 if TYPE_CHECKING:
     from petalnet.models.assembly import Ask, Assembly
@@ -85,6 +84,7 @@ class Incoming:
         self._blame = blame
         self._open: dict[str, _Open] = {}
         self._opening: dict[str, trio.Lock] = {}
+        self._waits = trio.CapacityLimiter(math.inf)
         self._opening_or_closing = threading.Lock()
         self._closed = False
 
@@ -108,7 +108,8 @@ class Incoming:
             opened = self._open.get(name)
             try:
                 if opened is None:
-                    opened = await in_thread(self._open_file, name, entry)
+                    # Not of the threads that others need meanwhile: another node may be at any number of blocks, for as long as it takes.
+                    opened = await trio.to_thread.run_sync(self._open_file, name, entry, abandon_on_cancel=True, limiter=self._waits)
                 async with opened.lock:
                     opened.file.entry = entry
                     opened.written = await trio.to_thread.run_sync(opened.file.held)

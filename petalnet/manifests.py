@@ -29,6 +29,8 @@ CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 60.0
 MAKING_WITHIN_S = 1800.0
 """For a server to read the whole of a model for its manifest: 400 GB at the pace of a hard disk."""
+SOONEST_AGAIN_S, LATEST_AGAIN_S = 0.1, 60.0
+"""For asking a server again that works it out, whatever it says."""
 OTHERS_WITHIN_S = 3.0
 """For the others to answer once one has."""
 
@@ -66,19 +68,24 @@ async def find_manifest(peering: Peering, model: str) -> Manifest | None:
         await first.wait()
         if len(found) < len(asked):
             nursery.cancel_scope.deadline = trio.current_time() + OTHERS_WITHIN_S
-    return best_manifest(found, peering.view.servers(model, now=time.time()))
+    return await in_thread(best_manifest, found, list(peering.view.servers(model, now=time.time())))
 
 
 def best_manifest(manifests: Iterable[Manifest], servers: Iterable[ServerRecord]) -> Manifest | None:
-    """The manifest that fewest of these servers contradict, by the digests that they announce; then the one that was given most often."""
-    copies = Counter(manifest.to_json() for manifest in manifests)
-    distinct = [Manifest.parse(data) for data in copies]
+    """The manifest that fewest of these servers contradict, by the digests that they announce; then the one that was given most often.
+
+    Blocks for seconds where manifests are long.
+    """
+    given = [(manifest.to_json(), manifest) for manifest in manifests]
+    copies = Counter(data for data, _ in given)
+    distinct = dict(given)
     records = list(servers)
 
-    def support(manifest: Manifest) -> tuple[int, int]:
-        return -sum(contradicts(record, manifest) for record in records), copies[manifest.to_json()]
+    def support(data: bytes) -> tuple[int, int]:
+        return -sum(contradicts(record, distinct[data]) for record in records), copies[data]
 
-    return max(distinct, key=support, default=None)
+    best = max(distinct, key=support, default=None)
+    return None if best is None else distinct[best]
 
 
 def contradicts(record: ServerRecord, manifest: Manifest) -> bool:
@@ -105,4 +112,4 @@ async def _ask(peering: Peering, record: ServerRecord, model: str) -> Manifest:
             if not isinstance(error, BusyError) or trio.current_time() > deadline:
                 raise error
             logger.info("peer %s works out what the model is made of", short_id(record.peer_id))
-            await trio.sleep(error.retry_after_s)
+            await trio.sleep(min(max(error.retry_after_s, SOONEST_AGAIN_S), LATEST_AGAIN_S))

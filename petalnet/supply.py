@@ -23,6 +23,7 @@ from petalnet.models.cachedir import load_facts, store_facts
 from petalnet.models.hub import HubFiles
 from petalnet.models.manifest import CHUNK_BYTES, MANIFEST_FILE, BlockEntry, Manifest, describe_block, read_manifest
 from petalnet.models.payload import Payload
+from petalnet.models.remote_file import is_down
 from petalnet.models.swarm_files import SwarmFiles
 from petalnet.models.weight_cache import readable, weight_cache
 from petalnet.routing.versions import versions
@@ -99,13 +100,11 @@ class Supply:
             await self._bring(wanted)
         elif isinstance(files, HubFiles):
             await self._peering_looked_up()
-            if not self._fetching.candidates():
-                return
             manifest = await in_thread(self._own_manifest)
-            if manifest is not None:
-                await self._bring({index: manifest.blocks[index] for index in range(first, end)}, patience_s=HUB_INSTEAD_S)
-            else:
-                await self._bring(await in_thread(self._announced, first, end), patience_s=HUB_INSTEAD_S, compare=True)
+            wanted = await in_thread(self._not_fetched, files, first, end, manifest)
+            if wanted:
+                patience_s = HUB_INSTEAD_S if self._fetching.candidates() else 0.0
+                await self._bring(wanted, patience_s=patience_s, compare=manifest is None)
 
     async def offer(self, first: int, end: int) -> None:
         """Share the blocks that are served, and of a folder all that it holds; returns once all of them can be had. Fails never."""
@@ -149,9 +148,8 @@ class Supply:
         entries = []
         for index in blocks:
             entry, payload = await in_thread(self._describe, index)
-            if index not in self._offered:
-                self._sharing.share(entry, payload)
-                self._offered.add(index)
+            self._sharing.share(entry, payload)
+            self._offered.add(index)
             entries.append(entry)
         total = sum(entry.nbytes for entry in entries)
         logger.info("%d blocks of %s (%s) can be had from here by other servers", len(entries), self._source.name, readable(total))
@@ -177,6 +175,11 @@ class Supply:
         if manifest is not None and len(manifest.blocks) != len(self._parts.blocks):
             raise ModelError(f"the manifest of {self._source.name} ({MANIFEST_FILE}) is that of another model: remove it, or make it anew")
         return manifest
+
+    def _not_fetched(self, files: HubFiles, first: int, end: int, manifest: Manifest | None) -> dict[int, BlockEntry]:
+        """Those of blocks [first, end) whose digests are known and which are not here from the hub."""
+        known = self._announced(first, end) if manifest is None else {index: manifest.blocks[index] for index in range(first, end)}
+        return {index: entry for index, entry in known.items() if not files.is_here(self._parts.blocks[index])}
 
     def _announced(self, first: int, end: int) -> dict[int, BlockEntry]:
         """The blocks that most servers of the swarm announce, as far as the tensors of the hub's files can be that."""
@@ -212,8 +215,12 @@ class Supply:
         try:
             there = self._source.files.sample({prefix + name: places for name, places in windows.items()})
         except PetalnetError as error:
-            logger.warning("block %d came from peers and cannot be compared with the hub, which is not reached: %s", index, error)
-            return True
+            if is_down(error.__cause__):
+                logger.warning("block %d came from peers and cannot be compared with the hub, which is not reached: %s", index, error)
+                return True
+            logger.warning("block %d came from peers and is not used, since the hub does not show its own: %s", index, error)
+            self._sharing.withhold(found.entry)
+            return False
         header = len(found.entry.header)
         with found.path.open("rb") as file:
             for name, places in windows.items():

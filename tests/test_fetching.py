@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,15 @@ class Nonsense(Sharing):
         return Ping(1) if isinstance(request, (GetChunk, GetChunkList)) else await super()._answer_to(request)
 
 
-@pytest.mark.parametrize("kind", [Liar, Nonsense])
+class Boaster(Sharing):
+    """Says that it has more chunks than there are."""
+
+    async def _answer_to(self, request: Message) -> Message:
+        answer = await super()._answer_to(request)
+        return replace(answer, held=tuple(b"\xff" * 4000 for _ in answer.held)) if isinstance(answer, ChunksHeld) else answer
+
+
+@pytest.mark.parametrize("kind", [Liar, Nonsense, Boaster])
 async def test_who_sends_wrong_things_is_out_at_once_and_others_give_the_rest(
     tmp_path: Path, blocks: Blocks, kind: type[Sharing], caplog: pytest.LogCaptureFixture
 ) -> None:

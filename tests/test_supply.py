@@ -169,6 +169,37 @@ async def test_a_manifest_in_the_repository_holds_whatever_peers_announce(
         assert digests_of(source) == digests_of(right)
 
 
+async def test_what_is_here_from_the_hub_does_not_come_again_from_peers(hub: Hub, repository: Path) -> None:
+    async with swarm() as others:
+        seeder = await others.start(ModelSource.open(repository), share_weights="yes")
+        await seeder.offer(0, 1)
+        others.online(seeder, digests_of(ModelSource.open(repository)))
+        source = ModelSource.open(REPOSITORY)
+        source.local([name for name in source.tensor_names() if "layers.1." in name])
+        new = await others.start(source)
+        with trio.fail_after(20):
+            await new.bring(1, 3)
+        size = sum(source.info(name).nbytes for name in source.tensor_names() if "layers.2." in name)
+        assert new.describe()["bytes_fetched"] == size, "block 2 alone comes from the peer"
+
+
+async def test_what_once_came_from_peers_is_used_where_none_shares_any_more(hub: Hub, repository: Path) -> None:
+    async with swarm() as others:
+        seeder = await others.start(ModelSource.open(repository), share_weights="yes")
+        await seeder.offer(0, 1)
+        others.online(seeder, digests_of(ModelSource.open(repository)))
+        await (await others.start(ModelSource.open(REPOSITORY))).bring(1, 3)
+    async with swarm() as others:
+        alone = await others.start(ModelSource.open(repository), share_weights="no")
+        others.online(alone, digests_of(ModelSource.open(repository)))
+        new = await others.start(source := ModelSource.open(REPOSITORY))
+        hub.forget()
+        with trio.fail_after(20):
+            await new.bring(1, 3)
+        source.local([name for name in source.tensor_names() if "layers.1." in name])
+        assert hub.weights_sent < 2 * supply.WINDOWS * supply.WINDOW_BYTES + 4096
+
+
 async def test_without_peers_that_share_nothing_is_waited_for(hub: Hub, repository: Path) -> None:
     async with swarm() as others:
         alone = await others.start(ModelSource.open(repository), share_weights="no")

@@ -227,12 +227,20 @@ class Assembly:
         """
         wanted = self._blocks[block]
         claim = wanted.claims.get(peer)
+        if (entry is None or claim is None) and wanted.asked_list == peer:
+            wanted.asked_list = None
         if entry is None:
-            wanted.asked_list = None if wanted.asked_list == peer else wanted.asked_list
             self._withdraw(wanted, peer)
             return False
         if claim is None or wanted.is_done:
             return False
+        if entry.list_digest != claim.list_digest and claim.held is not None:
+            # It may have had to begin anew by another list since it was asked what it has. Not time and again.
+            wanted.asked_list = None if wanted.asked_list == peer else wanted.asked_list
+            self._withdraw(wanted, peer)
+            self._deceived[peer] += 1
+            if self._deceived[peer] < MOST_DECEIVED:
+                return False
         if entry.list_digest != claim.list_digest or not entry.digest.startswith(block) or not entry.chunks:
             self.expel(peer)
             raise WrongList(f"the list of chunks of block {block} is not the one that it was said to be")

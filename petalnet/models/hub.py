@@ -173,6 +173,10 @@ class HubFiles(CheckpointFiles):
         path = self._whole(file)
         return self._require(file).key if path is None else file_fingerprint(path)
 
+    def is_here(self, names: Collection[str]) -> bool:
+        """Whether nothing would have to be fetched for these tensors, which then count as used now. Raises ModelError as `local` does."""
+        return all(self._whole(self.file_of[name]) is not None or self.cache.find(self._segment(name).key) is not None for name in names)
+
     def forget(self, names: Collection[str]) -> None:
         for name in names:
             if self._whole(self.file_of[name]) is None:

@@ -134,6 +134,13 @@ def is_unreachable(error: BaseException | None) -> bool:
     return is_transport_error(error) or isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
 
 
+def is_down(error: BaseException | None) -> bool:
+    """Whether this says that the hub cannot be asked at present: there is no way to it, or it does not work."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return is_unreachable(error) or (isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY_STATUSES)
+
+
 @contextmanager
 def explained(repository: str, revision: str | None, what: str, *, may_lack: bool = False) -> Iterator[None]:
     """Turns what goes wrong between us and a hub into one line that says what to do.

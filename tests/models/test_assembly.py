@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalnet.models import assembly as module
-from petalnet.models.assembly import AT_ONCE, MOST_COPIES, SOON_S, Ask, Assembly, Outcome, WrongList
+from petalnet.models.assembly import AT_ONCE, MOST_COPIES, MOST_DECEIVED, SOON_S, Ask, Assembly, Outcome, WrongList
 from petalnet.models.manifest import CHUNK_BYTES, BlockEntry
 
 
@@ -269,6 +269,34 @@ def test_another_list_than_was_promised() -> None:
         with pytest.raises(WrongList):
             play.assembly.take_list(peer, block, sent)
         assert peer in play.assembly.expelled
+
+
+def test_who_has_a_part_may_have_begun_anew_but_not_time_and_again() -> None:
+    play = simple(3)
+    (block,) = play.entries
+    other = make_entry(0, 3, "other")
+    for _ in range(MOST_DECEIVED - 1):
+        play.assembly.tell("peer", block, other.list_digest, {1})
+        assert play.assembly.list_to_ask("peer") == block
+        assert not play.assembly.take_list("peer", block, play.entries[block])
+    assert not play.assembly.expelled and not play.assembly.has_givers(block)
+    play.assembly.tell("peer", block, other.list_digest, {1})
+    assert play.assembly.list_to_ask("peer") == block
+    with pytest.raises(WrongList):
+        play.assembly.take_list("peer", block, play.entries[block])
+    assert play.assembly.expelled == {"peer"}
+
+
+def test_a_list_of_a_peer_that_took_back_what_it_said_is_asked_from_others() -> None:
+    play = simple(3)
+    (block,) = play.entries
+    entry = play.entries[block]
+    for peer in ("one", "two"):
+        play.assembly.tell(peer, block, entry.list_digest, None)
+    assert play.assembly.list_to_ask("one") == block
+    play.assembly.tell("one", block, "", None)
+    assert not play.assembly.take_list("one", block, entry)
+    assert play.assembly.list_to_ask("two") == block
 
 
 def test_a_list_that_is_known_beforehand_is_the_only_one_that_counts() -> None:
