@@ -74,6 +74,7 @@ class Runner:
                     begun.add(self._prepare(work, part))
                 except Exception as error:  # the boundary of one request: its failure is its own
                     begun.outcomes[part] = outcome.Error(error)
+                    self._give_up(work, work.request.position)  # parts before it may be under way
         return begun
 
     def finish(self, begun: Round) -> list[Outcome | None]:
@@ -88,7 +89,7 @@ class Runner:
         for entry in begun.entries:
             result = outcome.Error(entry.error) if entry.error is not None else _captured(self._finish, entry)
             if isinstance(result, outcome.Error):
-                self._give_up(entry)
+                self._give_up(entry.work, entry.step.rows.length)
             outcomes[entry.part] = result
         return [outcomes[part] for part in begun.parts]
 
@@ -181,11 +182,11 @@ class Runner:
         if not entry.copied:
             session.names = [[] for _ in session.names]
 
-    def _give_up(self, entry: Entry) -> None:
-        """A part has failed, and with it its step: the session is where the part began. Later parts of it may be under way."""
-        if not entry.work.failed:
-            entry.work.failed = True
-            self._go_back(entry.session, entry.step.rows.length)
+    def _give_up(self, work: StepWork, position: int) -> None:
+        """A part has failed, and with it its step: the session goes back to `position`. Other parts of the step may be under way."""
+        if not work.failed:
+            work.failed = True
+            self._go_back(work.session, position)
 
     def _begin(self, work: StepWork) -> None:
         """Bring the session to where the step begins."""

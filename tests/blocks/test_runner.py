@@ -358,6 +358,27 @@ def test_what_was_copied_for_a_pass_that_failed_is_found(llama: Rounds, monkeypa
     close(llama.step(other, X[:1, 64:], 64), llama.whole(X[:1])[-1][:, 64:])
 
 
+def test_a_part_that_cannot_begin_ends_its_step_whatever_becomes_of_those_before(llama: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on several devices: the part before is still under way when the session hears of it and goes on with something else."""
+    session = llama.session()
+    llama.step(session, X[:1, :8], 0)
+    session.pushes = True  # so that it hears of inputs that are not finite
+    spoilt = llama.task(session, X[:1, 8:60].log(), 8)
+    before = llama.runner.begin([Part(spoilt, 0, 30)])
+    with monkeypatch.context() as patch:
+        patch.setattr(session.kv, "prepare", lambda new: 1 // 0)
+        (failed,) = llama.runner.finish(llama.runner.begin([Part(spoilt, 30, 52)]))
+    assert isinstance(failed, outcome.Error) and session.kv.length == 8
+    after = llama.runner.begin([Part(llama.task(session, X[:1, 8:60], 8), 0, 52)])
+    answers = []
+    for begun in (before, after):
+        for visit in range(len(begun.devices)):
+            begun.run(visit)
+        answers += llama.runner.finish(begun)
+    assert answers[0] is None and session.kv.length == 60
+    close(decode_tensor(answers[1].unwrap()), llama.whole(X[:1, :60])[-1][:, 8:])
+
+
 def test_what_is_kept_makes_room_for_sessions(saved: Callable[..., Path]) -> None:
     rounds = Rounds(saved("llama"), pages=160 // 32 + 4)
     assert rounds.span.backend.page_tokens == 32
