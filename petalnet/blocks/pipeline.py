@@ -87,7 +87,7 @@ class Pipeline:
     def _compute(self, number: int) -> None:
         device = self._devices[number]
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)  # "cuda" has no index, which is an error there
         while True:
             entry = self._queues[number].get()
             if entry is None:

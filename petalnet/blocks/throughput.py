@@ -94,7 +94,8 @@ def _measure(span: AnySpan) -> Rates:
     blocks = min(len(span), MEASURED_BLOCKS)
     end = span.first + blocks
     share = blocks / len(span)  # blocks are alike, so the whole span takes as many times as long as it has more of them
-    prompt = torch.zeros(1, PROMPT_TOKENS, span.hidden_size, dtype=span.dtype, device=span.device)
+    device = span.device_of(end - 1)  # which is done when all before it are; the last of several devices has nothing to do with it
+    prompt = torch.zeros(1, PROMPT_TOKENS, span.hidden_size, dtype=span.dtype, device=span.device_of(span.first))
     with own_store(span, blocks) as pool:
         starting = rows_of(pool, PROMPT_TOKENS)
         going_on = [rows_of(pool, PROMPT_TOKENS + 1) for _ in range(max(SESSIONS))]
@@ -102,11 +103,11 @@ def _measure(span: AnySpan) -> Rates:
             rows.advance(PROMPT_TOKENS)
         tokens = [SpanStep(rows, prompt[:, :1]) for rows in going_on]
         span.step(tokens[:1], end=end)  # the first run maps weights in
-        decode_s = seconds(lambda: span.step(tokens[:1], end=end), span.device)
-        rounds = [(count, seconds(partial(span.step, tokens[:count], end=end), span.device)) for count in SESSIONS]
-        prefill_s = seconds(lambda: span.step([SpanStep(starting, prompt)], end=end), span.device)
+        decode_s = seconds(lambda: span.step(tokens[:1], end=end), device)
+        rounds = [(count, seconds(partial(span.step, tokens[:count], end=end), device)) for count in SESSIONS]
+        prefill_s = seconds(lambda: span.step([SpanStep(starting, prompt)], end=end), device)
         with torch.inference_mode():
-            forward_s = seconds(lambda: span.forward(prompt, end=end), span.device)
+            forward_s = seconds(lambda: span.forward(prompt, end=end), device)
     return Rates(
         decode=share / decode_s,
         prefill=share * PROMPT_TOKENS / prefill_s,
