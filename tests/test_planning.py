@@ -99,6 +99,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert run(["plan", *options]) == 0
     text = capsys.readouterr().out
     assert "12 blocks" in text and "float32/int8 *" in text and "machines like this" in text
+    assert "`petalnet node --serve auto --dtype float32 --quantization int8 --device cpu --max-memory 0.01048576GB`" in text
     assert run(["plan", *options, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["num_blocks"] == 12 and [one["blocks"] for one in plan["precisions"]] == [5, 11, 12, 12]
+    assert run(["plan", "--device", "cpu,cpu"]) == 0, "several devices, as a node takes them"
+    assert "cpu,cpu memory" in capsys.readouterr().out

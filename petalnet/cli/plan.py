@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ def _run(settings: Settings, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(plan), indent=1))
     else:
-        _show(plan)
+        _show(plan, node_command(settings))
     return 0
 
 
@@ -38,6 +39,7 @@ def _make(settings: Settings) -> Plan:
 
     import_transformers()
     from petalnet.capacity import best_device, require_device
+    from petalnet.devices import device_names
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.loading import pick_dtype
     from petalnet.planning import make_plan
@@ -47,7 +49,7 @@ def _make(settings: Settings) -> Plan:
     source = ModelSource.open(settings.model, revision=settings.revision, token=settings.token, cache_dir=settings.cache_dir)
     return make_plan(
         source,
-        dtype=pick_dtype(settings.dtype, source, device),
+        dtype=pick_dtype(settings.dtype, source, device_names(device)[0]),
         quantization=settings.quantization,
         device=device,
         max_memory=settings.max_memory,
@@ -55,7 +57,23 @@ def _make(settings: Settings) -> Plan:
     )
 
 
-def _show(plan: Plan) -> None:
+def node_command(settings: Settings) -> str:
+    """The command with which a node takes what was planned for."""
+    words = ["petalnet", "node", *([settings.model] if settings.model else []), "--serve", "auto"]
+    if settings.dtype != "auto":
+        words += ["--dtype", settings.dtype]
+    if settings.quantization != "none":
+        words += ["--quantization", settings.quantization]
+    if settings.device:
+        words += ["--device", settings.device]
+    if settings.max_memory is not None:
+        words += ["--max-memory", f"{settings.max_memory / 1e9:.9g}GB"]
+    if settings.attn_cache_tokens is not None:
+        words += ["--attn-cache-tokens", str(settings.attn_cache_tokens)]
+    return shlex.join(words)
+
+
+def _show(plan: Plan, command: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -78,17 +96,15 @@ def _show(plan: Plan) -> None:
         name = describe_precision(one.dtype, one.quantization) + (" *" if one.chosen else "")
         table.add_row(Text(name), size(one.block_bytes), size(one.model_bytes), size(one.kv_bytes), *fits)
     console.print(table)
-    for line in notes(plan):
+    for line in notes(plan, command):
         click.echo(line)
 
 
-def notes(plan: Plan) -> list[str]:
-    """What is to be said below the table."""
-    chosen = next((one for one in plan.precisions if one.chosen), None)
+def notes(plan: Plan, command: str) -> list[str]:
+    """What is to be said below the table; `command` starts a node as planned."""
     lines = []
-    if chosen is not None:
-        flags = f" --quantization {chosen.quantization}" if chosen.quantization != "none" else ""
-        lines.append(f"* what `petalnet node {plan.model} --serve auto{flags}` takes here; a KV token takes its bytes in each block")
+    if any(one.chosen for one in plan.precisions):
+        lines.append(f"* what `{command}` takes here; a KV token takes its bytes in each block")
     little = [one for one in plan.precisions if one.quantization != "none" and one.quantized < HALF]
     if little:
         lines.append(
