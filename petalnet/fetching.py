@@ -245,9 +245,11 @@ class _Run:
         peer, host = record.peer_id, self._host
         try:
             with self._peers[peer]:
-                control = await host.open_stream(peer, WEIGHTS, addrs=record.addrs, timeout_s=CONNECT_WITHIN_S)
-                chunks = await host.open_stream(peer, WEIGHTS, timeout_s=CONNECT_WITHIN_S)
-                async with control, chunks, trio.open_nursery() as nursery:
+                async with (
+                    await host.open_stream(peer, WEIGHTS, addrs=record.addrs, timeout_s=CONNECT_WITHIN_S) as control,
+                    await host.open_stream(peer, WEIGHTS, timeout_s=CONNECT_WITHIN_S) as chunks,
+                    trio.open_nursery() as nursery,
+                ):
                     nursery.start_soon(self._ask_for_chunks, peer, chunks)
                     await self._ask_what_is_there(peer, control)
                     nursery.cancel_scope.cancel()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from petalnet.errors import UsageError
+from petalnet.errors import PetalnetError, UsageError
 from petalnet.models.cachedir import cache_dir as own_cache_dir
 from petalnet.models.filling import INCOMPLETE, PROGRESS, Filling, beside
 
@@ -69,7 +69,7 @@ class WeightCache:
         Args:
             size: of the whole file, in bytes. Room for all of it is made at once.
         Raises:
-            UsageError: there is no room for it; the message says what to do.
+            UsageError: there is no room for it, or it cannot be written; the message says what to do.
         """
         path = self._path(key)
         with _locked(beside(path, LOCK), waiting=f"another node on this machine is fetching {key}: waiting for it"):
@@ -78,11 +78,16 @@ class WeightCache:
                 if not whole:
                     self._make_room(size, key)
                 self._keep(key)
-            filling = Filling(path, size, whole=whole)
             try:
-                yield filling
-            finally:
-                filling.close()
+                filling = Filling(path, size, whole=whole)
+                try:
+                    yield filling
+                finally:
+                    filling.close()
+            except OSError as error:
+                if isinstance(error, PetalnetError):
+                    raise
+                raise write_error(self.folder, error) from error
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -141,7 +146,7 @@ class WeightCache:
                     temporary.write_text(json.dumps(sorted(keys)))
                     temporary.replace(self.folder / f"{name}.json")
                 except OSError as error:
-                    raise (full_disk(self.folder) if error.errno == errno.ENOSPC else _unusable(self.folder, error)) from error
+                    raise write_error(self.folder, error) from error
 
     def _make_room(self, size: int, key: str) -> None:
         """Remove what was used least recently until there is room for the file of a key. Raises UsageError where that is not enough."""
@@ -184,24 +189,25 @@ class WeightCache:
 
     def _entries(self) -> list[Entry]:
         needed = self._needed()
-        entries = []
+        entries: dict[str, Entry] = {}
         for path in self.folder.iterdir():
             if path.name.startswith((".", USES)) or path.suffix not in ("", INCOMPLETE):
                 continue
             key = path.name.removesuffix(INCOMPLETE)
-            if not path.exists():  # it became whole just now
+            status = _status(path)
+            if status is None:  # it became whole just now
                 path = self.folder / key
-            if not path.exists():
+                status = _status(path)
+            if status is None:
                 continue
-            status = path.stat()
             if path.suffix == INCOMPLETE:
                 filled = _is_held(beside(self.folder / key, LOCK))
                 there = _allocated(path)
                 size = max(status.st_size, there) if filled else there
-                entries.append(Entry(key, size, size - there, status.st_mtime_ns, filled or key in needed))
+                entries[key] = Entry(key, size, size - there, status.st_mtime_ns, filled or key in needed)
             else:
-                entries.append(Entry(key, status.st_size, 0, status.st_atime_ns, key in needed))
-        return entries
+                entries[key] = Entry(key, status.st_size, 0, status.st_atime_ns, key in needed)
+        return list(entries.values())
 
     def _needed(self) -> set[str]:
         """Keys that loads under way list, of any process; lists whose process is gone are removed."""
@@ -260,6 +266,11 @@ def full_disk(folder: Path, lacking: int | None = None) -> UsageError:
     return UsageError(f"the disk that {folder} is on is full{more}. Free some, or set PETALNET_CACHE_DIR to a folder on another disk")
 
 
+def write_error(folder: Path, error: OSError) -> UsageError:
+    """What to tell the person whose cache could not be written."""
+    return full_disk(folder) if error.errno in (errno.ENOSPC, errno.EDQUOT) else _unusable(folder, error)
+
+
 def _unusable(folder: Path, error: OSError) -> UsageError:
     reason = error.strerror or type(error).__name__
     return UsageError(f"what is fetched cannot be kept in {folder}: {reason}. Set PETALNET_CACHE_DIR to a folder of your own")
@@ -272,10 +283,15 @@ def readable(nbytes: int) -> str:
 
 def _allocated(path: Path) -> int:
     """Bytes that a file with holes takes on the disk."""
+    status = _status(path)
+    return 0 if status is None else status.st_blocks * 512  # the unit wherever there is one, whatever the file system's blocks are
+
+
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return path.stat().st_blocks * 512  # the unit of st_blocks wherever there is one, whatever the file system's blocks are
+        return path.stat()
     except FileNotFoundError:
-        return 0
+        return None
 
 
 def _is_held(lock: Path) -> bool:
