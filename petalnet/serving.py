@@ -8,6 +8,7 @@ sessions are sent away, "online" once requests are answered.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WITHDRAW_WITHIN_S = 2.0
+MOVE_PATIENCE_S = 60.0
+"""Without anything new of the blocks to go to, where they can only come from other servers; then this one goes back."""
 ALIVE_WITHIN_S = 5.0
 """For a connection to a server, and for its answer: over a relay it takes a few round trips."""
 MAX_NAME = 128
@@ -320,7 +323,7 @@ class Server:
 
     # ---- loading and serving
 
-    async def _load(self) -> Loaded:
+    async def _load(self, patience_s: float = math.inf) -> Loaded:
         from petalnet.capacity import describe
 
         model = self._model
@@ -328,7 +331,7 @@ class Server:
         began = trio.current_time()
         self._linking = Linking(self._peering, model.key, self.span[1])
         with self.supply.keeping():
-            await self.supply.bring(*self.span)
+            await self.supply.bring(*self.span, patience_s=patience_s)
             loaded = await in_thread(load, self._settings, model, self.span, self._linking.open)
         rates = loaded.rates
         logger.info(
@@ -421,7 +424,7 @@ class Server:
         await self._answering.end()
         await in_thread(release_memory)
         try:
-            return await self._load_after_telling(span)
+            return await self._load_after_telling(span, MOVE_PATIENCE_S)
         except Exception as error:
             # Whatever it is that keeps these from being loaded, a file that cannot be had or a full memory: the ones before were loaded.
             logger.warning("blocks %d:%d could not be loaded, going back to %d:%d: %s", *span, *before, error)
@@ -429,10 +432,10 @@ class Server:
         await in_thread(release_memory)
         return await self._load_after_telling(before)
 
-    async def _load_after_telling(self, span: tuple[int, int]) -> Loaded:
+    async def _load_after_telling(self, span: tuple[int, int], patience_s: float = math.inf) -> Loaded:
         length = span[1] - span[0]
         unknown = {} if length == self.span[1] - self.span[0] else dict.fromkeys(RATE_FIELDS, 0.0)
         self.span = span
         if not self._leaving.is_set():
             await self._say("joining", span=span, block_digests=(), **unknown)
-        return await self._load()
+        return await self._load(patience_s)

@@ -8,6 +8,7 @@ peers is compared with the hub at a few places. A model that is only known by th
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,8 +88,11 @@ class Supply:
         with self._cache.keeping():
             yield
 
-    async def bring(self, first: int, end: int) -> None:
+    async def bring(self, first: int, end: int, *, patience_s: float = math.inf) -> None:
         """Get what peers give of blocks [first, end).
+
+        Args:
+            patience_s: seconds without anything new until blocks that can only come from peers are given up.
 
         Raises:
             UsageError: there is no room for them on the disk.
@@ -97,13 +101,13 @@ class Supply:
         files = self._source.files
         if isinstance(files, SwarmFiles):
             wanted = {index: files.manifest.blocks[index] for index in range(first, end)}
-            await self._bring(wanted)
+            await self._bring(wanted, patience_s=patience_s)
         elif isinstance(files, HubFiles):
             await self._peering_looked_up()
             manifest = await in_thread(self._own_manifest)
             wanted = await in_thread(self._not_fetched, files, first, end, manifest)
             if wanted:
-                patience_s = HUB_INSTEAD_S if self._fetching.candidates() else 0.0
+                patience_s = min(HUB_INSTEAD_S, patience_s) if self._fetching.candidates() else 0.0
                 await self._bring(wanted, patience_s=patience_s, compare=manifest is None)
 
     async def offer(self, first: int, end: int) -> None:
@@ -195,7 +199,7 @@ class Supply:
         tensors = tuple((name, info.dtype, info.shape) for name, info in infos)
         return BlockEntry(digest, tensors, sum(info.nbytes for _, info in infos), prefix=prefix)
 
-    async def _bring(self, entries: Mapping[int, BlockEntry], *, patience_s: float = float("inf"), compare: bool = False) -> None:
+    async def _bring(self, entries: Mapping[int, BlockEntry], *, patience_s: float, compare: bool = False) -> None:
         parts = await in_thread(lambda: self._parts)
         brought = await self._fetching.bring([Wanted(entry) for entry in entries.values()], patience_s=patience_s)
         for index, entry in entries.items():

@@ -243,6 +243,8 @@ async def test_a_node_without_a_model_learns_what_it_is_made_of(hub: Hub, reposi
         with trio.fail_after(20):
             await new.bring(1, 3)
         source.read(name for name in source.tensor_names() if "layers.1." in name)
+        with trio.fail_after(20):
+            await new.bring(3, 4, patience_s=0.0)  # as where nobody gives it
         with pytest.raises(ModelError, match="is not here"):
             source.read(name for name in source.tensor_names() if "layers.3." in name)
         assert await find_manifest(asker._peering, "n" * 64) is None
