@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from petalnet.blocks.adapters import Adapter, Dropout
+from petalnet.blocks.backends import Backend
 from petalnet.blocks.kv import KVShape, KVStore
 from petalnet.blocks.packed import SpanStep
 from petalnet.blocks.span import Span
@@ -103,6 +104,9 @@ class SpreadSpan:
                 begin += count
         if begin != end:
             raise ValueError(f"{sum(counts)} blocks for the devices, and {end - first} to load")
+        if len({stage.backend.page_tokens for stage in stages}) > 1:  # the kernel for pages runs on some only: rows have pages of one size
+            for stage in stages:
+                stage.backend = Backend()
         return stages[0] if len(stages) == 1 else cls(stages)
 
     @cached_property

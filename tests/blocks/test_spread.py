@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from petalnet.blocks.adapters import Adapter, Dropout, LoraWeights
+from petalnet.blocks.backends import Backend
+from petalnet.blocks.emulated import EmulatedBackend
 from petalnet.blocks.pages import PagePool, Rows
 from petalnet.blocks.span import Span, SpanStep
 from petalnet.blocks.spread import AnySpan, SpreadSpan
@@ -124,3 +126,12 @@ def test_what_cannot_be_spread(saved: Saved) -> None:
         SpreadSpan([Span.load(source, 0, 1), Span.load(source, 2, 3)])
     with pytest.raises(UsageError, match="out of range"):
         SpreadSpan.load(source, 3, 5, devices=["cpu", "cpu"], counts=[1, 1])
+
+
+def test_devices_of_which_only_some_have_the_kernel_for_pages(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of two generations: pages are of one size on all of them."""
+    backends = [EmulatedBackend(), Backend()]
+    monkeypatch.setattr("petalnet.blocks.span.pick_backend", lambda *_: backends.pop())
+    span = SpreadSpan.load(ModelSource.open(saved("llama")), 0, 4, devices=["cpu", "cpu"], counts=[2, 2])
+    assert not backends and [type(stage.backend) for stage in span.stages] == [Backend, Backend]
+    assert span.packs
