@@ -95,6 +95,20 @@ def recording_bytes(device: str, most: int | None) -> int:
     return graph_bytes(device, most) if device.startswith("cuda") else 0
 
 
+def left_for_blocks(most: int | None, device: str, *, captures: bool, adapter_bytes: int = 0) -> int | None:
+    """Of a ceiling that somebody gave, what is for weights and KV tokens; None where nobody did: what is free is looked at then.
+
+    Args:
+        device: one, or several as `--device` names them.
+        captures: whether decoding may be captured.
+        adapter_bytes: what adapters beside the blocks take.
+    """
+    if most is None:
+        return None
+    recorded = sum(recording_bytes(one, most) for one in device_names(device)) if captures else 0
+    return max(most - adapter_bytes - recorded, 1)
+
+
 def _free_memory(device: str) -> int:
     """Bytes that nobody uses: of a CUDA device, else of the machine."""
     return int(torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available)

@@ -39,16 +39,15 @@ def load(settings: Settings, model: Model, span: tuple[int, int], open_link: Ope
     from petalnet.blocks.service import USUAL_RATES, BlockService
     from petalnet.blocks.spread import SpreadSpan
     from petalnet.blocks.throughput import Rates, measure
-    from petalnet.capacity import graph_bytes, kv_tokens, recording_bytes, require_room, spread, too_large
+    from petalnet.capacity import graph_bytes, kv_tokens, left_for_blocks, recording_bytes, require_room, spread, too_large
     from petalnet.devices import device_names
     from petalnet.models.manifest import require_listed
 
     # Adapters take little beside the blocks, and what is left for KV tokens is counted after both: a ceiling has to count them itself.
-    beside = sum(adapter.nbytes(*span) for adapter in model.adapters)
+    adapter_bytes = sum(adapter.nbytes(*span) for adapter in model.adapters)
+    captures_wanted = settings.cuda_graphs != "off"
+    most = left_for_blocks(settings.max_memory, model.device, captures=captures_wanted, adapter_bytes=adapter_bytes)
     devices = device_names(model.device)
-    if settings.cuda_graphs != "off":
-        beside += sum(recording_bytes(device, settings.max_memory) for device in devices)
-    most = None if settings.max_memory is None else max(settings.max_memory - beside, 1)
     precision: dict[str, Any] = {"dtype": model.dtype, "quantization": model.quantization}
     require_room(model.source, *span, **precision, device=model.device, max_memory=most)
     try:

@@ -264,16 +264,18 @@ class Server:
             await self._say("joining", span=span)
 
     def _count_that_fits(self) -> int:
-        from petalnet.capacity import blocks_that_fit
+        from petalnet.capacity import blocks_that_fit, left_for_blocks
 
-        model = self._model
+        model, settings = self._model, self._settings
+        adapter_bytes = sum(adapter.nbytes(0, model.num_blocks) for adapter in model.adapters)  # of whichever blocks it will be, at most
+        captures = settings.cuda_graphs != "off"
         return blocks_that_fit(
             model.source,
             dtype=model.dtype,
             device=model.device,
-            max_memory=self._settings.max_memory,
+            max_memory=left_for_blocks(settings.max_memory, model.device, captures=captures, adapter_bytes=adapter_bytes),
             quantization=model.quantization,
-            kv_tokens=self._settings.attn_cache_tokens,
+            kv_tokens=settings.attn_cache_tokens,
         )
 
     # ---- what others hear

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from petalnet import capacity
 from petalnet.blocks.span import Span
 from petalnet.blocks.spread import SpreadSpan
-from petalnet.capacity import WEIGHTS_SHARE, block_sizes, blocks_that_fit, kv_tokens, require_room, too_large
+from petalnet.capacity import WEIGHTS_SHARE, block_sizes, blocks_that_fit, kv_tokens, left_for_blocks, require_room, too_large
 from petalnet.errors import UsageError
 from petalnet.models.checkpoint import DEMO_MODEL, ModelSource
 
@@ -147,3 +147,13 @@ def test_kv_tokens_on_several_devices(source: ModelSource, monkeypatch: pytest.M
     # Of a ceiling each gets its part, from which its blocks' weights go; outputs are kept beside them, half of each in either.
     weights = max(block_sizes(source, torch.float32)[:4])
     assert fitting("cpu,cpu", 2 * (3 * weights + 700 * (3 * 2 * kept + kept // 2))) == 700
+
+
+def test_what_a_ceiling_leaves_for_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters and captured decoding on each device come off it, whether blocks are counted or loaded."""
+    monkeypatch.setattr("petalnet.capacity._free_memory", lambda device: 80 * 10**9)
+    assert left_for_blocks(None, "cuda:0", captures=True, adapter_bytes=5) is None
+    assert left_for_blocks(10**9, "cpu,cpu", captures=True, adapter_bytes=10**8) == 9 * 10**8
+    assert left_for_blocks(10**9, "cuda:0", captures=False) == 10**9
+    assert left_for_blocks(8 * 10**9, "cuda:0,cuda:1", captures=True) == 6 * 10**9
+    assert left_for_blocks(100, "cpu", captures=False, adapter_bytes=200) == 1

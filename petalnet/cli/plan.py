@@ -38,7 +38,7 @@ def _make(settings: Settings) -> Plan:
     from petalnet.models.lean import import_transformers
 
     import_transformers()
-    from petalnet.capacity import best_device, require_device
+    from petalnet.capacity import best_device, left_for_blocks, require_device
     from petalnet.devices import device_names
     from petalnet.models.checkpoint import ModelSource
     from petalnet.models.loading import pick_dtype
@@ -52,7 +52,7 @@ def _make(settings: Settings) -> Plan:
         dtype=pick_dtype(settings.dtype, source, device_names(device)[0]),
         quantization=settings.quantization,
         device=device,
-        max_memory=settings.max_memory,
+        max_memory=left_for_blocks(settings.max_memory, device, captures=settings.cuda_graphs != "off"),
         kv_tokens=settings.attn_cache_tokens,
     )
 
