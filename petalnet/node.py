@@ -319,6 +319,8 @@ class Node:
         if self.role != "client" and host.addrs:
             serve = "auto" if span is None else str(span[1] - span[0])
             model = [settings.model] if settings.model is not None else ["MODEL"] if server is None else []
+            if model and server is not None and settings.share_weights == "yes" and len(self._peering.view.models(now=time.time())) == 1:
+                model = []  # which has it from here: the next machine need not have it, least of all in a folder of the same name
             key = [] if self._access.swarm_key is None else ["--swarm-key", str(self._access.swarm_key.path or "FILE")]
             lines.append("join with: " + shlex.join(["petalnet", "node", *model, "--serve", serve, *key, "--initial-peers", host.addrs[0]]))
         _print(lines)

@@ -32,7 +32,7 @@ class SettingsCommand(click.Command):
                 value, row = ctx.params.pop(name), name.rsplit("__", 1)[1]
                 if value is not None:
                     if typed[row] is not None:
-                        raise click.UsageError(f"{TABLE[row].name.replace('_', '-')} is given twice")
+                        raise click.UsageError(f"--{TABLE[row].name.replace('_', '-')} is given twice, once by another name: leave one out")
                     typed[row] = value
         ctx.params["settings"] = load_settings(typed)
         return super().invoke(ctx)
