@@ -44,17 +44,20 @@ async def find_manifest(peering: Peering, model: str) -> Manifest | None:
     servers = [record for record in peering.view.servers(model, now=time.time(), states=("joining", "online", "draining")) if record.shares]
     asked = random.sample(servers, min(len(servers), MOST_ASKED))
     found: list[Manifest] = []
-    first = trio.Event()
+    read: dict[bytes, Manifest] = {}
+    reading = trio.Lock()
+    first, all_answered = trio.Event(), trio.Event()
 
     async def ask(record: ServerRecord) -> None:
         try:
-            manifest = await _ask(peering, record, model)
-            if await in_thread(lambda: manifest.model_key) != model:
-                raise ModelError("its manifest is of another model")
+            given = await _ask(peering, record, model)
+            async with reading:  # one after the other: a long one takes a while, and honest servers give the same
+                if given not in read:
+                    read[given] = await in_thread(_read, given, model)
         except PetalnetError as error:
             logger.info("peer %s gives no manifest: %s", short_id(record.peer_id), error)
             return
-        found.append(manifest)
+        found.append(read[given])
         first.set()
 
     async def all_asked() -> None:
@@ -62,12 +65,15 @@ async def find_manifest(peering: Peering, model: str) -> Manifest | None:
             for record in asked:
                 nursery.start_soon(ask, record)
         first.set()
+        all_answered.set()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(all_asked)
         await first.wait()
-        if len(found) < len(asked):
-            nursery.cancel_scope.deadline = trio.current_time() + OTHERS_WITHIN_S
+        with trio.move_on_after(OTHERS_WITHIN_S):
+            await all_answered.wait()
+        async with reading:  # what has come until now is read before
+            nursery.cancel_scope.cancel()
     return await in_thread(best_manifest, found, list(peering.view.servers(model, now=time.time())))
 
 
@@ -76,9 +82,10 @@ def best_manifest(manifests: Iterable[Manifest], servers: Iterable[ServerRecord]
 
     Blocks for seconds where manifests are long.
     """
-    given = [(manifest.to_json(), manifest) for manifest in manifests]
-    copies = Counter(data for data, _ in given)
-    distinct = dict(given)
+    given = list(manifests)
+    encoded = {id(manifest): manifest.to_json() for manifest in {id(one): one for one in given}.values()}
+    copies = Counter(encoded[id(manifest)] for manifest in given)
+    distinct = {encoded[id(manifest)]: manifest for manifest in given}
     records = list(servers)
 
     def support(data: bytes) -> tuple[int, int]:
@@ -94,8 +101,17 @@ def contradicts(record: ServerRecord, manifest: Manifest) -> bool:
     return any(not block.digest.startswith(digest) for block, digest in zip(blocks, record.block_digests, strict=False))
 
 
-async def _ask(peering: Peering, record: ServerRecord, model: str) -> Manifest:
-    """One server's manifest, waited for while it is being made. Raises PetalnetError."""
+def _read(data: bytes, model: str) -> Manifest:
+    """A manifest that a server gave. Blocks for seconds where it is long. Raises ModelError where it is none, or that of another model."""
+    # Digests of chunks would count as the model's own here; each server is asked for them, and held to them.
+    manifest = Manifest.parse(data).without_chunks()
+    if manifest.model_key != model:
+        raise ModelError("its manifest is of another model")
+    return manifest
+
+
+async def _ask(peering: Peering, record: ServerRecord, model: str) -> bytes:
+    """One server's manifest as it gave it, waited for while it is being made. Raises PetalnetError."""
     deadline = trio.current_time() + MAKING_WITHIN_S
     async with await peering.host.open_stream(record.peer_id, WEIGHTS, addrs=record.addrs, timeout_s=CONNECT_WITHIN_S) as stream:
         while True:
@@ -104,8 +120,7 @@ async def _ask(peering: Peering, record: ServerRecord, model: str) -> Manifest:
                 await stream.send(GetManifest(model))
                 answer = await stream.receive()
             if isinstance(answer, ManifestFound):
-                # Digests of chunks would count as the model's own here; each server is asked for them, and held to them.
-                return (await in_thread(Manifest.parse, bytes(answer.manifest.data))).without_chunks()
+                return bytes(answer.manifest.data)
             if not isinstance(answer, Error):
                 raise ProtocolError("it gives no answer", record.peer_id)
             error = answer.exception(record.peer_id)

@@ -41,6 +41,8 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_BLOCKS = 4096
 MAX_TENSORS = 1 << 15
 """Of one block."""
+MAX_TENSORS_IN_ALL = 1 << 18
+"""Of all blocks: each takes half a kilobyte in memory. The largest mixtures of 2025 (60 blocks of 384 experts) have 140 000."""
 MAX_BLOCK_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
 MAX_NAME = 128
@@ -238,7 +240,10 @@ class Manifest:
         name = fields.get("name")
         if type(name) is not str or len(name) > MAX_NAME or not name.isprintable():
             raise ModelError(f"a manifest needs a name: printable text of at most {MAX_NAME} characters")
-        blocks = tuple(BlockEntry._of(block) for block in _list(fields.get("blocks"), MAX_BLOCKS, "blocks"))
+        listed = [_table(block, "a block") for block in _list(fields.get("blocks"), MAX_BLOCKS, "blocks")]
+        if sum(len(_list(block.get("tensors"), MAX_TENSORS, "tensors")) for block in listed) > MAX_TENSORS_IN_ALL:
+            raise ModelError(f"a manifest lists more than {MAX_TENSORS_IN_ALL} tensors")
+        blocks = tuple(BlockEntry._of(block) for block in listed)
         config = _table(fields.get("config"), "the configuration in a manifest")
         _require_bounds(config)
         return cls(name, config, _hex(fields.get("client_digest")), blocks)

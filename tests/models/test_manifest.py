@@ -165,6 +165,15 @@ def test_what_is_no_manifest_is_refused(data: bytes) -> None:
         Manifest.parse(data)
 
 
+def test_a_manifest_of_more_tensors_than_any_model_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = manifest_fields()
+    fields["blocks"] *= 3
+    assert len(Manifest.parse(json.dumps(fields).encode()).blocks) == 3
+    monkeypatch.setattr(module, "MAX_TENSORS_IN_ALL", 5)
+    with pytest.raises(ModelError, match="more than 5 tensors"):
+        Manifest.parse(json.dumps(fields).encode())
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
