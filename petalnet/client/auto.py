@@ -16,6 +16,9 @@ from petalnet.client.settings import SETTING_NAMES, ClientSettings, attributes_o
 from petalnet.errors import ModelError
 from petalnet.models.anatomy import text_config
 from petalnet.models.checkpoint import ModelSource
+from petalnet.models.lean import quiet_bitsandbytes
+
+quiet_bitsandbytes()
 
 
 class _AutoDistributed:

@@ -8,7 +8,8 @@ Afterwards everything is as before: the real compiler is imported where somethin
 This is for a process that is petalnet's own, a node; a program of a user's that imports petalnet gets the library as it is.
 
 bitsandbytes hands functions to the compiler as it is imported, or hides them from it, which imports it: three seconds, and 80 MB. Where the
-package `kernels` is installed, it fetches a program for some processors from the hub and runs it. It goes on without these.
+package `kernels` is installed, it fetches a program for some processors from the hub and runs it. It goes on without these. In a user's
+program, where PEFT imports it, it only keeps quiet about the program that it lacks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 MODULES = ("transformers.models.auto.modeling_auto", "transformers.modeling_layers", "transformers.generation.utils")
 """What every model class needs, and what is slow about it."""
 COMPILER, INDEX_MODE = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
+
+KERNELS_LOG, KERNELS_WARNING = "bitsandbytes.backends.cpu.ops", "from kernels-community"
+"""Where bitsandbytes warns that it could not fetch a program, and what is in the warning."""
 
 DECORATORS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph")
 """What modules of the library, or of torch that they import, use of the compiler while they are imported."""
@@ -69,6 +73,18 @@ def import_bitsandbytes() -> types.ModuleType:
         del sys.modules["kernels"]
         if kernels is not None:
             sys.modules["kernels"] = kernels
+
+
+def quiet_bitsandbytes() -> None:
+    """From now on, bitsandbytes does not warn as it is imported that it lacks the program from the hub, which nobody here needs.
+
+    It is installed for petalnet's servers, and PEFT imports it in clients as well.
+    """
+    logging.getLogger(KERNELS_LOG).addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return KERNELS_WARNING not in str(record.msg)
 
 
 def _no_compiler(*args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -107,3 +109,11 @@ assert torch.compile is compile_function and torch._disable_dynamo is disable
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_clients_are_not_warned_of_a_program_that_bitsandbytes_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    importlib.import_module("petalnet.client.auto")
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "none")
+    log.warning("another warning")
+    assert caplog.messages == ["another warning"]
