@@ -47,12 +47,12 @@ MAX_BLOCK_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
 MAX_NAME = 128
 MOST_IN_CONFIG = {
+    **dict.fromkeys(("position", "size", "dim", "embd", "d_model"), 1 << 25),
     **{"layer": MAX_BLOCKS, "label": 1 << 16},
-    **dict.fromkeys(("position", "size", "dim", "embd", "d_model"), 1 << 24),
     **dict.fromkeys(("head", "expert"), 1 << 16),
 }
-"""By what is in a field's name: as many layers as blocks, and positions for the longest contexts of today's models (10 million). Of what is
-as long as one of these numbers says, lists and tables are made before any weight is looked at."""
+"""By what is in a field's name, the first that is: as many layers as blocks, and positions for the longest contexts of today's models
+(10 million). Lists and tables as long as one of these numbers says are made before any weight is looked at."""
 MAX_DEPTH = 16
 """Of tables within tables of a configuration."""
 CODE_FIELDS = frozenset(("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"))
@@ -363,8 +363,10 @@ def _require_bounds(config: Any, key: str = "", depth: int = 0) -> None:
     elif isinstance(config, list):
         for value in config:
             _require_bounds(value, key, depth + 1)
-    elif type(config) in (int, float):
-        most = next((most for part, most in MOST_IN_CONFIG.items() if part in key), MAX_BLOCK_BYTES if type(config) is int else math.inf)
+    elif type(config) is float and math.isnan(config):
+        raise ModelError(f"the configuration in a manifest has {key} that is no number")
+    elif type(config) is int:
+        most = next((most for part, most in MOST_IN_CONFIG.items() if part in key), MAX_BLOCK_BYTES)
         if not -most <= config <= most:
             raise ModelError(f"the configuration in a manifest has {key} = {config}; {most} is the most that is believed")
 

@@ -117,7 +117,7 @@ WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("config", "max_position_embeddings"), 1 << 31),
     (("config", "layers"), [1, -5000]),
     (("config", "num_labels"), 10**9),
-    (("config", "head_dim"), 1e12),
+    (("config", "head_dim"), 10**12),
     (("config", "rope_theta"), float("nan")),
     (("config", "text_config"), json.loads("[" * 100 + "]" * 100)),
     (("client_digest",), "A" * 64),
