@@ -77,6 +77,7 @@ def make_plan(
     """
     from petalnet.blocks.quantization import QUANTIZATIONS
     from petalnet.capacity import FEWEST_KV_TOKENS, block_sizes, room_for, usable_memory
+    from petalnet.fitting import MOST_KV_TOKENS
 
     memory, quantized = usable_memory(device, max_memory), quantized_share(source)
     wanted = FEWEST_KV_TOKENS if kv_tokens is None else kv_tokens
@@ -88,8 +89,10 @@ def make_plan(
             room = room_for(source, max(sizes), dtype=each, device=device, max_memory=memory)
             blocks = min(room.blocks(kv_tokens), count)
             tokens = room.tokens(blocks) if blocks else 0
-            if tokens < wanted:
+            if tokens < min(wanted, MOST_KV_TOKENS):
                 blocks = tokens = 0
+            elif blocks:
+                tokens = max(tokens, wanted)  # more than a node would take by itself, where they were asked for
             found.append(
                 Precision(
                     dtype=str(each).removeprefix("torch."),

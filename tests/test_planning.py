@@ -73,6 +73,8 @@ def test_a_plan_for_many_tokens_and_for_too_little_memory(source: ModelSource) -
     assert exact.kv_tokens >= 3000
     fit = blocks_that_fit(source, dtype=torch.float32, device="cpu", max_memory=10 * 2**20, kv_tokens=3000)
     assert fit == exact.blocks, "which is what `--serve auto` goes by"
+    many = make_plan(source, dtype=torch.float32, quantization="none", device="cpu", max_memory=10**11, kv_tokens=5_000_000).precisions[0]
+    assert (many.blocks, many.kv_tokens) == (12, 5_000_000), "more than a node takes by itself, and it has room for them"
     none = make_plan(source, dtype=torch.float32, quantization="none", device="cpu", max_memory=1000).precisions
     assert all((one.blocks, one.kv_tokens, one.machines) == (0, 0, None) for one in none)
 
@@ -103,5 +105,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert run(["plan", *options, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["num_blocks"] == 12 and [one["blocks"] for one in plan["precisions"]] == [5, 11, 12, 12]
+    assert run(["plan", "--device", "cpu", "--max-memory", "1kB"]) == 0
+    assert "0.000001GB` cannot hold a single block" in capsys.readouterr().out
     assert run(["plan", "--device", "cpu,cpu"]) == 0, "several devices, as a node takes them"
     assert "cpu,cpu memory" in capsys.readouterr().out

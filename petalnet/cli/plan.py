@@ -67,7 +67,7 @@ def node_command(settings: Settings) -> str:
     if settings.device:
         words += ["--device", settings.device]
     if settings.max_memory is not None:
-        words += ["--max-memory", f"{settings.max_memory / 1e9:.9g}GB"]
+        words += ["--max-memory", f"{settings.max_memory / 1e9:.9f}".rstrip("0").rstrip(".") + "GB"]
     if settings.attn_cache_tokens is not None:
         words += ["--attn-cache-tokens", str(settings.attn_cache_tokens)]
     return shlex.join(words)
@@ -103,8 +103,14 @@ def _show(plan: Plan, command: str) -> None:
 def notes(plan: Plan, command: str) -> list[str]:
     """What is to be said below the table; `command` starts a node as planned."""
     lines = []
-    if any(one.chosen for one in plan.precisions):
+    chosen = next((one for one in plan.precisions if one.chosen), None)
+    if chosen is not None and chosen.machines is not None:
         lines.append(f"* what `{command}` takes here; a KV token takes its bytes in each block")
+    elif chosen is not None:
+        fewer = "" if plan.kv_tokens is None else ", a smaller --attn-cache-tokens"
+        lines.append(
+            f"* `{command}` cannot hold a single block: it takes another precision, more memory (--max-memory){fewer}, or another machine"
+        )
     little = [one for one in plan.precisions if one.quantization != "none" and one.quantized < HALF]
     if little:
         lines.append(

@@ -83,8 +83,8 @@ def require_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise PetalnetError(
-            f"the model takes {decimal(nbytes)}, and the disk of {folder} has {decimal(free)} left: make room there, or name a folder on "
-            "another disk"
+            f"writing the model needs {decimal(nbytes)} of room, and the disk of {folder} has {decimal(free)} left: make room there, or "
+            "name a folder on another disk"
         )
 
 

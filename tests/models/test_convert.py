@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 0))
-    with pytest.raises(PetalnetError, match=r"takes 17\.0 MB, and the disk of .*new has 0 bytes left"):
+    with pytest.raises(PetalnetError, match=r"needs 17\.0 MB of room, and the disk of .*new has 0 bytes left"):
         convert(ModelSource.open(saved("llama")), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
