@@ -37,7 +37,7 @@ from petalnet.models.files import (
     read_tensors,
     read_windows,
 )
-from petalnet.models.remote_file import RangesIgnoredError, RemoteFile, explained, is_unreachable
+from petalnet.models.remote_file import RangesIgnoredError, RemoteFile, explained, http_error, is_unreachable
 from petalnet.models.weight_cache import Filling, full_disk, readable, weight_cache
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class HubFiles(CheckpointFiles):
         if commit is None or not isinstance(found, str) and found is not _CACHED_NO_EXIST:
             try:
                 with self._explained(name, may_lack=True):
+                    if found is None:
+                        self._look_for_hub(name, revision)
                     found = hf_hub_download(self.name, name, revision=revision, token=self._token, cache_dir=self._cache_dir)
             except EntryNotFoundError:
                 found = None
@@ -120,6 +122,18 @@ class HubFiles(CheckpointFiles):
                     raise
         self._small[name] = Path(found) if isinstance(found, str) else None
         return self._small[name]
+
+    def _look_for_hub(self, name: str, revision: str | None) -> None:
+        """Notice at once a hub that cannot be reached: a download would try again for half a minute before it says so."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            get_hf_file_metadata(hf_hub_url(self.name, name, revision=revision), token=self._token)
+        except (http_error(), OSError) as error:
+            if is_unreachable(error):
+                raise LocalEntryNotFoundError(str(error)) from error
+            raise
 
     def has(self, file: str) -> bool:
         return self._whole(file) is not None or self._remote(file) is not None
