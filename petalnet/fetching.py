@@ -109,11 +109,12 @@ class Fetching:
         self.bytes_fetched: Counter[str] = Counter()
         self._rates = None if max_rate is None else Rates(max_rate, max_rate)
 
-    async def bring(self, wanted: Sequence[Wanted], *, patience_s: float = math.inf) -> dict[str, Brought]:
+    async def bring(self, wanted: Sequence[Wanted], *, patience_s: float = math.inf, least_bytes_s: float = 0.0) -> dict[str, Brought]:
         """Get blocks: those that are in the cache, and the others from peers.
 
         Args:
             patience_s: seconds without anything new after which what is lacking is given up; 0 to ask no peers at all.
+            least_bytes_s: bytes a second that all peers together have to give over so many seconds, or what is lacking is given up.
 
         Returns:
             those that are here, by `Wanted.name`; all of them, unless patience ended.
@@ -134,13 +135,13 @@ class Fetching:
             self.sharing.share(entry, payload)
             found[block.name] = Brought(path, entry, {})
         if lacking and patience_s > 0:
-            found.update(await self._bring(lacking, patience_s))
+            found.update(await self._bring(lacking, patience_s, least_bytes_s))
         return found
 
-    async def _bring(self, lacking: Sequence[Wanted], patience_s: float) -> dict[str, Brought]:
+    async def _bring(self, lacking: Sequence[Wanted], patience_s: float, least_bytes_s: float) -> dict[str, Brought]:
         run = _Run(self, lacking)
         try:
-            await run.run(patience_s)
+            await run.run(patience_s, least_bytes_s)
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(run.incoming.close)
@@ -179,24 +180,34 @@ class _Run:
         self._nursery: trio.Nursery
         self._began = trio.current_time()
 
-    async def run(self, patience_s: float) -> None:
-        """Go on until all blocks are there, something keeps them from being written, or nothing new has come for so many seconds."""
+    async def run(self, patience_s: float, least_bytes_s: float) -> None:
+        """Go on until all blocks are there, something keeps them from being written, or nothing new, or too little, has come for so many
+        seconds."""
         logger.info("getting %d blocks (%s) from other servers", len(self._wanted), readable(self._size))
         async with trio.open_nursery() as self._nursery:
             for service in (self._look_up, self._look_for_peers, self._report, self._open_known, self.incoming.run):
                 self._nursery.start_soon(service)
-            await self._until_over(patience_s)
+            await self._until_over(patience_s, least_bytes_s)
             self._nursery.cancel_scope.cancel()
         if self.incoming.blocks and self.incoming.failure is None:
             self._sum_up()
 
-    async def _until_over(self, patience_s: float) -> None:
-        while not self.incoming.over.is_set():
-            with trio.move_on_at(self.incoming.changed_at + patience_s):
+    async def _until_over(self, patience_s: float, least_bytes_s: float) -> None:
+        since, before = trio.current_time(), self.incoming.nbytes_held
+        while True:
+            with trio.move_on_at(min(self.incoming.changed_at, since) + patience_s):
                 await self.incoming.over.wait()
-            if trio.current_time() >= self.incoming.changed_at + patience_s:
+                return
+            now, held = trio.current_time(), self.incoming.nbytes_held
+            if now >= self.incoming.changed_at + patience_s:
                 logger.info("no other server gives the %d blocks that are still lacking", len(self._assembly.open_blocks))
                 return
+            if now >= since + patience_s:
+                # Where all has come already, only the disk is waited for.
+                if held - before < min(least_bytes_s * (now - since), self._size - before):
+                    logger.info("other servers give the %d blocks that are still lacking too slowly", len(self._assembly.open_blocks))
+                    return
+                since, before = now, held
 
     def _tell_news(self) -> None:
         """There may be something to ask for those that had nothing."""

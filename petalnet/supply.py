@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUB_INSTEAD_S = 10.0
-"""Without anything new from peers, after which the rest comes from the hub."""
+"""Without anything new from peers, or with too little, after which the rest comes from the hub."""
+HUB_INSTEAD_BYTES_S = 1e6
+"""All peers together have to give so much, if the owner's own bound lets them: a hub is rarely slower."""
 HUB_WITHIN_S = 10.0
 WINDOWS = 4
 """Places at which a block that came from peers is compared with the hub."""
@@ -108,7 +110,8 @@ class Supply:
             wanted = await in_thread(self._not_fetched, files, first, end, manifest)
             if wanted:
                 patience_s = min(HUB_INSTEAD_S, patience_s) if self._fetching.candidates() else 0.0
-                await self._bring(wanted, patience_s=patience_s, compare=manifest is None)
+                least = min(HUB_INSTEAD_BYTES_S, (self._settings.max_download_rate or math.inf) / 2)
+                await self._bring(wanted, patience_s=patience_s, least_bytes_s=least, compare=manifest is None)
 
     async def offer(self, first: int, end: int) -> None:
         """Share the blocks that are served, and of a folder all that it holds; returns once all of them can be had. Fails never."""
@@ -199,9 +202,12 @@ class Supply:
         tensors = tuple((name, info.dtype, info.shape) for name, info in infos)
         return BlockEntry(digest, tensors, sum(info.nbytes for _, info in infos), prefix=prefix)
 
-    async def _bring(self, entries: Mapping[int, BlockEntry], *, patience_s: float, compare: bool = False) -> None:
+    async def _bring(
+        self, entries: Mapping[int, BlockEntry], *, patience_s: float, least_bytes_s: float = 0.0, compare: bool = False
+    ) -> None:
         parts = await in_thread(lambda: self._parts)
-        brought = await self._fetching.bring([Wanted(entry) for entry in entries.values()], patience_s=patience_s)
+        blocks = [Wanted(entry) for entry in entries.values()]
+        brought = await self._fetching.bring(blocks, patience_s=patience_s, least_bytes_s=least_bytes_s)
         for index, entry in entries.items():
             found = brought.get(Wanted(entry).name)
             if found is None or (compare and not await in_thread(self._is_as_on_hub, index, found)):

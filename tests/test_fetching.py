@@ -250,6 +250,18 @@ async def test_what_nobody_gives_is_given_up(tmp_path: Path, blocks: Blocks) -> 
             check(await new.fetching.bring(wanted(blocks), patience_s=0.5), blocks[:2])
 
 
+async def test_who_gives_too_slowly_is_not_waited_for(tmp_path: Path, blocks: Blocks) -> None:
+    total = sum(entry.nbytes for entry, _ in blocks)
+    async with nodes_of(tmp_path, {"upload": 4 * CHUNK}, {}) as (slow, new):
+        share_all(slow, blocks)
+        new.knows(slow)
+        with trio.fail_after(20):
+            brought = await new.fetching.bring(wanted(blocks), patience_s=1.0, least_bytes_s=100 * total)
+            assert len(brought) < len(blocks) and 0 < sum(new.fetching.bytes_fetched.values()) < total
+            slow.sharing._rates = None
+            check(await new.fetching.bring(wanted(blocks), patience_s=1.0, least_bytes_s=total), blocks)
+
+
 async def test_what_has_come_counts_after_a_restart(tmp_path: Path, blocks: Blocks) -> None:
     async with nodes_of(tmp_path, {"upload": 10 * CHUNK}, {}) as (seeder, new):
         share_all(seeder, blocks)
