@@ -18,7 +18,8 @@ from typing import Any
 
 from petalnet.errors import ServerError
 
-READY_WITHIN_S = 60.0
+READY_WITHIN_S = 180.0
+"""A machine that does much else takes a minute to import the libraries."""
 STOP_WITHIN_S = 5.0
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "announcing": {"errors", "routing", "version"},
     "fitting": set(),
     "capacity": {"blocks", "devices", "errors", "fitting", "models", "routing"},
-    "planning": {"blocks", "capacity", "models"},
+    "planning": {"blocks", "capacity", "fitting", "models"},
     "linking": {"errors", "p2p", "peering", "routing"},
     "answering": {"blocks", "errors", "p2p"},
     "placing": BASE | {"routing"},

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -76,8 +77,11 @@ def _no_settings(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_route_and_why(swarm: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["route", "tiny", "--initial-peers", swarm[0], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = {"runners_up": []}
+    for _ in range(10):  # on a machine that does much else, a look-up may miss a server whose answer is late
+        if not found["runners_up"]:
+            assert run(["route", "tiny", "--initial-peers", swarm[0], "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
     assert found["name"] == "tiny" and found["num_blocks"] == 12
     assert [(hop["public_name"], hop["blocks"]) for hop in found["hops"]] == [("alice", [0, 4]), ("carol", [4, 12])]
     first, second = found["hops"]

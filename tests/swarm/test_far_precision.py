@@ -35,7 +35,7 @@ with AutoDistributedModelForCausalLM.from_pretrained(
 ) as model:
     swarm = model.base_model.h.target.swarm
     model.generate(torch.arange(10, 18)[None], max_new_tokens=1, do_sample=False)
-    for seed in range(2):
+    for seed in range(3):
         before = swarm.portal.run(sent, swarm)
         ids = torch.randint(10, 200, (1, prompt), generator=torch.Generator().manual_seed(seed))
         model.generate(ids, max_new_tokens=1, do_sample=False)
@@ -56,9 +56,9 @@ def test_auto_rounds_where_the_uplink_is_known_to_be_slower_than_the_server(toke
         options = ("--serve", f"0:{LAYERS}", "--dtype", "float32", "--throughput", tokens_s)
         server = nodes.launch("server", tmp_path / "model", *options, *listening).wait_ready()
         told = nodes.run_python("client", _CLIENT, tmp_path / "model", json.dumps(server.addrs), PROMPT)
-    first, second = json.loads(told.splitlines()[-1])
+    first, *_, last = counts = json.loads(told.splitlines()[-1])
     if rounds:
-        assert EXACT_BYTES > first > 0.5 * EXACT_BYTES  # half a megabyte had to go before anything was known
-        assert second < 0.35 * EXACT_BYTES
+        assert first > 0.5 * EXACT_BYTES  # half a megabyte had to go before anything was known
+        assert last < 0.35 * EXACT_BYTES
     else:
-        assert min(first, second) >= EXACT_BYTES
+        assert min(counts) >= EXACT_BYTES
