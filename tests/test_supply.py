@@ -206,7 +206,7 @@ async def test_without_peers_that_share_nothing_is_waited_for(hub: Hub, reposito
         alone = await others.start(ModelSource.open(repository), share_weights="no")
         others.online(alone, digests_of(ModelSource.open(repository)))
         new = await others.start(ModelSource.open(REPOSITORY))
-        with trio.fail_after(0.5):
+        with trio.fail_after(0.9 * supply.HUB_INSTEAD_S):
             await new.bring(0, 2)
 
 
